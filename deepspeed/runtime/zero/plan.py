@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is replicated, what is sharded, and where it lives: one frozen row per run.
+
+Stages 0 to 3 of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) are rows of one table, not programs. Everything below
+the engine reads this object and never the configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+
+class Placement(Enum):
+    """How the ranks of the data axis hold one kind of state."""
+
+    REPLICATED = "replicated"
+    """Every rank holds all of it."""
+    SHARDED = "sharded"
+    """Every rank holds one equal part of it."""
+
+
+class TierKind(Enum):
+    """Where bytes live."""
+
+    DEVICE = "device"
+    """In the memory that computes the model."""
+    HOST = "host"
+    """In CPU memory (ZeRO-Offload, arXiv:2101.06840)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The row of the ZeRO table that a run executes.
+
+    Attributes:
+        stage: the number users know the row by.
+        params, grads, states: placement over the data axis.
+        state_tier: where master weights and optimizer states live.
+        host_ratio: share of each rank's states that goes to the host tier, 0 to 1; the rest stays on the device.
+        pin_memory: whether host memory is page-locked where the device can use that.
+        reduce_bucket_numel: most elements that one gradient collective carries (one parameter may exceed it).
+        overlap_reduce: start gradient collectives during the backward pass and wait for them at its end.
+        round_robin: lay parameters so that neighbours in the backward pass belong to different ranks.
+        gradient_op: "mean" or "sum" over the data axis.
+        prescale: divide by the number of ranks before the reduction rather than after it.
+        predivide_factor: with `prescale` off, divide by this before the reduction and by the rest after it.
+    """
+
+    stage: int
+    params: Placement
+    grads: Placement
+    states: Placement
+    state_tier: TierKind = TierKind.DEVICE
+    host_ratio: float = 1.0
+    pin_memory: bool = True
+    reduce_bucket_numel: int = 500_000_000
+    overlap_reduce: bool = False
+    round_robin: bool = False
+    gradient_op: str = "mean"
+    prescale: bool = False
+    predivide_factor: float = 1.0
+
+    @classmethod
+    def for_stage(cls, stage: int) -> Plan:
+        """The row of `stage`, everything on the device.
+
+        Raises:
+            ValueError: if `stage` is not 0, 1, 2 or 3.
+        """
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"ZeRO has stages 0 to 3, got {stage!r}")
+        placed = (Placement.REPLICATED, Placement.SHARDED)
+        return cls(stage=stage, params=placed[stage >= 3], grads=placed[stage >= 2], states=placed[stage >= 1])
+
+    def on_host(self, ratio: float = 1.0, pin_memory: bool = True) -> Plan:
+        """The same row with `ratio` of the states in host memory."""
+        return replace(self, state_tier=TierKind.HOST, host_ratio=ratio, pin_memory=pin_memory)
+
+    @property
+    def reduces_each_backward(self) -> bool:
+        """Sharded gradients have no room for unreduced sums, so every backward pass reduces them."""
+        return self.grads is Placement.SHARDED

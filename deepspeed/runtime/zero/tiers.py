@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the bytes of a slab live: device memory or host memory, behind one small protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Tier(Protocol):
+    """A place that holds flat buffers."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which a buffer of this tier can be computed with."""
+        ...
+
+    def alloc(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A 1-D buffer of zeros (padding must never hold garbage: norms read it)."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeviceTier:
+    """The memory that computes the model."""
+
+    device: torch.device
+
+    def alloc(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(numel, dtype=dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class HostTier:
+    """CPU memory, page-locked where that makes copies to a GPU asynchronous."""
+
+    pinned: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def alloc(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        if not self.pinned:
+            return torch.zeros(numel, dtype=dtype)
+        try:
+            return torch.zeros(numel, dtype=dtype, pin_memory=True)
+        except RuntimeError:
+            # The driver limits page-locked memory; pageable memory is slower but right.
+            return torch.zeros(numel, dtype=dtype)
+
+
+def tier_for(device: torch.device, on_host: bool, pin_memory: bool) -> Tier:
+    """The tier that holds state for a model on `device`; pinning only means something beside a GPU."""
+    if not on_host:
+        return DeviceTier(device)
+    return HostTier(pinned=pin_memory and device.type == "cuda")
