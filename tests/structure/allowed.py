@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may pass the caps, each with the reason. Short lists are the point: shrink them, do not grow them."""
+
+from __future__ import annotations
+
+# over 500 lines, never over 700
+LONG_FILES: dict[str, str] = {}
+
+# over 60 lines, never over 90
+LONG_FUNCTIONS: dict[str, str] = {}
+
+# over 25 public methods: surfaces that the public contract fixes
+WIDE_CLASSES: dict[str, str] = {}
+
+# over 8 params: signatures that the public contract or torch fixes
+WIDE_SIGNATURES: dict[str, str] = {}
+
+# files whose POSIX-only lines run behind a check of the system
+GUARDED_POSIX: dict[str, str] = {}

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one table of layers: a module may import modules of its own layer or below, never above.
+
+The longest dotted prefix that matches a module decides. A module that no row covers fails the test: every file has
+a place. The picture behind the table is in the architecture notes (README, "How it is built").
+"""
+
+from __future__ import annotations
+
+# prefix -> layer; 0 is the ground (standard library and torch only), 7 are the public doors
+LAYERS: dict[str, int] = {
+    # L7: doors
+    "deepspeed": 7,  # the package's own __init__: exact match only, see EXACT
+    "deepspeed.__main__": 7,
+    "deepspeed.env_report": 7,
+    "deepspeed.launcher": 7,
+    # L6: what a user holds in the hand
+    "deepspeed.runtime.engine": 6,
+    "deepspeed.runtime.engine_accessors": 6,
+    "deepspeed.runtime.hybrid_engine": 6,
+    "deepspeed.runtime.pipe": 6,
+    "deepspeed.inference": 6,
+    # L5: builders and features around the training state
+    "deepspeed.runtime.build": 5,
+    "deepspeed.runtime.clock": 5,
+    "deepspeed.runtime.engine_checkpoint": 5,
+    "deepspeed.runtime.checkpoint_engine": 5,
+    "deepspeed.runtime.observers": 5,
+    "deepspeed.compression": 5,
+    "deepspeed.elasticity": 5,
+    "deepspeed.moe": 5,
+    "deepspeed.monitor": 5,
+    "deepspeed.profiling": 5,
+    # L4: the training state as a whole
+    "deepspeed.runtime.zero": 4,
+    "deepspeed.runtime.base_optimizer": 4,
+    "deepspeed.runtime.bf16_optimizer": 4,
+    "deepspeed.runtime.fp16": 4,
+    "deepspeed.runtime.dataloader": 4,
+    "deepspeed.runtime.lr_schedules": 4,
+    "deepspeed.runtime.utils": 4,
+    "deepspeed.checkpoint": 4,
+    "deepspeed.utils.zero_to_fp32": 4,
+    # L3: one group of params, one step rule
+    "deepspeed.runtime.zero.shard_group": 3,
+    "deepspeed.runtime.zero.reducer": 3,
+    "deepspeed.runtime.precision": 3,
+    "deepspeed.runtime.fp16.loss_scaler": 3,
+    "deepspeed.ops": 3,
+    # L2: bytes, integers, wires
+    "deepspeed.runtime.zero.layout": 2,
+    "deepspeed.runtime.zero.plan": 2,
+    "deepspeed.runtime.zero.slab": 2,
+    "deepspeed.runtime.zero.tiers": 2,
+    "deepspeed.checkpoint.format": 2,
+    "deepspeed.checkpoint.atomic": 2,
+    "deepspeed.comm": 2,
+    "deepspeed.ops.registry": 2,
+    "deepspeed.ops.native": 2,
+    "deepspeed.utils.groups": 2,
+    # L1: the machine, and what was asked for
+    "deepspeed.accelerator": 1,
+    "deepspeed.runtime.config": 1,
+    "deepspeed.runtime.config_utils": 1,
+    "deepspeed.runtime.constants": 1,
+    "deepspeed.runtime.precision_config": 1,
+    "deepspeed.runtime.zero.config": 1,
+    "deepspeed.runtime.zero.offload_config": 1,
+    # L0: ground
+    "deepspeed.constants": 0,
+    "deepspeed.git_version_info": 0,
+    "deepspeed.utils": 0,
+}
+
+# rows that hold for that one module and not for what lies below it
+EXACT = frozenset({"deepspeed"})
+
+
+def layer_of(module: str) -> int | None:
+    """Layer of a dotted module name by its longest matching row, or None where no row covers it."""
+    name = module
+    while name:
+        if name in LAYERS and (name == module or name not in EXACT):
+            return LAYERS[name]
+        name = name.rpartition(".")[0]
+    return None
+
+
+# rows whose modules come with later work
+PLANNED = frozenset(
+    {
+        "deepspeed.compression",
+        "deepspeed.inference",
+        "deepspeed.profiling",
+        "deepspeed.runtime.hybrid_engine",
+        "deepspeed.runtime.pipe",
+    }
+)
+
+# modules of plain integers and names: neither torch nor anything of ours
+PURE = (
+    "deepspeed.runtime.zero.layout",
+    "deepspeed.runtime.zero.plan",
+    "deepspeed.checkpoint.format",
+)
