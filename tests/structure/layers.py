@@ -38,6 +38,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.fp16": 4,
     "deepspeed.runtime.dataloader": 4,
     "deepspeed.runtime.lr_schedules": 4,
+    "deepspeed.runtime.lr_schedule_options": 4,
     "deepspeed.runtime.utils": 4,
     "deepspeed.checkpoint": 4,
     "deepspeed.utils.zero_to_fp32": 4,

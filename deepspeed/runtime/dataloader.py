@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches for one data-parallel rank: a torch DataLoader with the right sampler, as one iterator."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.errors import explain
+
+ROUTE_TRAIN = "train"
+ROUTE_EVAL = "eval"
+ROUTE_PREDICT = "predict"
+
+_CURRICULUM = "curriculum_learning"
+
+
+def is_map_style_dataset(obj: Any) -> bool:
+    """Whether items can be had by index and be counted."""
+    return hasattr(obj, "__getitem__") and hasattr(obj, "__len__")
+
+
+def is_iterable_style_dataset(obj: Any) -> bool:
+    """Whether it is a torch IterableDataset (which shards itself over the ranks)."""
+    return isinstance(obj, IterableDataset)
+
+
+class RepeatingLoader:
+    """An iterator that starts its loader again whenever it ends.
+
+    It does not tell the sampler of the new epoch; call `sampler.set_epoch` for another order.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.data_iter = iter(loader)
+
+    def __iter__(self) -> RepeatingLoader:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.data_iter)
+        except StopIteration:
+            self.data_iter = iter(self.loader)
+            return next(self.data_iter)
+
+
+class DeepSpeedDataLoader:
+    """Batches of a dataset for one data-parallel rank; it is its own iterator.
+
+    `iter()` starts anew. Batches are made in this process unless workers are asked for or there is
+    a CUDA device to feed (not on Windows, where a worker starts slowly and must pickle everything).
+
+    Args:
+        dataset: map-style dataset, or IterableDataset (which has no sampler and shards itself).
+        batch_size: samples of one micro batch of one rank.
+        pin_memory: put batches into pinned memory; only done where there is a CUDA device.
+        local_rank: negative samples the whole dataset; otherwise each rank gets its share.
+        tput_timer: its `start()` is called before each batch; None for none.
+        collate_fn: makes a batch of a list of samples; None is torch's default.
+        num_local_io_workers: worker processes; None chooses as said above.
+        data_sampler: torch sampler; None takes a shuffling one.
+        data_parallel_world_size: number of shares; None asks torch.distributed.
+        data_parallel_rank: which share is ours; None asks torch.distributed.
+        dataloader_drop_last: leave out a last batch that is not full.
+        deepspeed_dataloader_config: settings of curriculum learning.
+
+    Raises:
+        NotImplementedError: curriculum learning is asked for.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        pin_memory: bool,
+        local_rank: int,
+        tput_timer: Any,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+        data_sampler: Any = None,
+        data_parallel_world_size: int | None = None,
+        data_parallel_rank: int | None = None,
+        dataloader_drop_last: bool = False,
+        deepspeed_dataloader_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.deepspeed_dataloader_config = dict(deepspeed_dataloader_config or {})
+        if self.deepspeed_dataloader_config.get(_CURRICULUM):
+            raise NotImplementedError(
+                explain(
+                    "curriculum learning by data sampling is not built yet",
+                    fix="Switch off data_efficiency.data_sampling, or pass your own data_sampler.",
+                )
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.tput_timer = tput_timer
+        self.collate_fn = collate_fn
+        self.dataloader_drop_last = dataloader_drop_last
+        self.curriculum_learning_enabled = False
+        self.post_process_func: Callable[[Any, dict[str, Any]], Any] | None = None
+
+        on_cpu = get_accelerator().device_name() == "cpu"
+        self.pin_memory = pin_memory and not on_cpu
+        self.device_count = 1 if local_rank >= 0 else get_accelerator().device_count()
+        if num_local_io_workers is None:
+            num_local_io_workers = 0 if on_cpu else _default_workers(self.device_count)
+        self.num_local_io_workers = num_local_io_workers
+
+        if data_sampler is None and not is_iterable_style_dataset(dataset):
+            if local_rank >= 0:
+                data_sampler = _share_of(dataset, data_parallel_rank, data_parallel_world_size)
+            else:
+                data_sampler = RandomSampler(dataset)
+        self.data_sampler = data_sampler
+        self.dataloader: DataLoader | None = None
+        self.data: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        """Number of batches of this rank.
+
+        Raises:
+            TypeError: the dataset or sampler does not know its length.
+        """
+        counted = self.dataset if self.data_sampler is None else self.data_sampler
+        full, rest = divmod(len(counted), self.batch_size)
+        return full if self.dataloader_drop_last or not rest else full + 1
+
+    @property
+    def len(self) -> int:
+        """Number of batches of this rank."""
+        return self.__len__()
+
+    def __iter__(self) -> DeepSpeedDataLoader:
+        self.dataloader = DataLoader(
+            self.dataset,
+            batch_size=self.batch_size,
+            sampler=self.data_sampler,
+            num_workers=self.num_local_io_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            drop_last=self.dataloader_drop_last,
+        )
+        self.data = iter(self.dataloader)
+        return self
+
+    def __next__(self) -> Any:
+        if self.data is None:
+            iter(self)
+        assert self.data is not None
+        if self.tput_timer is not None:
+            self.tput_timer.start()
+        batch = next(self.data)
+        if self.post_process_func is None:
+            return batch
+        state = getattr(self.data_sampler, "state_dict", dict)()
+        return self.post_process_func(batch, state)
+
+
+def build_dataloader(
+    dataset: Any,
+    batch_size: int,
+    *,
+    route: str = ROUTE_TRAIN,
+    data_sampler: Any = None,
+    data_parallel_rank: int = 0,
+    data_parallel_world_size: int = 1,
+    shuffle: bool = True,
+    tput_timer: Any = None,
+    **options: Any,
+) -> DeepSpeedDataLoader:
+    """The loader of one data-parallel rank for training, evaluation or prediction.
+
+    Args:
+        dataset: map-style dataset or IterableDataset.
+        batch_size: samples of one micro batch of one rank.
+        route: "train", or "eval" / "predict", which neither shuffle nor count for throughput.
+        data_sampler: torch sampler; None takes this rank's share of the dataset.
+        data_parallel_rank: which share is ours.
+        data_parallel_world_size: number of shares.
+        shuffle: whether training shuffles (the same order in each epoch until `set_epoch`).
+        tput_timer: throughput timer of the training route.
+        options: the remaining arguments of `DeepSpeedDataLoader`, by their names.
+
+    Raises:
+        ValueError: `dataset` is neither.
+    """
+    if not (is_map_style_dataset(dataset) or is_iterable_style_dataset(dataset)):
+        raise ValueError(
+            explain(
+                "Training data must be a torch Dataset",
+                got=type(dataset).__name__,
+                expected="an object with __getitem__ and __len__, or an IterableDataset",
+            )
+        )
+    rank, world_size = int(data_parallel_rank), int(data_parallel_world_size)
+    if data_sampler is None and not is_iterable_style_dataset(dataset):
+        shuffle = shuffle and route not in (ROUTE_EVAL, ROUTE_PREDICT)
+        data_sampler = _share_of(dataset, rank, world_size, shuffle=shuffle)
+    return DeepSpeedDataLoader(
+        dataset,
+        batch_size,
+        options.pop("pin_memory", True),
+        options.pop("local_rank", 0),
+        tput_timer if route == ROUTE_TRAIN else None,
+        data_sampler=data_sampler,
+        data_parallel_world_size=world_size,
+        data_parallel_rank=rank,
+        **options,
+    )
+
+
+def _default_workers(device_count: int) -> int:
+    if sys.platform == "win32":
+        return 0
+    return min(2 * device_count, os.cpu_count() or 1)
+
+
+def _share_of(
+    dataset: Any, rank: int | None, world_size: int | None, shuffle: bool = True
+) -> DistributedSampler:
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if world_size is None:
+        world_size = torch.distributed.get_world_size() if joined else 1
+    if rank is None:
+        rank = torch.distributed.get_rank() if joined else 0
+    return DistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle)
