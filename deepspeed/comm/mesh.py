@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which ranks work together: one axis a kind of parallelism, over a grid of all ranks.
+
+A rank's place is ``((pipe * D + data) * S + sequence) * T + tensor``: tensor-parallel neighbours are
+adjacent ranks (they talk most), pipeline stages are farthest apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepspeed.utils.errors import DeepSpeedCommError, explain
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that one collective runs over, seen from one of them.
+
+    Attributes:
+        group: the torch process group; None when the axis has one rank.
+        size: number of ranks.
+        rank: this process's index among them.
+        ranks: their global ranks, in the order of the axis.
+    """
+
+    group: Any
+    size: int
+    rank: int
+    ranks: tuple[int, ...]
+
+    @staticmethod
+    def alone(rank: int = 0) -> Axis:
+        """Return the axis of one process, whose global rank is ``rank``."""
+        return Axis(group=None, size=1, rank=0, ranks=(rank,))
+
+    @staticmethod
+    def of_group(group: Any) -> Axis:
+        """Return the axis of an existing torch process group that contains this process.
+
+        Args:
+            group: a process group; None is the default group.
+        """
+        import torch.distributed as dist
+
+        group = dist.group.WORLD if group is None else group
+        ranks = tuple(dist.get_process_group_ranks(group))
+        return Axis(None if len(ranks) == 1 else group, len(ranks), dist.get_rank(group), ranks)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All axes of a job, seen from one process.
+
+    Attributes:
+        world: all ranks.
+        data: ranks that hold the same weights and sequence share, and see different samples.
+        sequence: ranks that share each sample's sequence.
+        sequence_data: data and sequence together: whom dense gradients are averaged over.
+        tensor: ranks that share each layer's weights.
+        pipe: ranks that hold the stages of one pipeline.
+        expert: name -> ranks that share one set of experts.
+        expert_data: name -> ranks that hold the same experts.
+    """
+
+    world: Axis
+    data: Axis
+    sequence: Axis
+    tensor: Axis
+    pipe: Axis
+    sequence_data: Axis
+    expert: Mapping[str, Axis] = field(default_factory=dict)
+    expert_data: Mapping[str, Axis] = field(default_factory=dict)
+
+    @staticmethod
+    def single() -> Mesh:
+        """Return the mesh of a job of one process."""
+        return Mesh.build(1, 0)
+
+    @staticmethod
+    def build(
+        world_size: int,
+        rank: int,
+        *,
+        sequence: int = 1,
+        tensor: int = 1,
+        pipe: int = 1,
+        expert: Iterable[int] = (),
+    ) -> Mesh:
+        """Build the mesh, making the process groups that it needs. Collective: every rank calls it.
+
+        Args:
+            world_size: number of ranks of the job.
+            rank: this process's rank.
+            sequence, tensor, pipe: sizes of these axes; data gets what remains.
+            expert: expert-parallel sizes, each giving the axes named ``ep_size_<n>``.
+
+        Raises:
+            DeepSpeedCommError: the sizes do not divide the ranks.
+        """
+        plan = grid(world_size, sequence=sequence, tensor=tensor, pipe=pipe)
+        axes = {name: _join(rank, lists) for name, lists in plan.items()}
+        experts: dict[str, Axis] = {}
+        expert_data: dict[str, Axis] = {}
+        for size in expert:
+            within, across = expert_grid(plan["sequence_data"], size)
+            experts[f"ep_size_{size}"] = _join(rank, within)
+            expert_data[f"ep_size_{size}"] = _join(rank, across)
+        world = _join(rank, [tuple(range(world_size))])
+        return Mesh(world=world, expert=experts, expert_data=expert_data, **axes)
+
+
+def grid(
+    world_size: int, *, sequence: int = 1, tensor: int = 1, pipe: int = 1
+) -> dict[str, list[tuple[int, ...]]]:
+    """Return, for each axis, the lists of ranks that form its groups (together: all ranks once).
+
+    Raises:
+        DeepSpeedCommError: the sizes do not divide the ranks.
+    """
+    model = sequence * tensor * pipe
+    if min(world_size, sequence, tensor, pipe) < 1 or world_size % model:
+        raise DeepSpeedCommError(
+            explain(
+                "the parallel sizes do not divide the number of processes",
+                got=f"{world_size} processes, sequence={sequence}, tensor={tensor}, pipe={pipe}",
+                expected=f"a multiple of {model} processes",
+            )
+        )
+    sizes = {
+        "pipe": pipe,
+        "data": world_size // model,
+        "sequence": sequence,
+        "tensor": tensor,
+    }
+    names = list(sizes)
+    stride = {}
+    step = 1
+    for name in reversed(names):
+        stride[name] = step
+        step *= sizes[name]
+
+    def lists(*along: str) -> list[tuple[int, ...]]:
+        starts, members = [0], [0]
+        for name in names:
+            offsets = [index * stride[name] for index in range(sizes[name])]
+            if name in along:
+                members = [m + o for m in members for o in offsets]
+            else:
+                starts = [s + o for s in starts for o in offsets]
+        return [tuple(start + member for member in members) for start in starts]
+
+    axes = {name: lists(name) for name in names}
+    axes["sequence_data"] = lists("data", "sequence")
+    return axes
+
+
+def expert_grid(
+    groups: Sequence[tuple[int, ...]], expert: int
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Split groups of ranks with the same weights into expert and expert-data groups.
+
+    Args:
+        groups: lists of ranks (each the sequence-data ranks of one pipe and tensor index).
+        expert: number of ranks that share one set of experts: adjacent ranks of a list.
+
+    Returns:
+        The expert groups, and the groups of ranks that hold the same experts.
+
+    Raises:
+        DeepSpeedCommError: ``expert`` does not divide the length of the lists.
+    """
+    width = len(groups[0])
+    if expert < 1 or width % expert:
+        raise DeepSpeedCommError(
+            explain(
+                "the expert-parallel size does not divide the data-parallel ranks",
+                got=f"ep_size={expert} with {width} ranks",
+                expected=f"a divisor of {width}",
+                fix="Change ep_size of the MoE layers, or the number of processes.",
+            )
+        )
+    within = [ranks[i : i + expert] for ranks in groups for i in range(0, width, expert)]
+    across = [ranks[i::expert] for ranks in groups for i in range(expert)]
+    return within, across
+
+
+# Groups made so far under the current default group: asking for the same ranks again costs nothing.
+_made: dict[tuple[int, ...], Any] = {}
+_made_under: Any = None
+
+
+def process_group(ranks: tuple[int, ...]) -> Any:
+    """Return the process group of exactly these ranks, made once. Collective over all ranks.
+
+    Raises:
+        DeepSpeedCommError: torch.distributed has no default group yet.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise DeepSpeedCommError(
+            explain(
+                "a group of several processes was asked for before they were joined",
+                got=f"ranks {list(ranks)}",
+                fix="Call deepspeed.init_distributed() first, under the deepspeed launcher.",
+            )
+        )
+    global _made_under
+    if _made_under is not dist.group.WORLD:
+        _made.clear()
+        _made_under = dist.group.WORLD
+    if ranks not in _made:
+        everybody = ranks == tuple(range(dist.get_world_size()))
+        _made[ranks] = dist.group.WORLD if everybody else dist.new_group(list(ranks))
+    return _made[ranks]
+
+
+def _join(rank: int, lists: Sequence[tuple[int, ...]]) -> Axis:
+    """Make the groups of all lists, in the same order on every rank; return this rank's."""
+    own = Axis.alone(rank)
+    for ranks in lists:
+        group = process_group(ranks) if len(ranks) > 1 else None
+        if rank in ranks:
+            own = Axis(group, len(ranks), ranks.index(rank), ranks)
+    return own
