@@ -143,6 +143,14 @@ DS_LOWP_PRODUCTS = _text(
 )
 DS_NUM_THREADS = _integer("DS_NUM_THREADS", "Threads of the native CPU ops; unset asks torch.")
 OMP_NUM_THREADS = _text("OMP_NUM_THREADS", "Threads of torch's CPU operators.")
+KMP_AFFINITY = _text("KMP_AFFINITY", "How Intel's OpenMP pins threads; clashes with core binding.")
+
+DS_TRUST_CHECKPOINTS = _switch(
+    "DS_TRUST_CHECKPOINTS", "1 lets checkpoint files run any code they contain (unrestricted pickles)."
+)
+DS_VERIFY_CHECKPOINTS = _switch(
+    "DS_VERIFY_CHECKPOINTS", "0 skips the check of sizes and hashes when a checkpoint is read.", True
+)
 
 # ------------------------------------------------------------------ native code
 DS_CPU_ISA = _text("DS_CPU_ISA", "Force the native CPU path: avx512, avx2, neon or scalar.")
