@@ -21,7 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
-TESTS = ("unit", "contract", "structure", "dist", "cuda", "windows")
+TESTS = ("unit", "contract", "structure", "dist", "cuda")
 SOURCES = ("pyproject.toml", "setup.py", "deepspeed", "csrc", "op_builder", "README.md")
 
 
