@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing a folder that many processes write, so that a reader sees all of it or none of it.
+
+[Note: Order of a save]
+1. The leading rank clears what an earlier, killed save left, and makes `<tag>.tmp` with a mark in it.
+2. Every rank writes its files there, each flushed to the disk, hashing what it writes.
+3. All ranks tell each other how it went. One failure raises on all of them and the partial folder is removed.
+4. The leading rank writes the manifest (sizes and hashes), takes the mark away, moves an existing `<tag>` aside to
+   `<tag>.old`, renames `<tag>.tmp` to `<tag>`, then replaces `latest`, and removes `<tag>.old`.
+Every rename is preceded by a flush of what it publishes. Killed before the rename: the previous tag is untouched, or
+found under `<tag>.old` (`resolve` looks there). Killed after it: the new tag is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from ..utils.errors import DeepSpeedCheckpointError, explain
+from ..utils.logging import logger
+from .format import (
+    LATEST,
+    MANIFEST,
+    PARTIAL_MARK,
+    PARTIAL_SUFFIX,
+    REPLACED_SUFFIX,
+    is_own_file,
+    tag_problem,
+)
+
+T = TypeVar("T")
+
+_SHARING_ERRORS = (5, 32, 33)  # Windows: access denied, sharing violation, lock violation
+_RETRY_SECONDS = 5.0
+_FOREIGN_PARTIAL_SECONDS = 3600.0
+
+
+class Disk:
+    """Every change that a save makes to the file system: tests replace it to fail or die at each point."""
+
+    def create(self, path: Path) -> BinaryIO:
+        """Open a file for writing, truncating it."""
+        return open(path, "wb", buffering=0)
+
+    def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
+        """Write all of `data`."""
+        view = memoryview(data)
+        while view.nbytes:
+            view = view[file.write(view) :]
+
+    def sync(self, file: BinaryIO) -> None:
+        """Make what was written survive a power cut."""
+        os.fsync(file.fileno())
+
+    def sync_folder(self, path: Path) -> None:
+        """Make renames inside a folder survive a power cut (Windows has no such call and needs none)."""
+        if os.name == "nt":
+            return
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename, replacing a file of the target's name."""
+        _persist(lambda: os.replace(source, target))
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder and its parents; being there is fine."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file; not being there is fine."""
+        _persist(lambda: path.unlink(missing_ok=True))
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a folder and everything in it."""
+        _persist(lambda: shutil.rmtree(path))
+
+
+disk = Disk()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One written file, as the manifest knows it."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that take part in a save.
+
+    Attributes:
+        rank, size: this process among them.
+        leads: whether this process does the folder work of its file system.
+        exchange: gives every process the list of all processes' objects, by rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+    leads: bool = True
+    exchange: Callable[[object], list[object]] = lambda item: [item]
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """Run `action` on every rank; return all results, or raise on every rank when one failed.
+
+        Raises:
+            DeepSpeedCheckpointError: another rank failed (the failing rank raises its own error).
+        """
+        result, failure = None, None
+        try:
+            result = action()
+        except Exception as error:  # told to the others first, then raised below
+            failure = error
+        told = self.exchange((f"{type(failure).__name__}: {failure}" if failure else None, result))
+        if failure is not None:
+            raise failure
+        errors = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(told) if text]
+        if errors:
+            raise DeepSpeedCheckpointError(
+                explain("the checkpoint was not completed, other ranks failed", got="; ".join(errors))
+            )
+        return [value for _, value in told]
+
+
+class HashedFile:
+    """A file that is hashed while it is written and flushed to the disk when it is closed.
+
+    Has what `torch.save` needs of a file object: `write` and `flush`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = disk.create(path)
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`; returns its length in bytes."""
+        disk.write(self._file, data)
+        self._hash.update(data)
+        length = memoryview(data).nbytes
+        self._size += length
+        return length
+
+    def flush(self) -> None:
+        """Nothing is held back; here for file-like use."""
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                disk.sync(self._file)
+        finally:
+            self._file.close()
+
+    def entry(self) -> Entry:
+        """What the manifest says about this file."""
+        return Entry(self.path.name, self._size, self._hash.hexdigest())
+
+
+def write_small(path: Path, data: bytes) -> Entry:
+    """Write a whole file and flush it."""
+    with HashedFile(path) as file:
+        file.write(data)
+    return file.entry()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file beside its final place and rename it there: readers see the old or the new content."""
+    temporary = path.with_name(path.name + PARTIAL_SUFFIX)
+    write_small(temporary, data)
+    disk.replace(temporary, path)
+    disk.sync_folder(path.parent)
+
+
+def checked_tag(tag: object) -> str:
+    """`tag` as a text that names a folder inside the save folder.
+
+    Raises:
+        ValueError: it could point elsewhere, or cannot be a folder name on every system.
+    """
+    text = str(tag)
+    if problem := tag_problem(text):
+        raise ValueError(explain(f"unusable checkpoint tag, {problem}", got=repr(text), expected="a plain folder name"))
+    return text
+
+
+def publish(
+    save_dir: Path,
+    tag: str,
+    crew: Crew,
+    write: Callable[[Path], Sequence[Entry]],
+    *,
+    needed: int = 0,
+    latest: str | None = LATEST,
+) -> Path:
+    """Collectively write and publish `save_dir/tag`. See [Note: Order of a save].
+
+    Args:
+        save_dir: the folder of all tags; made when missing.
+        tag: name of the folder to publish.
+        crew: the ranks taking part.
+        write: called on every rank with the partial folder; writes this rank's files, returns their entries.
+        needed: bytes that this rank is going to write, about.
+        latest: name of the file that is to point to the tag, None to leave it alone.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        DeepSpeedCheckpointError: another rank failed. The failing rank raises its own error. Nothing was published.
+        OSError: the disk is full, or will be.
+    """
+    final = save_dir / checked_tag(tag)
+    partial = _beside(final, PARTIAL_SUFFIX)
+    try:
+        shares = crew.together(lambda: (needed, crew.leads))
+        total = sum(share for share, _ in shares) // sum(leads for _, leads in shares)
+        crew.together(lambda: _prepare(final, partial, total) if crew.leads else None)
+        written = crew.together(lambda: [asdict(entry) for entry in write(partial)])
+    except Exception:
+        if crew.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    entries = [Entry(**fields) for fields_of_rank in written for fields in fields_of_rank]
+    crew.together(lambda: _publish(save_dir, tag, final, partial, entries, latest) if crew.leads else None)
+    return final
+
+
+def resolve(save_dir: Path, tag: str) -> Path:
+    """The folder that holds a tag's last complete state (the tag may have been moved aside by a killed save)."""
+    final = save_dir / checked_tag(tag)
+    aside = _beside(final, REPLACED_SUFFIX)
+    if not final.exists() and aside.is_dir() and not (aside / PARTIAL_MARK).exists():
+        return aside
+    return final
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _prepare(final: Path, partial: Path, needed: int) -> None:
+    disk.make_folder(final.parent)
+    aside = _beside(final, REPLACED_SUFFIX)
+    if aside.is_dir() and not final.exists() and not (aside / PARTIAL_MARK).exists():
+        disk.replace(aside, final)
+    for leftover in sorted(final.parent.iterdir()):
+        if leftover.is_dir() and not leftover.is_symlink() and _is_leftover(leftover, partial):
+            logger.warning(f"removing {leftover}, left by a save that did not finish")
+            disk.remove_tree(leftover)
+    free = shutil.disk_usage(final.parent).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            explain(
+                f"not enough space for a checkpoint in {final.parent}",
+                got=f"{free:,} bytes free",
+                expected=f"about {needed:,}",
+                fix="Free some space, or save elsewhere. Nothing was written.",
+            ),
+        )
+    disk.make_folder(partial)
+    write_small(partial / PARTIAL_MARK, f"{socket.gethostname()} {os.getpid()}".encode())
+
+
+def _is_leftover(folder: Path, partial: Path) -> bool:
+    if folder.name.endswith(REPLACED_SUFFIX):
+        replaced_by = folder.with_name(folder.name.removesuffix(REPLACED_SUFFIX))
+        return (folder / PARTIAL_MARK).exists() or (replaced_by / MANIFEST).exists() and (folder / MANIFEST).exists()
+    if not folder.name.endswith(PARTIAL_SUFFIX):
+        return False
+    mark = folder / PARTIAL_MARK
+    ours = mark.exists() or (folder / MANIFEST).exists() or not any(folder.iterdir())
+    return ours and (folder == partial or not _is_being_written(mark))
+
+
+def _is_being_written(mark: Path) -> bool:
+    """Whether the process that made a partial folder may still be at work on it."""
+    try:
+        host, pid = mark.read_text(encoding="utf-8").split()
+        age = time.time() - mark.stat().st_mtime
+    except (OSError, ValueError):
+        return False
+    if host != socket.gethostname():
+        return age < _FOREIGN_PARTIAL_SECONDS
+    import psutil
+
+    return int(pid) != os.getpid() and psutil.pid_exists(int(pid))
+
+
+def _publish(
+    save_dir: Path, tag: str, final: Path, partial: Path, entries: Sequence[Entry], latest: str | None
+) -> None:
+    files = {e.name: {"size": e.size, "sha256": e.sha256} for e in entries if (partial / e.name).exists()}
+    manifest = {"format": 1, "tag": tag, "files": dict(sorted(files.items()))}
+    write_small(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    disk.remove(partial / PARTIAL_MARK)
+    disk.sync_folder(partial)
+    aside = _beside(final, REPLACED_SUFFIX)
+    replacing = final.exists()
+    if replacing:
+        disk.replace(final, aside)
+    disk.replace(partial, final)
+    disk.sync_folder(final.parent)
+    if latest is not None:
+        replace_file(save_dir / latest, tag.encode())
+    if replacing:
+        _keep_foreign(aside, final)
+        write_small(aside / PARTIAL_MARK, b"")
+        disk.remove_tree(aside)
+
+
+def _keep_foreign(aside: Path, final: Path) -> None:
+    """Move what somebody else put into the replaced tag folder over to the new one."""
+    for item in sorted(aside.iterdir()):
+        if not is_own_file(item.name) and not (final / item.name).exists():
+            disk.replace(item, final / item.name)
+
+
+def _persist(action: Callable[[], object]) -> None:
+    """Run `action`; on Windows try again for a few seconds while another program holds the file."""
+    deadline = time.monotonic() + _RETRY_SECONDS
+    pause = 0.01
+    while True:
+        try:
+            action()
+            return
+        except OSError as error:
+            if getattr(error, "winerror", None) not in _SHARING_ERRORS or time.monotonic() > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading checkpoint files without running anything they contain.
+
+A `.pt` file is a pickle, and a pickle is a program. This reader executes only pickles whose every global is on a list
+of harmless data types, maps the few classes that older checkpoints contain to inert records, and refuses the rest by
+name. Files are checked against the manifest of their folder first, where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import hashlib
+import io
+import json
+import os
+import pickle
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..utils.env import DS_TRUST_CHECKPOINTS
+from ..utils.errors import DeepSpeedCheckpointError, explain
+from .format import MANIFEST, PARTIAL_MARK
+
+_CHUNK = 1 << 22
+_MAX_PICKLE = 1 << 30
+
+
+class Record:
+    """Stands for an object of a class that older checkpoints pickled: its attributes and nothing else."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({vars(self)})"
+
+
+class ScalerRecord(Record):
+    """A pickled loss scaler."""
+
+
+class FragmentRecord(Record):
+    """A pickled `fragment_address`: attributes `numel` and `start`."""
+
+
+def _bytearray(*args: Any) -> bytearray:
+    """`bytearray` of given bytes; refuses the form that allocates a size named in the file."""
+    if args and isinstance(args[0], int):
+        raise pickle.UnpicklingError("bytearray of a declared size")
+    return bytearray(*args)
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """What `_codecs.encode` does for the one encoding that pickled bytes use."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _rebuild_from_type(function: Any, kind: Any, arguments: tuple[Any, ...], state: Any) -> torch.Tensor:
+    """A tensor that had attributes of its own: the tensor without them."""
+    if function not in _rebuild_functions():
+        raise pickle.UnpicklingError(f"a tensor made by {function!r}")
+    return function(*arguments)
+
+
+def _rebuild_functions() -> tuple[Any, ...]:
+    names = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_sparse_tensor")
+    return tuple(getattr(torch._utils, name) for name in names)
+
+
+def _harmless() -> dict[tuple[str, str], Any]:
+    table: dict[tuple[str, str], Any] = {
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("collections", "defaultdict"): collections.defaultdict,
+        ("collections", "deque"): collections.deque,
+        ("collections", "Counter"): collections.Counter,
+        ("argparse", "Namespace"): argparse.Namespace,
+        ("types", "SimpleNamespace"): types.SimpleNamespace,
+        ("datetime", "datetime"): datetime.datetime,
+        ("datetime", "date"): datetime.date,
+        ("datetime", "timedelta"): datetime.timedelta,
+        ("_codecs", "encode"): _encode,
+        ("torch", "Size"): torch.Size,
+        ("torch", "device"): torch.device,
+        ("torch", "Tensor"): torch.Tensor,
+        ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+        ("torch.nn.parameter", "Parameter"): torch.nn.Parameter,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"): ScalerRecord,
+        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"): ScalerRecord,
+        ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
+        ("deepspeed.utils.tensor_fragment", "fragment_address"): FragmentRecord,
+        ("deepspeed.checkpoint.universal_checkpoint", "SubparamShape"): Record,
+    }
+    for module in ("builtins", "__builtin__"):
+        for kind in (set, frozenset, complex, list, dict, tuple, int, float, bool, str, slice, range):
+            table[module, kind.__name__] = kind
+        table[module, "bytearray"] = _bytearray
+    table |= {("torch._utils", function.__name__): function for function in _rebuild_functions()}
+    for name, value in vars(torch).items():
+        if isinstance(value, torch.dtype) or (name.endswith("Storage") and isinstance(value, type)):
+            table["torch", name] = value
+    table["torch.storage", "UntypedStorage"] = torch.storage.UntypedStorage
+    table["torch.storage", "TypedStorage"] = torch.storage.TypedStorage
+    return table | _numpy_names()
+
+
+def _numpy_names() -> dict[tuple[str, str], Any]:
+    import numpy
+
+    core = getattr(numpy, "_core", None) or numpy.core
+    named = {"_reconstruct": core.multiarray._reconstruct, "scalar": core.multiarray.scalar}
+    table: dict[tuple[str, str], Any] = {("numpy", "ndarray"): numpy.ndarray, ("numpy", "dtype"): numpy.dtype}
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        table |= {(module, name): value for name, value in named.items()}
+    if frombuffer := getattr(core.numeric, "_frombuffer", None):
+        table |= {(f"numpy.{c}.numeric", "_frombuffer"): frombuffer for c in ("core", "_core")}
+    return table
+
+
+_allowed: dict[tuple[str, str], Any] = {}
+_trusted: dict[tuple[str, str], Any] = {}
+
+
+def add_safe_classes(*classes: type) -> None:
+    """Let checkpoints contain objects of these classes (in `client_state`, say).
+
+    Only do so for classes whose construction from hostile values does no harm.
+
+    Example:
+        >>> import fractions, deepspeed.checkpoint
+        >>> deepspeed.checkpoint.add_safe_classes(fractions.Fraction)
+    """
+    for cls in classes:
+        _trusted[cls.__module__, cls.__qualname__] = cls
+
+
+def _look_up(module: str, name: str) -> Any:
+    if not _allowed:
+        _allowed.update(_harmless())
+    known = getattr(torch.serialization, "get_safe_globals", list)()
+    trusted = _trusted | {(c.__module__, c.__qualname__): c for c in known if isinstance(c, type)}
+    for table in (_allowed, trusted):
+        if (module, name) in table:
+            return table[module, name]
+    raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def is_readable_class(cls: type) -> bool:
+    """Whether this reader accepts objects of a class (a writer asks, to warn in time)."""
+    try:
+        _look_up(cls.__module__, cls.__qualname__)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
+class _Unpickler(pickle._Unpickler):  # the C one offers no way to guard its opcodes
+    """Executes a pickle whose globals are all harmless."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            found = _look_up(module, name)
+        except pickle.UnpicklingError:
+            if not DS_TRUST_CHECKPOINTS.get():
+                raise
+            found = super().find_class(module, name)
+        self.__dict__.setdefault("_callable_ids", set()).add(id(found))
+        return found
+
+    def load_reduce(self) -> None:
+        function = self.stack[-2]
+        named = id(function) in self.__dict__.get("_callable_ids", ())
+        if not named and not DS_TRUST_CHECKPOINTS.get():
+            raise pickle.UnpicklingError(f"a call of {function!r}")
+        super().load_reduce()
+
+    def load_build(self) -> None:
+        target = self.stack[-2]
+        if isinstance(target, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
+            raise pickle.UnpicklingError(f"a change of {target!r}")
+        super().load_build()
+
+    def load_bytearray8(self) -> None:
+        raise pickle.UnpicklingError("bytearray of a declared size")
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+
+def _load(file: Any, **options: Any) -> Any:
+    return _Unpickler(file, **options).load()
+
+
+_restricted: Any = types.SimpleNamespace(
+    __name__="deepspeed.checkpoint.reader",
+    Unpickler=_Unpickler,
+    load=_load,
+    loads=lambda data, **options: _load(io.BytesIO(data), **options),
+    UnpicklingError=pickle.UnpicklingError,
+)
+
+
+def load_file(path: str | os.PathLike[str], map_location: Any = "cpu", *, mmap: bool = True) -> Any:
+    """Read one checkpoint file.
+
+    Args:
+        path: the file.
+        map_location: as for `torch.load`.
+        mmap: map tensors from the file rather than read them (pages are read when touched; copy what outlives the
+            file). Falls back to reading where the file or torch cannot.
+
+    Returns:
+        The object in the file; classes of older checkpoints come as `Record`s, enumerations as numbers.
+
+    Raises:
+        DeepSpeedCheckpointError: the file is damaged, or holds something that this reader refuses.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    is_zip = _check_archive(path)
+    try:
+        return torch.load(
+            str(path),
+            map_location=map_location,
+            pickle_module=_restricted,
+            weights_only=False,
+            mmap=mmap and is_zip,
+        )
+    except pickle.UnpicklingError as error:
+        raise DeepSpeedCheckpointError(
+            explain(
+                f"{path} is refused, because reading it would run more than data",
+                got=str(error),
+                expected="tensors, numbers, texts and plain containers of them",
+                fix="If you trust the file's origin, allow the class by deepspeed.checkpoint.add_safe_classes(...), "
+                f"or set {DS_TRUST_CHECKPOINTS.name}=1 to allow everything.",
+            )
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise damaged(path, str(error)) from error
+
+
+def damaged(path: Path, why: str) -> DeepSpeedCheckpointError:
+    """The error for a file that is not what it should be."""
+    return DeepSpeedCheckpointError(
+        explain(
+            f"{path} is damaged or not a checkpoint",
+            got=why,
+            fix="Load another tag (load_checkpoint(..., tag=...)); the files of this one cannot be used.",
+        )
+    )
+
+
+def _check_archive(path: Path) -> bool:
+    """Refuse archives that lie about their size or hold code; say whether the file is a zip archive at all."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if not start:
+        raise damaged(path, "an empty file")
+    if start != b"PK":
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            items = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise damaged(path, str(error)) from error
+    size = path.stat().st_size
+    for item in items:
+        inside = item.filename.partition("/")[2]
+        if item.compress_type != zipfile.ZIP_STORED or item.file_size != item.compress_size:
+            raise damaged(path, f"compressed record {item.filename!r}")
+        if item.header_offset + item.file_size > size:
+            raise damaged(path, f"record {item.filename!r} reaches beyond the end of the file")
+        if inside in ("constants.pkl", "code") or inside.startswith("code/"):
+            raise damaged(path, "a TorchScript program")
+        if inside == "data.pkl" and item.file_size > _MAX_PICKLE:
+            raise damaged(path, f"{item.file_size} bytes of structure")
+    if sum(item.file_size for item in items) > size:
+        raise damaged(path, "records that overlap")
+    return True
+
+
+class Folder:
+    """The files of one tag, each checked against the manifest before it is first read.
+
+    Args:
+        path: the tag's folder.
+        verify: whether sizes and hashes are checked (folders without a manifest cannot be).
+
+    Raises:
+        DeepSpeedCheckpointError: the folder is an unfinished save, or its manifest is damaged.
+    """
+
+    def __init__(self, path: Path, verify: bool = True) -> None:
+        self.path = path
+        if (path / PARTIAL_MARK).exists():
+            raise damaged(path, "a save that did not finish")
+        self._expected = _read_manifest(path / MANIFEST) if verify else {}
+        self._checked: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        """Whether the file is there."""
+        return (self.path / name).is_file()
+
+    def glob(self, pattern: str) -> list[str]:
+        """Names of the files that match, sorted."""
+        return sorted(p.name for p in self.path.glob(pattern) if p.is_file())
+
+    def load(self, name: str, map_location: Any = "cpu", *, mmap: bool = True) -> Any:
+        """Check one file and read it; see `load_file`."""
+        self.check(name)
+        return load_file(self.path / name, map_location, mmap=mmap)
+
+    def check(self, name: str) -> None:
+        """Compare a file with the manifest.
+
+        Raises:
+            DeepSpeedCheckpointError: it is missing, has another size, or another content.
+        """
+        if name in self._checked or name not in self._expected:
+            return
+        path, entry = self.path / name, self._expected[name]
+        if not path.is_file():
+            raise damaged(path, "no such file, but the manifest lists it")
+        if path.stat().st_size != entry["size"]:
+            raise damaged(path, f"{path.stat().st_size} bytes where the manifest says {entry['size']}")
+        if _sha256(path) != entry["sha256"]:
+            raise damaged(path, "content that differs from what was saved (its hash is another)")
+        self._checked.add(name)
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return {str(n): {"size": int(e["size"]), "sha256": str(e["sha256"])} for n, e in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, str(error)) from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_tag(save_dir: Path, pointer: str) -> str | None:
+    """The tag that a pointer file (`latest`) names, None when there is no such file.
+
+    Raises:
+        DeepSpeedCheckpointError: the file does not hold a tag.
+    """
+    path = save_dir / pointer
+    if not path.is_file():
+        return None
+    text = path.read_bytes()[:4096].decode("utf-8", errors="replace").strip()
+    if not text:
+        raise damaged(path, "an empty file")
+    return text
+
+
+def own_memory(value: Any, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
+    """`value` with every tensor in nested containers copied, so that it outlives the mapped file."""
+    if isinstance(value, torch.Tensor):
+        return copy(value)
+    if isinstance(value, dict):
+        kind = type(value) if type(value) in (dict, collections.OrderedDict) else None
+        items = [(key, own_memory(item, copy)) for key, item in value.items()]
+        return kind(items) if kind else value
+    if type(value) in (list, tuple):
+        return type(value)(own_memory(item, copy) for item in value)
+    return value
