@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument structs of the native library. Written by op_builder/abi.py: do not edit."""
+
+import ctypes
+import struct
+
+
+class AdamArgs(ctypes.Structure):
+    """Adam and AdamW."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("threads", ctypes.c_uint32),
+        ("numel", ctypes.c_int64),
+        ("param", ctypes.c_void_p),
+        ("exp_avg", ctypes.c_void_p),
+        ("exp_avg_sq", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
+        ("param_dtype", ctypes.c_int32),
+        ("state_dtype", ctypes.c_int32),
+        ("grad_dtype", ctypes.c_int32),
+        ("low_dtype", ctypes.c_int32),
+        ("decoupled", ctypes.c_int32),
+        ("bias_correction", ctypes.c_int32),
+        ("step", ctypes.c_int64),
+        ("lr", ctypes.c_double),
+        ("beta1", ctypes.c_double),
+        ("beta2", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("decay", ctypes.c_double),
+        ("grad_scale", ctypes.c_double),
+    )
+
+
+class AdagradArgs(ctypes.Structure):
+    """Adagrad."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("threads", ctypes.c_uint32),
+        ("numel", ctypes.c_int64),
+        ("param", ctypes.c_void_p),
+        ("exp_avg_sq", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
+        ("param_dtype", ctypes.c_int32),
+        ("state_dtype", ctypes.c_int32),
+        ("grad_dtype", ctypes.c_int32),
+        ("low_dtype", ctypes.c_int32),
+        ("lr", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("decay", ctypes.c_double),
+        ("grad_scale", ctypes.c_double),
+    )
+
+
+class LionArgs(ctypes.Structure):
+    """Lion."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("threads", ctypes.c_uint32),
+        ("numel", ctypes.c_int64),
+        ("param", ctypes.c_void_p),
+        ("exp_avg", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
+        ("param_dtype", ctypes.c_int32),
+        ("state_dtype", ctypes.c_int32),
+        ("grad_dtype", ctypes.c_int32),
+        ("low_dtype", ctypes.c_int32),
+        ("lr", ctypes.c_double),
+        ("beta1", ctypes.c_double),
+        ("beta2", ctypes.c_double),
+        ("decay", ctypes.c_double),
+        ("grad_scale", ctypes.c_double),
+    )
+
+
+class NormArgs(ctypes.Structure):
+    """Sum of squares."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("threads", ctypes.c_uint32),
+        ("numel", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("x_dtype", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "ds_adam_args": AdamArgs,
+    "ds_adagrad_args": AdagradArgs,
+    "ds_lion_args": LionArgs,
+    "ds_norm_args": NormArgs,
+}
+
+# The same structs for struct.pack, which fills one several times faster than ctypes.
+FORMATS: dict[str, struct.Struct] = {
+    "ds_adam_args": struct.Struct("@IIqPPPPPiiiiiiqdddddd"),
+    "ds_adagrad_args": struct.Struct("@IIqPPPPiiiidddd"),
+    "ds_lion_args": struct.Struct("@IIqPPPPiiiiddddd"),
+    "ds_norm_args": struct.Struct("@IIqPPii"),
+}

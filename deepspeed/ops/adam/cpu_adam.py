@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DeepSpeedCPUAdam`: Adam and AdamW for params in the CPU's memory, on the native kernel."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from deepspeed.ops.elementwise import ElementwiseOptimizer, require_cpu
+from deepspeed.ops.rules import adam_rollback, adam_step
+from deepspeed.utils.logging import logger
+
+
+class DeepSpeedCPUAdam(ElementwiseOptimizer):
+    """Adam (AdamW by default) for params in the CPU's memory.
+
+    Args:
+        model_params: params, named params or param groups.
+        lr: learning rate.
+        bias_correction: divide the moments by ``1 - beta**step``.
+        betas: decay rates of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decay of the params.
+        amsgrad: accepted for compatibility and not used.
+        adamw_mode: decay the params directly (AdamW); else add the decay to the gradient (L2).
+        fp32_optimizer_states: keep fp32 moments for 16-bit params; else moments of the param's dtype.
+
+    Raises:
+        AssertionError: at the step, when a param is not in the CPU's memory.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> optimizer = DeepSpeedCPUAdam(layer.parameters(), lr=1e-3)
+        >>> layer(torch.ones(2)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    # Number of optimizers made so far; each takes one as its opt_id.
+    optimizer_id: ClassVar[int] = 0
+    moments = ("exp_avg", "exp_avg_sq")
+    settings = ("fp32_optimizer_states", "adam_w_mode")
+
+    def __init__(
+        self,
+        model_params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        adamw_mode: bool = True,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "amsgrad": amsgrad,
+        }
+        if amsgrad:
+            logger.warning("DeepSpeedCPUAdam has no AMSGrad variant: amsgrad=True has no effect")
+        self.adam_w_mode = adamw_mode
+        self._take_id()
+        super().__init__(model_params, defaults, fp32_optimizer_states)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._take_id()
+
+    def _take_id(self) -> None:
+        self.opt_id = DeepSpeedCPUAdam.optimizer_id
+        DeepSpeedCPUAdam.optimizer_id += 1
+
+    @torch.no_grad()
+    def step_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
+        """Step one param only, counted over all groups; returns the closure's value."""
+        loss = closure() if closure is not None else None
+        group, param = self._nth_param(subgroup_id)
+        if param.grad is not None:
+            self.step_shard(group, param, param.grad)
+        return loss
+
+    @torch.no_grad()
+    def rollback_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
+        """Take back the last step of one param, given the same gradient; returns the closure's value.
+
+        Raises:
+            RuntimeError: the param has made no step.
+        """
+        loss = closure() if closure is not None else None
+        group, param = self._nth_param(subgroup_id)
+        state = self.state[param]
+        if param.grad is not None:
+            if not state.get("step"):
+                raise RuntimeError(f"param {subgroup_id} has made no step that could be undone")
+            adam_rollback(*self._arguments(group, param, param.grad, state, None, 1.0))
+            state["step"] -= 1
+        return loss
+
+    def _nth_param(self, index: int) -> tuple[dict[str, Any], Tensor]:
+        pairs = ((group, param) for group in self.param_groups for param in group["params"])
+        found = next(itertools.islice(pairs, index, None), None)
+        if found is None:
+            raise IndexError(f"the optimizer has no param number {index}")
+        return found
+
+    def _apply(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        low: Tensor | None,
+        grad_scale: float,
+    ) -> None:
+        require_cpu(param, "DeepSpeedCPUAdam")
+        state["step"] += 1
+        adam_step(*self._arguments(group, param, grad, state, low, grad_scale))
+
+    def _arguments(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        low: Tensor | None,
+        grad_scale: float,
+    ) -> tuple[Any, ...]:
+        beta1, beta2 = group["betas"]
+        return (
+            param.detach(),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            grad,
+            low,
+            float(group["lr"]),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            state["step"],
+            self.adam_w_mode,
+            bool(group["bias_correction"]),
+            grad_scale,
+        )

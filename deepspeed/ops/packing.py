@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every packer of native arguments shares: dtype codes, thread count, and the check of buffers.
+
+Native code trusts its input, so everything it trusts is checked here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepspeed.utils import env
+from deepspeed.utils.errors import explain
+
+# enum ds_dtype of csrc/api/ds_api.h
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# what the optimizer kernels take: fp64 params are for the reference
+NARROW_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_forced_threads = env.DS_NUM_THREADS.get()
+
+
+def threads() -> int:
+    """Return how many threads a native kernel may use: DS_NUM_THREADS at import, else torch's count."""
+    return _forced_threads or torch.get_num_threads()
+
+
+def shared_numel(op: str, first: Tensor, *others: Tensor | None) -> int:
+    """Return the elements of buffers that can be walked side by side, or -1 where strides forbid it.
+
+    Raises:
+        ValueError: the tensors differ in size, or are not all in the CPU's memory.
+    """
+    numel = first.numel()
+    contiguous = first.is_contiguous()
+    for other in others:
+        if other is None:
+            continue
+        if other.numel() != numel or not other.is_cpu:
+            raise ValueError(
+                explain(
+                    f"{op}: the tensors of one call must match",
+                    got=f"{tuple(other.shape)} on {other.device}",
+                    expected=f"{numel} elements on {first.device}",
+                )
+            )
+        contiguous = contiguous and other.is_contiguous()
+    if contiguous:
+        return numel
+    # Other orders of one dense block (channels last) serve as well, if all tensors have the same.
+    strides = first.stride()
+    same = all(other is None or other.stride() == strides for other in others)
+    return numel if same and _is_dense(first) else -1
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Say whether the elements fill one block of memory without gaps or overlaps."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True

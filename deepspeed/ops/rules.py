@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The elementwise optimizer rules as ops: Adam, Adagrad and Lion on one tensor, reference and native.
+
+Each reference is the definition of correct. The arithmetic is fp32 (fp64 for fp64 params), whatever the
+buffers hold: a 16-bit buffer is widened first and rounded once, when it is written back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepspeed.ops.abi import FORMATS
+from deepspeed.ops.packing import NARROW_CODES, shared_numel, threads
+from deepspeed.ops.registry import Op, Ulp
+
+_ADAM = FORMATS["ds_adam_args"]
+_ADAGRAD = FORMATS["ds_adagrad_args"]
+_LION = FORMATS["ds_lion_args"]
+
+
+def _nothing(*args: object) -> None:
+    """Fake of the ops that only write to their arguments."""
+
+
+def _work(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor itself when it has the dtype of the arithmetic, else a widened copy."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _arithmetic(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _gradient(grad: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    work = _work(grad, dtype)
+    return work if scale == 1.0 else work * scale
+
+
+def _write_back(pairs: tuple[tuple[Tensor, Tensor], ...], low: Tensor | None) -> None:
+    for target, work in pairs:
+        if target is not work:
+            target.copy_(work)
+    if low is not None:
+        low.copy_(pairs[0][1])
+
+
+def _adam_reference(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    step: int,
+    decoupled: bool,
+    bias_correction: bool,
+    grad_scale: float,
+) -> None:
+    dtype = _arithmetic(param)
+    p, m, v = (_work(t, dtype) for t in (param, exp_avg, exp_avg_sq))
+    g = _gradient(grad, dtype, grad_scale)
+    # The order of operations is torch.optim's (single tensor), so that fp32 agrees with it bit for bit.
+    if decay != 0:
+        if decoupled:
+            p.mul_(1 - lr * decay)
+        else:
+            g = g.add(p, alpha=decay)
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    bias1 = 1 - beta1**step if bias_correction else 1.0
+    bias2 = 1 - beta2**step if bias_correction else 1.0
+    p.addcdiv_(m, (v.sqrt() / bias2**0.5).add_(eps), value=-(lr / bias1))
+    _write_back(((param, p), (exp_avg, m), (exp_avg_sq, v)), low)
+
+
+def adam_rollback(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    step: int,
+    decoupled: bool,
+    bias_correction: bool,
+    grad_scale: float,
+) -> None:
+    """Take back one `adam_step` made with the same arguments, to within rounding. Computed in fp64."""
+    p, m, v = (t.to(torch.float64, copy=True) for t in (param, exp_avg, exp_avg_sq))
+    g = grad.to(torch.float64, copy=True).mul_(grad_scale)
+    bias1 = 1 - beta1**step if bias_correction else 1.0
+    bias2 = 1 - beta2**step if bias_correction else 1.0
+    moved = (m / bias1).mul_(lr).div_((v / bias2).sqrt_().add_(eps))
+    p.add_(moved)
+    if decay != 0:
+        if decoupled:
+            p.div_(1 - lr * decay)
+        else:
+            g.add_(p, alpha=decay)
+    m.sub_(g, alpha=1 - beta1).div_(beta1)
+    v.addcmul_(g, g, value=beta2 - 1).div_(beta2).clamp_(min=0)
+    _write_back(((param, p), (exp_avg, m), (exp_avg_sq, v)), low)
+
+
+def _adagrad_reference(
+    param: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    lr: float,
+    eps: float,
+    decay: float,
+    grad_scale: float,
+) -> None:
+    dtype = _arithmetic(param)
+    p, v = _work(param, dtype), _work(exp_avg_sq, dtype)
+    g = _gradient(grad, dtype, grad_scale)
+    if decay != 0:
+        g = g.add(p, alpha=decay)
+    v.addcmul_(g, g)
+    p.addcdiv_(g, v.sqrt().add_(eps), value=-lr)
+    _write_back(((param, p), (exp_avg_sq, v)), low)
+
+
+def _lion_reference(
+    param: Tensor,
+    exp_avg: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    decay: float,
+    grad_scale: float,
+) -> None:
+    dtype = _arithmetic(param)
+    p, m = _work(param, dtype), _work(exp_avg, dtype)
+    g = _gradient(grad, dtype, grad_scale)
+    if decay != 0:
+        p.mul_(1 - lr * decay)
+    direction = m.lerp(g, 1 - beta1).sign_()
+    p.add_(direction, alpha=-lr)
+    m.lerp_(g, 1 - beta2)
+    _write_back(((param, p), (exp_avg, m)), low)
+
+
+def _pack_adam(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    step: int,
+    decoupled: bool,
+    bias_correction: bool,
+    grad_scale: float,
+) -> tuple[bytes, None] | None:
+    numel = shared_numel("adam_step", param, exp_avg, exp_avg_sq, grad, low)
+    codes = _codes(param, exp_avg, grad, low)
+    if numel < 0 or codes is None or exp_avg_sq.dtype is not exp_avg.dtype:
+        return None
+    return _ADAM.pack(
+        _ADAM.size,
+        threads(),
+        numel,
+        param.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        grad.data_ptr(),
+        0 if low is None else low.data_ptr(),
+        *codes,
+        decoupled,
+        bias_correction,
+        step,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        decay,
+        grad_scale,
+    ), None
+
+
+def _pack_adagrad(
+    param: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    lr: float,
+    eps: float,
+    decay: float,
+    grad_scale: float,
+) -> tuple[bytes, None] | None:
+    numel = shared_numel("adagrad_step", param, exp_avg_sq, grad, low)
+    codes = _codes(param, exp_avg_sq, grad, low)
+    if numel < 0 or codes is None:
+        return None
+    return _ADAGRAD.pack(
+        _ADAGRAD.size,
+        threads(),
+        numel,
+        param.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        grad.data_ptr(),
+        0 if low is None else low.data_ptr(),
+        *codes,
+        lr,
+        eps,
+        decay,
+        grad_scale,
+    ), None
+
+
+def _pack_lion(
+    param: Tensor,
+    exp_avg: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    decay: float,
+    grad_scale: float,
+) -> tuple[bytes, None] | None:
+    numel = shared_numel("lion_step", param, exp_avg, grad, low)
+    codes = _codes(param, exp_avg, grad, low)
+    if numel < 0 or codes is None:
+        return None
+    return _LION.pack(
+        _LION.size,
+        threads(),
+        numel,
+        param.data_ptr(),
+        exp_avg.data_ptr(),
+        grad.data_ptr(),
+        0 if low is None else low.data_ptr(),
+        *codes,
+        lr,
+        beta1,
+        beta2,
+        decay,
+        grad_scale,
+    ), None
+
+
+def _codes(
+    param: Tensor, state: Tensor, grad: Tensor, low: Tensor | None
+) -> tuple[int, int, int, int] | None:
+    """Return the dtype codes of the four buffers, or None where the kernels lack one."""
+    try:
+        return (
+            NARROW_CODES[param.dtype],
+            NARROW_CODES[state.dtype],
+            NARROW_CODES[grad.dtype],
+            0 if low is None else NARROW_CODES[low.dtype],
+        )
+    except KeyError:
+        return None
+
+
+adam_step = Op(
+    "adam_step(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, "
+    "Tensor(d!)? low, float lr, float beta1, float beta2, float eps, float decay, int step, "
+    "bool decoupled, bool bias_correction, float grad_scale) -> ()",
+    reference=_adam_reference,
+    fake=_nothing,
+    cpu="ds_adam_step",
+    pack=_pack_adam,
+    tolerance=Ulp(4),
+)
+
+adagrad_step = Op(
+    "adagrad_step(Tensor(a!) param, Tensor(b!) exp_avg_sq, Tensor grad, Tensor(c!)? low, "
+    "float lr, float eps, float decay, float grad_scale) -> ()",
+    reference=_adagrad_reference,
+    fake=_nothing,
+    cpu="ds_adagrad_step",
+    pack=_pack_adagrad,
+    tolerance=Ulp(4),
+)
+
+lion_step = Op(
+    "lion_step(Tensor(a!) param, Tensor(b!) exp_avg, Tensor grad, Tensor(c!)? low, float lr, "
+    "float beta1, float beta2, float decay, float grad_scale) -> ()",
+    reference=_lion_reference,
+    fake=_nothing,
+    cpu="ds_lion_step",
+    pack=_pack_lion,
+    tolerance=Ulp(4),
+)

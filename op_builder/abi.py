@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The argument structs of the C ABI, told once: this table writes both the section of ds_api.h and deepspeed/ops/abi.py.
+
+``python -m op_builder.abi`` rewrites the two files; ``--check`` only says whether they are fresh. The library exports its
+own sizes and offsets (``ds_abi_layout``), which the loader compares with the Python side before the first call.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = ROOT / "csrc" / "api" / "ds_api.h"
+LAYOUT = ROOT / "csrc" / "api" / "layout.inc"
+MODULE = ROOT / "deepspeed" / "ops" / "abi.py"
+
+BEGIN = "/* ---- written by op_builder/abi.py: do not edit ---- */"
+END = "/* ---- end of the written section ---- */"
+
+# kind -> (C declaration, ctypes name, struct format character)
+KINDS = {
+    "u32": ("uint32_t ", "c_uint32", "I"),
+    "i32": ("int32_t ", "c_int32", "i"),
+    "i64": ("int64_t ", "c_int64", "q"),
+    "f64": ("double ", "c_double", "d"),
+    "out": ("void *", "c_void_p", "P"),
+    "in": ("const void *", "c_void_p", "P"),
+}
+
+
+class Field(NamedTuple):
+    """One member of a struct: its name, kind (a key of KINDS) and meaning."""
+
+    name: str
+    kind: str
+    doc: str
+
+
+_HEAD = (
+    Field("size", "u32", "sizeof of this struct, as the caller knows it"),
+    Field("threads", "u32", "most threads to use, the calling one included"),
+    Field("numel", "i64", "elements of each buffer"),
+)
+_LOW = Field("low", "out", "also receives the new param, rounded to low_dtype; may be null")
+_DTYPES = (
+    Field("param_dtype", "i32", "ds_dtype of param"),
+    Field("state_dtype", "i32", "ds_dtype of the moments"),
+    Field("grad_dtype", "i32", "ds_dtype of grad"),
+    Field("low_dtype", "i32", "ds_dtype of low"),
+)
+_SCALE = Field("grad_scale", "f64", "the gradient used is grad * grad_scale")
+
+STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
+    "ds_adam_args": (
+        "Adam and AdamW.",
+        (
+            *_HEAD,
+            Field("param", "out", "updated in place"),
+            Field("exp_avg", "out", "first moment, updated in place"),
+            Field("exp_avg_sq", "out", "second moment, updated in place"),
+            Field("grad", "in", "gradient"),
+            _LOW,
+            *_DTYPES,
+            Field(
+                "decoupled", "i32", "1: AdamW's decay of the param; 0: decay added to the gradient"
+            ),
+            Field("bias_correction", "i32", "1: divide the moments by 1 - beta^step"),
+            Field("step", "i64", "number of this step, from 1"),
+            Field("lr", "f64", "learning rate"),
+            Field("beta1", "f64", "decay rate of the first moment"),
+            Field("beta2", "f64", "decay rate of the second moment"),
+            Field("eps", "f64", "added to the root of the second moment"),
+            Field("decay", "f64", "weight decay"),
+            _SCALE,
+        ),
+    ),
+    "ds_adagrad_args": (
+        "Adagrad.",
+        (
+            *_HEAD,
+            Field("param", "out", "updated in place"),
+            Field("exp_avg_sq", "out", "sum of squared gradients, updated in place"),
+            Field("grad", "in", "gradient"),
+            _LOW,
+            *_DTYPES,
+            Field("lr", "f64", "learning rate"),
+            Field("eps", "f64", "added to the root of the sum"),
+            Field("decay", "f64", "weight decay, added to the gradient"),
+            _SCALE,
+        ),
+    ),
+    "ds_lion_args": (
+        "Lion.",
+        (
+            *_HEAD,
+            Field("param", "out", "updated in place"),
+            Field("exp_avg", "out", "momentum, updated in place"),
+            Field("grad", "in", "gradient"),
+            _LOW,
+            *_DTYPES,
+            Field("lr", "f64", "learning rate"),
+            Field("beta1", "f64", "weight of the momentum in the direction"),
+            Field("beta2", "f64", "decay rate of the momentum"),
+            Field("decay", "f64", "weight decay of the param (decoupled)"),
+            _SCALE,
+        ),
+    ),
+    "ds_norm_args": (
+        "Sum of squares.",
+        (
+            *_HEAD,
+            Field("x", "in", "the elements"),
+            Field("out", "out", "one double: the sum"),
+            Field("x_dtype", "i32", "ds_dtype of x"),
+            Field("reserved", "i32", "0"),
+        ),
+    ),
+}
+
+
+def header_section() -> str:
+    """Return the C text of the structs."""
+    lines = [BEGIN]
+    for name, (title, fields) in STRUCTS.items():
+        width = max(len(KINDS[f.kind][0] + f.name) for f in fields) + 2
+        lines += ["", f"/* {title} */", f"typedef struct {name} {{"]
+        for field in fields:
+            declaration = KINDS[field.kind][0] + field.name + ";"
+            lines.append(f"    {declaration:<{width}}/* {field.doc} */")
+        lines.append(f"}} {name};")
+    return "\n".join([*lines, "", END])
+
+
+def layout_table() -> str:
+    """Return the C text of the sizes and offsets, as the C compiler sees them."""
+    lines = ["// Written by op_builder/abi.py: do not edit."]
+    for name, (_, fields) in STRUCTS.items():
+        offsets = ",\n    ".join(f"offsetof({name}, {field.name})" for field in fields)
+        lines.append(
+            f"static const uint32_t k_{name}[] = {{\n    sizeof({name}),\n    {offsets}}};"
+        )
+    rows = ",\n".join(
+        f'    {{"{name}", k_{name}, sizeof(k_{name}) / sizeof(uint32_t)}}' for name in STRUCTS
+    )
+    return "\n\n".join(lines) + f"\n\nstatic const Layout kLayouts[] = {{\n{rows}}};\n"
+
+
+def module_text() -> str:
+    """Return the text of deepspeed/ops/abi.py."""
+    lines = [
+        "# SPDX-License-Identifier: Apache-2.0",
+        '"""Argument structs of the native library. Written by op_builder/abi.py: do not edit."""',
+        "",
+        "import ctypes",
+        "import struct",
+    ]
+    for name, (title, fields) in STRUCTS.items():
+        class_name = "".join(part.capitalize() for part in name.split("_")[1:])
+        lines += ["", "", f"class {class_name}(ctypes.Structure):", f'    """{title}"""', ""]
+        lines += ["    _fields_ = ("]
+        lines += [f'        ("{f.name}", ctypes.{KINDS[f.kind][1]}),' for f in fields]
+        lines += ["    )"]
+    lines += ["", "", "STRUCTS: dict[str, type[ctypes.Structure]] = {"]
+    for name in STRUCTS:
+        lines.append(f'    "{name}": {"".join(part.capitalize() for part in name.split("_")[1:])},')
+    lines += [
+        "}",
+        "",
+        "# The same structs for struct.pack, which fills one several times faster than ctypes.",
+    ]
+    lines += ["FORMATS: dict[str, struct.Struct] = {"]
+    for name, (_, fields) in STRUCTS.items():
+        code = "".join(KINDS[f.kind][2] for f in fields)
+        lines.append(f'    "{name}": struct.Struct("@{code}"),')
+    return "\n".join([*lines, "}", ""])
+
+
+def expected_files() -> dict[Path, str]:
+    """Return each written file with the text it should hold."""
+    header = HEADER.read_text(encoding="utf-8")
+    before, _, rest = header.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return {
+        HEADER: before + header_section() + after,
+        LAYOUT: layout_table(),
+        MODULE: module_text(),
+    }
+
+
+def stale_files() -> list[Path]:
+    """Return the written files whose text differs from the table."""
+    return [
+        path
+        for path, text in expected_files().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def main(argv: list[str]) -> int:
+    """Rewrite the files, or with --check name the stale ones and return 1."""
+    stale = stale_files()
+    if "--check" in argv:
+        for path in stale:
+            print(f"{path}: stale, run python -m op_builder.abi")
+        return 1 if stale else 0
+    texts = expected_files()
+    for path in stale:
+        path.write_text(texts[path], encoding="utf-8", newline="\n")
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
