@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Azure's asynchronous checkpoint service."""
