@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels for avx2; nothing else may be included here, see [Note: ISA units] in isa_unit.inl.
+#include "vec_avx2.h"
+
+#include "isa_unit.inl"
+
+DS_KERNELS(avx2)

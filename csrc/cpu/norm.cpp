@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sum of squares. Chunks have a fixed size and are added in order, so the number of threads does not show.
+#include <stdlib.h>
+
+#include "../api/ds_api.h"
+#include "../api/error.h"
+#include "dispatch.h"
+#include "pool.h"
+
+namespace {
+
+enum { kTile = 1024, kChunk = 64 * kTile };
+
+struct Norm {
+    const Kernels *kernels;
+    const char *x;
+    int32_t dtype;
+    int64_t numel;
+    double *sums;  // one a chunk
+
+    static double fold(double *lanes) {
+        for (int width = kNormLanes / 2; width > 0; width /= 2)
+            for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+        return lanes[0];
+    }
+
+    double tile(int64_t at, int64_t n) const {
+        double lanes[kNormLanes];
+        alignas(64) float wide[kTile];
+        const uint16_t *half = (const uint16_t *)x + at;
+        if (dtype == DS_F64) {
+            kernels->squares_f64((const double *)x + at, n, lanes);
+        } else if (dtype == DS_F32) {
+            kernels->squares((const float *)x + at, n, lanes);
+        } else {
+            (dtype == DS_BF16 ? kernels->from_bf16 : kernels->from_f16)(half, wide, n);
+            kernels->squares(wide, n, lanes);
+        }
+        return fold(lanes);
+    }
+
+    static void chunk(void *context, int64_t index) {
+        const Norm &norm = *(const Norm *)context;
+        const int64_t begin = index * kChunk;
+        const int64_t end = begin + kChunk < norm.numel ? begin + kChunk : norm.numel;
+        double sum = 0;
+        for (int64_t at = begin; at < end; at += kTile)
+            sum += norm.tile(at, end - at < kTile ? end - at : (int64_t)kTile);
+        norm.sums[index] = sum;
+    }
+};
+
+}  // namespace
+
+extern "C" int ds_squared_norm(const ds_norm_args *args) {
+    if (args == nullptr || args->size != sizeof(ds_norm_args))
+        return ds::fail(DS_BAD_STRUCT, "ds_squared_norm: struct of %u bytes given, %u expected",
+                        args == nullptr ? 0u : args->size, (unsigned)sizeof(ds_norm_args));
+    if (args->numel < 0 || args->x_dtype < DS_F32 || args->x_dtype > DS_F64)
+        return ds::fail(DS_BAD_VALUE, "ds_squared_norm: numel %lld, dtype code %d",
+                        (long long)args->numel, (int)args->x_dtype);
+    const int64_t chunks = (args->numel + kChunk - 1) / kChunk;
+    double few[64];
+    double *sums = few;
+    if (chunks > 64) sums = (double *)malloc(chunks * sizeof(double));
+    if (sums == nullptr)
+        return ds::fail(DS_NO_MEMORY, "ds_squared_norm: no memory for %lld partial sums",
+                        (long long)chunks);
+    Norm norm = {ds::kernels(), (const char *)args->x, args->x_dtype, args->numel, sums};
+    ds::parallel_for(Norm::chunk, &norm, chunks, args->threads);
+    double total = 0;
+    for (int64_t i = 0; i < chunks; ++i) total += sums[i];
+    *(double *)args->out = total;
+    if (sums != few) free(sums);
+    return DS_OK;
+}
