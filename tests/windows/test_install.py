@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed package under Windows: its import, its native library, its report, and the unit tests."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tests.windows import winpy
+
+
+def test_the_native_library_is_used(windows):
+    code = "from deepspeed.ops import native; print(native.status())"
+    done = windows.python("-c", code)
+    assert done.returncode == 0, done.stdout
+    assert "route='native'" in done.stdout, done.stdout
+
+
+def test_import_keeps_its_budget(windows):
+    done = windows.python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/contract/test_import_budget.py"
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+def test_version_is_found_by_its_distribution_name(windows):
+    code = "import deepspeed, importlib.metadata as m; print(m.version('deepspeed'), deepspeed.__version__)"
+    done = windows.python("-c", code)
+    assert done.stdout.split() == ["0.20.0", "0.20.0"], done.stdout
+
+
+def test_ds_report_prints_a_table_and_json(windows, folder):
+    table = windows.run("ds_report", cwd=folder)
+    assert table.returncode == 0, table.stdout
+    assert "deepspeed" in table.stdout and "torch" in table.stdout
+    record = windows.run("ds_report", "--json", cwd=folder)
+    assert record.returncode == 0, record.stdout
+    assert isinstance(json.loads(record.stdout), dict)
+
+
+def test_unit_tests_pass(windows):
+    # the installed package, not the tree's: pytest's own path entry would put the tree first
+    words = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=", "--maxfail=20", "tests/unit"]
+    windows.extra_paths = [winpy.ROOT]
+    try:
+        done = windows.python("-m", "pytest", *words, timeout=1700)
+    finally:
+        windows.extra_paths = []
+    print(done.stdout[-6000:])
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert re.search(r"\b[1-9]\d* passed", done.stdout)
