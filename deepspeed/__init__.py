@@ -1,2 +1,200 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's public doors: every name is looked up on first use (PEP 562), so the import itself costs almost nothing."""
+"""DeepSpeed's public doors.
+
+Every name but the functions below is looked up on first use (PEP 562), so the import itself costs almost nothing, and
+a leaf module may import `deepspeed.comm` without running what stands above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from deepspeed.utils.lazy import lazy_exports
+
+from .constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+from .git_version_info import git_branch, git_hash, version
+
+if TYPE_CHECKING:
+    import torch
+
+__version__ = version
+__version_major__, __version_minor__, __version_patch__ = (int(x) for x in version.split("+")[0].split(".")[:3])
+__git_hash__, __git_branch__ = git_hash, git_branch
+
+ADAM_OPTIMIZER = "adam"
+LAMB_OPTIMIZER = "lamb"
+MUON_OPTIMIZER = "muon"
+
+# What scripts reach as `deepspeed.dist`; None until `initialize` has run.
+dist: Any = None
+
+_NAMES = {
+    ".accelerator": ["*", "get_accelerator"],
+    ".autotuning": ["*"],
+    ".checkpoint": ["*"],
+    ".comm": ["*"],
+    ".comm.comm": ["init_distributed"],
+    ".compression": ["*"],
+    ".elasticity": ["*"],
+    ".launcher": ["*"],
+    ".moe": ["*"],
+    ".monitor": ["*"],
+    ".ops": ["*"],
+    ".profiling": ["*"],
+    ".runtime": ["*"],
+    ".runtime.base_optimizer": ["DeepSpeedOptimizer", "ZeROOptimizer"],
+    ".runtime.compiler": ["is_compile_supported"],
+    ".runtime.config": ["DeepSpeedConfig", "DeepSpeedConfigError"],
+    ".runtime.dataloader": ["DeepSpeedDataLoader"],
+    ".runtime.engine": ["DeepSpeedEngine"],
+    ".runtime.lr_schedules": ["add_tuning_arguments"],
+    ".runtime.optimizers": ["DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable"],
+    ".inference.config": ["DeepSpeedInferenceConfig"],
+    ".utils": ["*"],
+    ".utils.init_on_device": ["OnDevice"],
+    ".utils.logging": ["log_dist", "logger"],
+}
+
+# Modules that are reached by a shorter name than their own.
+_ALIASES = {"zero": "deepspeed.runtime.zero"}
+
+# Public names whose feature has no code yet; reaching for one says so.
+_NOT_BUILT = {
+    "PipelineModule": "pipeline parallelism",
+    "PipelineEngine": "pipeline parallelism",
+    "DeepSpeedHybridEngine": "the hybrid engine",
+    "InferenceEngine": "the inference engine",
+    "DeepSpeedTransformerLayer": "the fused transformer layer",
+    "DeepSpeedTransformerConfig": "the fused transformer layer",
+    "replace_transformer_layer": "kernel injection",
+    "revert_transformer_layer": "kernel injection",
+    "set_autotp_mode": "tensor-parallel training",
+}
+
+_lazy, _listing, __all__ = lazy_exports(__name__, _NAMES)
+__dir__ = _listing
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HAS_TRITON":
+        from importlib.util import find_spec
+
+        return find_spec("triton") is not None
+    if name in _ALIASES:
+        return import_module(_ALIASES[name])
+    if name in _NOT_BUILT:
+        raise AttributeError(
+            f"deepspeed.{name} is not available: {_NOT_BUILT[name]} is not part of version {version} yet"
+        )
+    return _lazy(name)
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: tuple[int, int] | None = None,
+    config_params: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Wrap a model for training.
+
+    Args:
+        args: namespace or dict that may carry `deepspeed_config` and `local_rank`.
+        model: the module to train; it is cast, moved and, by ZeRO, re-housed in place.
+        optimizer: torch optimizer, or a callable from parameters to one; wins over the configuration's.
+        model_parameters: parameters or param groups for an optimizer made here; None is all of the model's.
+        training_data: torch dataset for the third result.
+        lr_scheduler: scheduler, or a callable from the optimizer to one; wins over the configuration's.
+        distributed_port: port of the process group, where one has to be made.
+        mpu: object that knows the caller's own model- and data-parallel groups.
+        dist_init_required: whether to make the process group; None does so where there is none.
+        collate_fn: for the loader of `training_data`.
+        config: dict, path of a JSON or HJSON file, or its text in URL-safe base64.
+        mesh_param: `(data ranks, sequence ranks)`.
+        config_params: older name of `config`.
+
+    Returns:
+        `(engine, optimizer, dataloader, lr_scheduler)`; what does not exist is None. The optimizer is the wrapped one.
+
+    Raises:
+        AssertionError: no model, no configuration, or two of them.
+        DeepSpeedConfigError: the configuration asks for something that is not built.
+
+    Example:
+        >>> import torch, deepspeed
+        >>> config = {"train_batch_size": 4, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2}}
+        >>> engine, *_ = deepspeed.initialize(model=torch.nn.Linear(8, 8), config=config)
+    """
+    from deepspeed.runtime import initialize as door
+
+    global dist
+    from deepspeed import comm
+
+    dist = comm
+    return door.initialize(
+        args,
+        model,
+        config=config if config is not None else config_params,
+        distributed_port=distributed_port,
+        mesh_param=mesh_param,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+    )
+
+
+def init_inference(model: torch.nn.Module, config: Any = None, **kwargs: Any) -> Any:
+    """Wrap a model for inference.
+
+    Raises:
+        NotImplementedError: the inference engine is not part of this version.
+    """
+    raise NotImplementedError(
+        f"deepspeed.init_inference is not part of version {version} yet. "
+        "For now call the model under torch.no_grad(), or use transformers' generate()."
+    )
+
+
+def tp_model_init(model: torch.nn.Module, tp_size: int, dtype: Any, config: Any = None, **kwargs: Any) -> Any:
+    """Prepare a model for tensor-parallel training.
+
+    Raises:
+        NotImplementedError: tensor-parallel training is not part of this version.
+    """
+    raise NotImplementedError(f"deepspeed.tp_model_init is not part of version {version} yet. Train with ZeRO instead.")
+
+
+def default_inference_config() -> dict[str, Any]:
+    """The inference configuration with every field at its default, as a dict."""
+    from deepspeed.inference.config import DeepSpeedInferenceConfig
+
+    return DeepSpeedInferenceConfig().model_dump()
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--deepspeed`, `--deepspeed_config` and their deprecated twins to a script's parser."""
+    group = parser.add_argument_group("DeepSpeed", "DeepSpeed configurations")
+    group.add_argument(
+        "--deepspeed",
+        default=False,
+        action="store_true",
+        help="Enable DeepSpeed (helper flag for user code, no impact on DeepSpeed itself)",
+    )
+    group.add_argument("--deepspeed_config", default=None, type=str, help="DeepSpeed json configuration file.")
+    group.add_argument("--deepscale", default=False, action="store_true", help="Deprecated name of --deepspeed")
+    group.add_argument("--deepscale_config", default=None, type=str, help="Deprecated name of --deepspeed_config")
+    return parser

@@ -1,1 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`deepspeed.zero`: what callers use of ZeRO."""
+
+from __future__ import annotations
+
+from deepspeed.utils.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        ".partition_parameters": [
+            "GatheredParameters",
+            "Init",
+            "ZeroParamStatus",
+            "ZeroParamType",
+            "is_zero_param",
+            "register_external_parameter",
+        ],
+        ".config": ["DeepSpeedZeroConfig", "ZeroStageEnum"],
+        ".utils": ["ZeRORuntimeException"],
+    },
+)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two entrances to a backward pass: `engine.backward(loss)`, and the user's own `loss.backward()`.
+
+[Note: Plain backward]
+For a plain `loss.backward()` nobody tells the engine that a backward pass begins or ends. The first gradient that
+reaches an output of the engine's module marks the beginning (it belongs to the outermost graph task, which matters
+with reentrant checkpointing), and a callback queued there on the autograd engine marks the end. Division by the number
+of accumulated micro-batches happens at the parameters, because outputs may depend on each other and would be divided
+twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from deepspeed.utils.errors import explain
+
+from .clock import AccumulationClock
+
+
+class BackwardWatch:
+    """Brackets backward passes with `begin(sync)` and `finish(sync)`.
+
+    Args:
+        clock: tells boundaries and `no_sync`.
+        begin: called before the first gradient; its argument says whether this pass reduces over the ranks.
+        finish: called after the last gradient, with the same argument.
+        reduces_each_backward: whether every pass reduces, not only the one at the boundary.
+        needs_scale: whether the loss must go through `engine.scale` first.
+    """
+
+    def __init__(
+        self,
+        clock: AccumulationClock,
+        begin: Callable[[bool], None],
+        finish: Callable[[bool], None],
+        reduces_each_backward: bool,
+        needs_scale: Callable[[], bool],
+    ) -> None:
+        self.clock = clock
+        self._begin, self._finish = begin, finish
+        self._reduces_each_backward = reduces_each_backward
+        self._needs_scale = needs_scale
+        self._by_engine = False
+        self._plain = False
+        self._scaled = False
+        self._sync = False
+        self.allreduce_enabled = True
+        self._hooks: list[Any] = []
+
+    @property
+    def plain(self) -> bool:
+        """Whether a plain `loss.backward()` is under way."""
+        return self._plain
+
+    def note_scaled(self) -> None:
+        """The next plain backward pass has its loss scaled."""
+        self._scaled = True
+
+    def syncs(self) -> bool:
+        """Whether a backward pass that began now would reduce over the ranks."""
+        if self.clock.unsynchronized or not self.allreduce_enabled:
+            return False
+        return self._reduces_each_backward or self.clock.at_boundary
+
+    @contextlib.contextmanager
+    def engine_backward(self) -> Iterator[None]:
+        """The extent of `engine.backward`."""
+        self._by_engine = True
+        self._start()
+        try:
+            yield
+            self._end()
+        finally:
+            self._by_engine = False
+
+    def watch_outputs(self, outputs: Any) -> None:
+        """Place the hook of [Note: Plain backward] on the tensors of a module's output."""
+        if self._plain and torch._C._current_graph_task_id() == -1:
+            self._plain = False  # the last plain backward pass raised, so its end was never called
+        for tensor in tensors_in(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(self._on_output_grad)
+
+    def watch_params(self, params: Iterable[torch.nn.Parameter]) -> None:
+        """Divide gradients of plain backward passes by the accumulation count."""
+        for param in params:
+            if param.requires_grad:
+                self._hooks.append(param.register_hook(self._share_of))
+
+    def on_stray_grad(self) -> None:
+        """A parameter received a gradient and nothing announced it (the loss bypassed the module's outputs)."""
+        if not self._by_engine and not self._plain:
+            self._start_plain()
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _start(self) -> None:
+        self._sync = self.syncs()
+        self.clock.backwards += 1
+        self._begin(self._sync)
+
+    def _end(self) -> None:
+        self._finish(self._sync)
+
+    def _share_of(self, grad: torch.Tensor) -> torch.Tensor | None:
+        if self._by_engine:
+            return None
+        share = self.clock.share()
+        return None if share == 1.0 else grad * share
+
+    def _on_output_grad(self, grad: torch.Tensor) -> None:
+        if not self._by_engine and not self._plain:
+            self._start_plain()
+
+    def _start_plain(self) -> None:
+        if self._needs_scale() and not self._scaled:
+            raise RuntimeError(
+                explain(
+                    "loss.backward() was called on a loss that is not scaled",
+                    got="fp16 training, which scales its loss",
+                    expected="engine.backward(loss), or engine.scale(loss).backward()",
+                    fix="use one of these two",
+                )
+            )
+        self._plain = True
+        self._start()
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_plain)
+
+    def _end_plain(self) -> None:
+        self._plain = self._scaled = False
+        self._end()
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested tuples, lists, mappings and dataclass-like outputs."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, name, None))

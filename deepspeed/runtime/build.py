@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a parsed configuration into the frozen objects that the engine runs on: Mesh, Plan, Precision, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from deepspeed.comm.mesh import Axis, Mesh
+from deepspeed.utils.errors import explain
+
+from .config_unbuilt import refuse_unbuilt
+from .drivers import Driver, NoDriver, PlainDriver, SlabDriver
+from .fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase, UnguardedLossScaler
+from .module_prep import named_strays
+from .precision import Precision
+from .zero.optimizer import ZeroOptimizer, expert_group_name
+from .zero.plan import Plan
+
+# - what was asked for
+
+
+def accept(config: Any) -> Any:
+    """The parsed configuration, if everything that it asks for is built.
+
+    Raises:
+        DeepSpeedConfigError: naming the key of what is not.
+    """
+    refuse_unbuilt(config)
+    return config
+
+
+def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any) -> None:
+    """Refuse combinations of arguments that cannot work.
+
+    Raises:
+        AssertionError: ZeRO 1 or 2 without an optimizer; a scheduler object without an optimizer object.
+        ValueError: nothing to train.
+    """
+    has_optimizer = optimizer is not None or config.optimizer_name is not None
+    if config.zero_optimization_stage in (1, 2) and not has_optimizer:
+        raise AssertionError(
+            explain(
+                f"ZeRO stage {int(config.zero_optimization_stage)} shards optimizer states, but there is no optimizer",
+                got="neither optimizer= nor an 'optimizer' section",
+                expected="one of the two",
+                fix="add one, or set zero_optimization.stage to 0",
+            )
+        )
+    is_object = isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+    if is_object and not isinstance(optimizer, torch.optim.Optimizer):
+        raise AssertionError(
+            explain(
+                "a scheduler object needs the optimizer object that it drives",
+                got=f"lr_scheduler={type(lr_scheduler).__name__}, optimizer={optimizer!r}",
+                expected="both as objects, or the scheduler as a callable",
+                fix="pass optimizer= as well, or lr_scheduler=lambda optimizer: ...",
+            )
+        )
+    if has_optimizer and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            explain(
+                "the model has no trainable parameter",
+                got=f"{sum(1 for _ in model.parameters())} parameters, all with requires_grad=False",
+                expected="at least one with requires_grad=True",
+                fix="unfreeze some, or initialize without an optimizer for inference",
+            )
+        )
+
+
+# - mesh, precision, plan
+
+
+def build_mesh(config: Any, mpu: Any, model: torch.nn.Module) -> Mesh:
+    """The ranks of this run: from `mpu` where the caller has its own groups, else all ranks are data-parallel."""
+    from deepspeed.utils import groups
+
+    mesh = groups.current_mesh()
+    if mpu is not None and hasattr(mpu, "get_data_parallel_group"):
+        data = Axis.of_group(mpu.get_data_parallel_group())
+        tensor = mesh.tensor
+        if mpu.get_model_parallel_world_size() > 1:
+            tensor = Axis.of_group(mpu.get_model_parallel_group())
+        mesh = replace(mesh, data=data, sequence_data=data, tensor=tensor)
+    return mesh
+
+
+def build_precision(config: Any) -> Precision:
+    """The dtypes that the configuration asks for."""
+    fp16, bf16 = config.float16_config, config.bfloat16_config
+    compute = torch.float16 if fp16.enabled else torch.bfloat16 if bf16.enabled else None
+    low_master = (fp16.enabled and fp16.fp16_master_weights_and_grads) or (
+        bf16.enabled and bf16.bf16_master_weights_and_grads
+    )
+    autocast = None
+    if config.torch_autocast_enabled:
+        autocast = config.torch_autocast_dtype or torch.bfloat16
+    return Precision(
+        compute=compute,
+        accumulate=config.grad_accum_dtype,
+        reduce=config.communication_data_type,
+        low_precision_master=low_master,
+        buffers=config.buffer_dtype,
+        autocast=autocast,
+        check_overflow=fp16.enabled or (bf16.enabled and bf16.check_grad_overflow),
+        make_scaler=_scaler_factory(fp16, config.zero_optimization_stage > 0),
+    )
+
+
+def _scaler_factory(fp16: Any, sharded: bool) -> Callable[[], LossScalerBase]:
+    if not fp16.enabled:
+        return LossScaler
+    if fp16.loss_scale != 0:
+        return partial(LossScaler, fp16.loss_scale)
+    if not sharded:
+        return partial(UnguardedLossScaler, 2.0**fp16.initial_scale_power, fp16.loss_scale_window, fp16.min_loss_scale)
+    return partial(
+        DynamicLossScaler,
+        init_scale=2.0**fp16.initial_scale_power,
+        scale_window=fp16.loss_scale_window,
+        min_scale=fp16.min_loss_scale,
+        delayed_shift=fp16.hysteresis,
+        consecutive_hysteresis=fp16.consecutive_hysteresis,
+    )
+
+
+def build_plan(config: Any) -> Plan:
+    """The ZeRO row that the configuration asks for."""
+    zero = config.zero_config
+    plan = replace(
+        Plan.for_stage(int(zero.stage)),
+        reduce_bucket_numel=int(zero.reduce_bucket_size),
+        overlap_reduce=bool(zero.overlap_comm),
+        round_robin=zero.round_robin_gradients,
+        gradient_op=config.gradient_allreduce_op,
+        prescale=config.prescale_gradients,
+        predivide_factor=config.gradient_predivide_factor,
+    )
+    offload = zero.offload_optimizer
+    if plan.stage > 0 and offload is not None and _name(offload.device) == "cpu":
+        plan = plan.on_host(offload.ratio, offload.pin_memory)
+    return plan
+
+
+def _name(device: Any) -> str:
+    return str(getattr(device, "value", device))
+
+
+# - optimizer
+
+
+def build_basic_optimizer(
+    config: Any, model: torch.nn.Module, client: Any, model_parameters: Any
+) -> torch.optim.Optimizer | None:
+    """The optimizer before any sharding: the caller's, or the configuration's; None without either.
+
+    Raises:
+        ValueError: if it holds a parameter that is not the model's.
+        AssertionError: unknown type, a parameter given twice, or a type that ZeRO is not known to serve.
+    """
+    from .optimizers import make_optimizer, check_served
+
+    if isinstance(client, torch.optim.Optimizer):
+        optimizer: Any = client
+        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+    elif client is not None and callable(client):
+        optimizer = client(_params(model, model_parameters))
+    elif config.optimizer_name is not None:
+        optimizer = make_optimizer(config, _params(model, model_parameters))
+    else:
+        return client
+    _check_params(optimizer, model)
+    check_served(config, optimizer, is_client=client is not None)
+    return optimizer
+
+
+def _params(model: torch.nn.Module, given: Any) -> list[Any]:
+    params = list(model.parameters() if given is None else given)
+    return params or list(model.parameters())
+
+
+def _check_params(optimizer: Any, model: torch.nn.Module) -> None:
+    strays = named_strays(optimizer, model.parameters())
+    if strays:
+        index, shape = strays[0]
+        raise ValueError(
+            explain(
+                "the optimizer holds parameters that are not the model's",
+                got=f"{len(strays)} of them, the first of shape {tuple(shape)} in group {index}",
+                expected="only parameters of the model given to initialize",
+                fix="make the optimizer from model.parameters() of that very model",
+            )
+        )
+    seen: set[int] = set()
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if id(param) in seen:
+                raise AssertionError(
+                    explain(
+                        "a parameter occurs twice in the optimizer's groups",
+                        got=f"a parameter of shape {tuple(param.shape)}",
+                        expected="each parameter in one group, once",
+                    )
+                )
+            seen.add(id(param))
+
+
+def wrap_optimizer(engine: Any) -> tuple[Any, Driver]:
+    """What `engine.optimizer` is, and what the engine drives it with.
+
+    Raises:
+        NotImplementedError: stage 0 with gradients that add up in another dtype than the model's.
+    """
+    basic, config, plan = engine.basic_optimizer, engine._config, engine.plan
+    if basic is None:
+        return None, NoDriver()
+    model_dtype, grad_dtype = engine.get_data_types()
+    if plan.stage == 0 and model_dtype != grad_dtype:
+        raise NotImplementedError(
+            explain(
+                "stage 0 accumulates gradients in the model's dtype only",
+                got=f"model {model_dtype}, data_types.grad_accum_dtype {grad_dtype}",
+                expected="equal dtypes, or a ZeRO stage of 1 or more",
+                fix="set zero_optimization.stage to 1",
+            )
+        )
+    if plan.stage == 0 and engine.precision.compute is None:
+        return basic, _plain_driver(engine)
+    kind = _wrapper_class(basic, config, plan, grad_dtype)
+    optimizer = kind(
+        basic,
+        plan,
+        engine.precision,
+        engine.mesh,
+        engine.device,
+        clip_grad=config.gradient_clipping,
+        param_names=engine.param_names,
+    )
+    return optimizer, SlabDriver(optimizer)
+
+
+def _plain_driver(engine: Any) -> PlainDriver:
+    config = engine._config
+    by_axis: dict[Axis, list[torch.nn.Parameter]] = {}
+    for param in engine.module.parameters():
+        if param.requires_grad:
+            name = expert_group_name(param)
+            axis = engine.mesh.sequence_data if name is None else engine.mesh.expert_data[name]
+            by_axis.setdefault(axis, []).append(param)
+    scaler = None
+    if engine.precision.autocast == torch.float16:
+        scaler = torch.amp.GradScaler(engine.device.type)
+    return PlainDriver(
+        engine.basic_optimizer,
+        list(by_axis.items()),
+        engine.plan,
+        config.gradient_clipping,
+        config.communication_data_type,
+        scaler,
+    )
+
+
+def _wrapper_class(basic: Any, config: Any, plan: Plan, grad_dtype: torch.dtype) -> type[ZeroOptimizer]:
+    """The public class of the wrapper; all of them are `ZeroOptimizer` with another row."""
+    from deepspeed.ops.adam import FusedAdam
+
+    from .bf16_optimizer import BF16_Optimizer
+    from .fp16.fused_optimizer import FP16_Optimizer
+    from .fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from .zero.plan import TierKind
+    from .zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if plan.stage == 0:
+        return FP16_Optimizer if isinstance(basic, FusedAdam) else FP16_UnfusedOptimizer
+    fp32_sums = config.bfloat16_config.enabled and grad_dtype == torch.float32
+    if fp32_sums and plan.stage == 1 and plan.state_tier is TierKind.DEVICE:
+        return BF16_Optimizer
+    return DeepSpeedZeroOptimizer
+
+
+# - scheduler
+
+
+def build_scheduler(config: Any, client: Any, basic: Any, wrapped: Any) -> Any:
+    """The learning-rate scheduler: the caller's before the configuration's; None without an optimizer.
+
+    Raises:
+        AssertionError: unknown type.
+    """
+    if basic is None:
+        return None
+    if client is not None:
+        return client(basic) if callable(client) else client
+    if config.scheduler_name is None:
+        return None
+    from . import lr_schedules
+
+    if hasattr(lr_schedules, config.scheduler_name):
+        kind, target = getattr(lr_schedules, config.scheduler_name), wrapped
+    else:
+        kind, target = getattr(torch.optim.lr_scheduler, config.scheduler_name, None), basic
+    if kind is None:
+        known = [*lr_schedules.VALID_LR_SCHEDULES, "a class of torch.optim.lr_scheduler"]
+        raise AssertionError(
+            explain("unknown scheduler.type", got=config.scheduler_name, expected=", ".join(known))
+        )
+    return kind(target, **(config.scheduler_params or {}))
+
+
+def step_scheduler(scheduler: Any, lr_kwargs: dict[str, Any], batch: int) -> None:
+    """Advance a scheduler; one that needs an argument is given the batch size."""
+    try:
+        scheduler.step(**lr_kwargs)
+    except TypeError:
+        scheduler.step(batch)
+
+
+# - batch sizes, loader, checkpoints
+
+
+def resize_batch(config: Any, train_batch_size: int, ranks: int) -> None:
+    """Set the global batch size by the number of accumulated micro-batches.
+
+    Raises:
+        ValueError: if it is no multiple.
+    """
+    unit = config.train_micro_batch_size_per_gpu * ranks
+    if train_batch_size <= 0 or train_batch_size % unit:
+        raise ValueError(
+            explain(
+                "train_batch_size must be divisible by micro-batch size times data-parallel ranks",
+                got=train_batch_size,
+                expected=f"a multiple of {unit}",
+            )
+        )
+    config.gradient_accumulation_steps = train_batch_size // unit
+    config.train_batch_size = train_batch_size
+
+
+def build_loader(engine: Any, dataset: Any, **options: Any) -> Any:
+    """The loader of `engine.deepspeed_io`."""
+    from .dataloader import build_dataloader
+
+    batch_size = options.pop("batch_size") or engine.train_micro_batch_size_per_gpu()
+    return build_dataloader(
+        dataset,
+        batch_size=batch_size,
+        local_rank=engine.local_rank,
+        tput_timer=engine.tput_timer,
+        data_parallel_world_size=engine.mesh.data.size,
+        data_parallel_rank=engine.mesh.data.rank,
+        dataloader_drop_last=engine.dataloader_drop_last(),
+        **options,
+    )
+
+
+def build_checkpoint_engine(config: Any) -> Any:
+    """The object that writes and reads checkpoint files."""
+    from .checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    return TorchCheckpointEngine(config.checkpoint_config)
+
+
+def check_coalescing(engine: Any) -> None:
+    """Refuse `coalesce_grad_reduction` where it has no meaning.
+
+    Raises:
+        NotImplementedError: below stage 1.
+        AssertionError: with unmanaged accumulation.
+    """
+    if engine.plan.stage == 0:
+        raise NotImplementedError(
+            explain(
+                "coalesce_grad_reduction needs ZeRO stage 1, 2 or 3",
+                got="stage 0",
+                fix="use no_sync() for all but the last backward pass",
+            )
+        )
+    if not engine.clock.managed:
+        raise AssertionError(
+            explain("coalesce_grad_reduction needs managed accumulation", got="managed_gradient_accumulation: false")
+        )
+
+

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine's one loop drives: a sharded optimizer, a plain torch optimizer, or none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from deepspeed.comm.mesh import Axis
+from deepspeed.utils.errors import explain
+
+from .zero.optimizer import ZeroOptimizer
+from .zero.plan import Plan
+from .zero.reducer import average_grads
+
+
+class SlabDriver:
+    """Drives a `ZeroOptimizer`, which does norm, clipping, overflow and publication by itself.
+
+    Args:
+        optimizer: the sharded optimizer.
+    """
+
+    def __init__(self, optimizer: ZeroOptimizer) -> None:
+        self.optimizer = optimizer
+        self.reduces_each_backward = optimizer.plan.reduces_each_backward
+
+    def begin(self, sync: bool) -> None:
+        self.optimizer.reducer.begin(sync)
+
+    def finish(self, sync: bool) -> None:
+        self.optimizer.reducer.finish()
+
+    def reduce_now(self) -> None:
+        self.optimizer.reducer.reduce_now()
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return self.optimizer.scale_loss(loss)
+
+    @property
+    def needs_scale(self) -> bool:
+        return self.optimizer.loss_scale != 1.0
+
+    def step(self) -> bool:
+        """Step; returns whether weights changed."""
+        self.optimizer.step()
+        return not self.optimizer.overflow
+
+    @property
+    def grad_norm(self) -> Any:
+        return self.optimizer._global_grad_norm
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def destroy(self) -> None:
+        self.optimizer.destroy()
+
+
+class PlainDriver:
+    """Drives a torch optimizer on the module's own parameters (stage 0, full precision or autocast).
+
+    Args:
+        optimizer: the user's optimizer.
+        params: trainable parameters, with the axis over which the gradients of each list are averaged.
+        plan: bucket size and gradient scaling.
+        clip_grad: largest 2-norm of all gradients; 0 for none.
+        reduce_dtype: dtype of gradients on the wire; None is their own.
+        scaler: for fp16 autocast.
+    """
+
+    reduces_each_backward = False
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: Sequence[tuple[Axis, list[torch.nn.Parameter]]],
+        plan: Plan,
+        clip_grad: float,
+        reduce_dtype: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.optimizer, self.params, self.plan, self.clip_grad = optimizer, list(params), plan, clip_grad
+        self.reduce_dtype, self.scaler = reduce_dtype, scaler
+        self.grad_norm: Any = None
+        self._unreduced = False
+
+    def begin(self, sync: bool) -> None:
+        self._unreduced = not sync
+
+    def finish(self, sync: bool) -> None:
+        if sync:
+            self.reduce_now()
+
+    def reduce_now(self) -> None:
+        for axis, params in self.params:
+            average_grads(params, axis, self.plan, self.reduce_dtype)
+        self._unreduced = False
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    @property
+    def needs_scale(self) -> bool:
+        return self.scaler is not None
+
+    def step(self) -> bool:
+        """Clip and step; returns whether weights changed."""
+        if self._unreduced:
+            self.reduce_now()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        self._clip()
+        applied = True
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            before = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            applied = self.scaler.get_scale() >= before
+        self.zero_grad()
+        return applied
+
+    def _clip(self) -> None:
+        if self.clip_grad <= 0:
+            return
+        with_grad = [p for _, params in self.params for p in params if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(with_grad, self.clip_grad)
+        if self.scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(
+                explain(
+                    "gradients are not finite, so the step was not taken and weights are as before",
+                    got=f"a gradient norm of {norm.item()}",
+                    expected="finite gradients",
+                    fix="look for NaN in the batch or a division by zero in the loss, or lower the learning rate",
+                )
+            )
+
+    def zero_grad(self) -> None:
+        for _, params in self.params:
+            for param in params:
+                param.grad = None
+
+    def destroy(self) -> None:
+        """Nothing is held."""
+
+
+class NoDriver:
+    """Stands for the optimizer of an engine that has none."""
+
+    reduces_each_backward = False
+    needs_scale = False
+    grad_norm: Any = None
+
+    def begin(self, sync: bool) -> None:
+        """Nothing to prepare."""
+
+    def finish(self, sync: bool) -> None:
+        """Nothing to reduce for."""
+
+    def reduce_now(self) -> None:
+        """Nothing to reduce for."""
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+    def step(self) -> bool:
+        raise RuntimeError(
+            explain(
+                "this engine has no optimizer to step",
+                got="neither optimizer= nor an 'optimizer' section",
+                expected="one of the two",
+                fix="pass optimizer=, or add an 'optimizer' section to the configuration",
+            )
+        )
+
+    def zero_grad(self) -> None:
+        """Nothing is held."""
+
+    def destroy(self) -> None:
+        """Nothing is held."""
+
+
+Driver = SlabDriver | PlainDriver | NoDriver

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training engine: it says when; what happens is done by the parts it is composed of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from deepspeed.accelerator.lowp_products import products_context
+from deepspeed.utils.logging import set_log_level_from_string
+
+from . import build, engine_checkpoint, module_prep
+from .backward import BackwardWatch
+from .clock import AccumulationClock
+from .engine_accessors import ConfigAccessors
+from .observers import build_observers
+
+
+class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
+    """Wraps a module with its optimizer, scheduler, precision and sharding; see `deepspeed.initialize`.
+
+    Args:
+        args: command-line namespace or dict; `local_rank` and `device_rank` are read from it.
+        model: module to train.
+        optimizer: torch optimizer, or a callable from parameters to one; None takes the configuration's.
+        model_parameters: parameters or groups for an optimizer that the engine builds.
+        training_data: dataset for `training_dataloader`.
+        lr_scheduler: scheduler, or a callable from the optimizer to one.
+        mpu: object that knows the model-parallel groups.
+        dist_init_required: passed to `init_distributed`.
+        collate_fn: for `training_dataloader`.
+        config: the raw configuration, kept as `engine.config`.
+        config_class: the parsed `DeepSpeedConfig`.
+        mesh_device: device mesh over data and sequence ranks.
+        dont_change_device: leave the module where it is.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        model: torch.nn.Module,
+        optimizer: Any = None,
+        model_parameters: Any = None,
+        training_data: Any = None,
+        lr_scheduler: Any = None,
+        mpu: Any = None,
+        dist_init_required: bool | None = None,
+        collate_fn: Any = None,
+        config: Any = None,
+        config_class: Any = None,
+        mesh_device: Any = None,
+        dont_change_device: bool = False,
+    ) -> None:
+        super().__init__()
+        self._config = build.accept(config_class)
+        self.config = config
+        self.mpu, self.mesh_device = mpu, mesh_device
+        self.client_optimizer, self.client_lr_scheduler = optimizer, lr_scheduler
+        self.training_data, self.collate_fn = training_data, collate_fn
+        self.dont_change_device = dont_change_device
+        self.local_rank = module_prep.take_local_rank(args)
+        build.check_request(self._config, model, optimizer, lr_scheduler)
+        if self._config.log_level is not None:
+            set_log_level_from_string(self._config.log_level)
+        self.device = module_prep.take_device(args, self.local_rank, model, dont_change_device)
+        self.has_moe_layers, self.num_experts = module_prep.prepare_moe(model, self._config)
+        self.mesh = build.build_mesh(self._config, mpu, model)
+        self.precision = build.build_precision(self._config)
+        self.plan = build.build_plan(self._config)
+        self.clock = AccumulationClock(
+            self._config.gradient_accumulation_steps, self._config.managed_gradient_accumulation
+        )
+        self.module = module_prep.prepare_module(model, self.precision, self.mesh, self.device, dont_change_device)
+        self.param_names = {param: name for name, param in model.named_parameters()}
+        self._set_up_topology()
+        self.observers = build_observers(self)
+        self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
+        self.basic_optimizer = build.build_basic_optimizer(self._config, model, optimizer, model_parameters)
+        self.optimizer, self.driver = build.wrap_optimizer(self)
+        self.lr_scheduler = build.build_scheduler(
+            self._config, self.client_lr_scheduler, self.basic_optimizer, self.optimizer
+        )
+        self._set_up_backward()
+        self.checkpoint_engine = build.build_checkpoint_engine(self._config)
+        self.enable_backward_allreduce = True
+        self._is_compiled = False
+        self.observers.progress(self, 0)
+        self._log_configuration()
+
+    # - construction
+
+    def _set_up_topology(self) -> None:
+        self.global_rank, self.world_size = self.mesh.world.ranks[self.mesh.world.rank], self.mesh.world.size
+        self.dp_world_size = self.seq_dp_world_size = self.mesh.data.size
+        self.mp_world_size, self.sequence_parallel_size = self.mesh.tensor.size, self.mesh.sequence.size
+        self.data_parallel_group = self.seq_data_parallel_group = self.mesh.data.group
+        self.expert_parallel_group = {name: axis.group for name, axis in self.mesh.expert.items()}
+        self.expert_data_parallel_group = {name: axis.group for name, axis in self.mesh.expert_data.items()}
+        self.pipeline_parallelism = False
+        self.save_non_zero_checkpoint = self.mesh.data.rank == 0
+        self.save_zero_checkpoint = self.plan.stage > 0
+        self.loaded_checkpoint_mp_world_size = self.loaded_checkpoint_dp_world_size = None
+        self.sparse_tensor_module_names: set[str] = set()
+        self.moe_layers = module_prep.moe_layers(self.module)
+        self.gate_modules = [layer.gate for layer in self.moe_layers if hasattr(layer, "gate")]
+        self.losses: Any = None
+        self.compression_scheduler = self.quantizer = self.progressive_layer_drop = None
+        self.curriculum_scheduler_legacy = self.random_ltd_scheduler = None
+
+    def _set_up_backward(self) -> None:
+        driver = self.driver
+        self.watch = BackwardWatch(
+            self.clock,
+            driver.begin,
+            driver.finish,
+            driver.reduces_each_backward,
+            lambda: self.driver.needs_scale,
+        )
+        if self.optimizer is not None:
+            self.watch.watch_params(self.module.parameters())
+        reducer = getattr(self.optimizer, "reducer", None)
+        if reducer is not None:
+            reducer.before_first_grad = self.watch.on_stray_grad
+        self._products = products_context(self.module, self.device)
+        self._module_hooks = [
+            self.module.register_forward_pre_hook(self._before_module, with_kwargs=True),
+            self.module.register_forward_hook(self._after_module),
+        ]
+
+    def _log_configuration(self) -> None:
+        if self.global_rank == 0:
+            self._config.print("DeepSpeedEngine configuration")
+        if self._config.dump_state and self.global_rank == 0:
+            for name in sorted(k for k in vars(self) if not k.startswith("_")):
+                print(f"  {name} {getattr(self, name)!r}")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is not None and hasattr(module, name):
+                return getattr(module, name)
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'") from None
+
+    # - forward
+
+    def _before_module(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._config.float16_config.enabled and self._config.float16_config.auto_cast:
+            return module_prep.cast_inputs(args, torch.float16), kwargs
+        return None
+
+    def _after_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and self.module.training and self.optimizer is not None:
+            self.watch.watch_outputs(output)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Call the module, in the precision that was configured; returns what it returns."""
+        with self.observers.during("forward", self), self._products, self.precision.forward_context(self.device):
+            return self.module(*inputs, **kwargs)
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        """Put the module in training mode."""
+        self.training = mode
+        self.module.train(mode)
+
+    def eval(self) -> None:  # type: ignore[override]
+        """Put the module in evaluation mode."""
+        self.train(False)
+
+    # - backward
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss multiplied by the loss scale, for a plain `.backward()` on the result."""
+        self.watch.note_scaled()
+        return self.driver.scale(loss)
+
+    def backward(
+        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **_: Any
+    ) -> torch.Tensor:
+        """Back-propagate one micro-batch's loss and reduce gradients where that is due.
+
+        Args:
+            loss: 0-dim (or one-element) tensor with a graph.
+            retain_graph: as in torch.
+            scale_wrt_gas: divide the loss by the number of accumulated micro-batches.
+
+        Returns:
+            The loss as it counts in the accumulation, without the fp16 loss scale.
+
+        Raises:
+            AssertionError: if `loss` is no scalar with a graph, or there is no optimizer.
+        """
+        module_prep.check_loss(loss, self.optimizer)
+        steps = self.clock.accumulation if scale_wrt_gas and self.clock.managed else 1
+        share = loss / steps if steps > 1 else loss
+        with self.observers.during("backward", self), self.watch.engine_backward(), self._products:
+            self.driver.scale(share).backward(retain_graph=retain_graph)
+        return share
+
+    def allreduce_gradients(self, bucket_size: int = 500_000_000) -> None:
+        """Reduce gradients now (for loops that turn `enable_backward_allreduce` off)."""
+        self.driver.reduce_now()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only add gradients up on this rank; legal at every ZeRO stage."""
+        with self.clock.no_sync():
+            yield
+
+    @contextlib.contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Reduce once, at the end, whatever the number of backward passes inside."""
+        build.check_coalescing(self)
+        with self.clock.no_sync():
+            yield
+        if self.driver.reduces_each_backward or self.clock.at_boundary:
+            self.driver.reduce_now()
+
+    @property
+    def inside_no_sync_ctxt(self) -> bool:
+        return self.clock.unsynchronized
+
+    @property
+    def enable_backward_allreduce(self) -> bool:
+        return self.watch.allreduce_enabled
+
+    @enable_backward_allreduce.setter
+    def enable_backward_allreduce(self, value: bool) -> None:
+        self.watch.allreduce_enabled = value
+
+    # - step
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the current micro-batch completes an accumulation."""
+        return self.clock.at_boundary
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Fix what `is_gradient_accumulation_boundary` says until further notice."""
+        self.clock.force_boundary(is_boundary)
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step()` changed the weights."""
+        return self.clock.applied
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """At an accumulation boundary: clip, step the optimizer and the scheduler, zero the gradients.
+
+        Args:
+            lr_kwargs: keyword arguments for the scheduler's `step`.
+        """
+        with self.clock.inside_step():
+            boundary = self.clock.at_boundary
+            with self.observers.during("step", self):
+                if boundary:
+                    self._take_model_step(lr_kwargs or {})
+            self.observers.after_step(self, boundary)
+
+    def _take_model_step(self, lr_kwargs: dict[str, Any]) -> None:
+        applied = self.driver.step()
+        self.clock.applied = applied
+        if applied and self.lr_scheduler is not None:
+            build.step_scheduler(self.lr_scheduler, lr_kwargs, self.train_batch_size())
+        self.observers.progress(self, self.global_steps + 1)
+        self.clock.count_step(self.train_batch_size(), self.train_micro_batch_size_per_gpu(), not applied)
+
+    def zero_grad(self) -> None:  # type: ignore[override]
+        """Set every parameter's gradient to None, and forget what has been reduced."""
+        self.driver.zero_grad()
+        for param in self.module.parameters():
+            param.grad = None
+
+    def get_global_grad_norm(self) -> Any:
+        """The 2-norm of the last step's gradients before clipping; None before the first, and in plain fp32."""
+        return self.driver.grad_norm
+
+    # - data and batch sizes
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Any = None,
+        num_local_io_workers: int | None = None,
+    ) -> Any:
+        """A loader over `dataset` for this data-parallel rank; see `runtime.dataloader`."""
+        return build.build_loader(
+            self,
+            dataset,
+            batch_size=batch_size,
+            route=route,
+            pin_memory=pin_memory,
+            data_sampler=data_sampler,
+            collate_fn=collate_fn or self.collate_fn,
+            num_local_io_workers=num_local_io_workers,
+        )
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the global batch size by changing the number of accumulated micro-batches.
+
+        Raises:
+            ValueError: if it is no multiple of micro-batch size times data-parallel ranks.
+        """
+        build.resize_batch(self._config, train_batch_size, self.mesh.data.size)
+        self.clock.accumulation = self._config.gradient_accumulation_steps
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the micro-batch size; the accumulation stays. Existing loaders are not touched."""
+        self._config.train_batch_size = (
+            micro_batch_size * self.gradient_accumulation_steps() * self.mesh.data.size
+        )
+        self._config.train_micro_batch_size_per_gpu = micro_batch_size
+
+    def set_data_post_process_func(self, post_process_func: Any) -> None:
+        """Have the training loader pass every batch through `post_process_func`."""
+        if self.training_dataloader is not None:
+            self.training_dataloader.post_process_func = post_process_func
+
+    def set_dataloader(self, loader: Any) -> None:
+        """Use `loader` as `training_dataloader`."""
+        self.training_dataloader = loader
+
+    def set_lr_scheduler(self, scheduler: Any) -> None:
+        """Have `step()` drive `scheduler`."""
+        self.lr_scheduler = scheduler
+
+    # - checkpoints
+
+    def save_checkpoint(
+        self,
+        save_dir: Any,
+        tag: Any = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save model, optimizer, scheduler and counters under `save_dir/tag`; every rank must call it."""
+        return engine_checkpoint.save_checkpoint(
+            self, save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters
+        )
+
+    def load_checkpoint(
+        self,
+        load_dir: Any,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Load what `save_checkpoint` saved; `(None, None)` where there is nothing."""
+        return engine_checkpoint.load_checkpoint(
+            self,
+            load_dir,
+            tag,
+            load_module_strict=load_module_strict,
+            load_optimizer_states=load_optimizer_states,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
+        )
+
+    def save_16bit_model(
+        self, save_dir: Any, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Save the module's weights alone, in one file; every rank must call it."""
+        return engine_checkpoint.save_16bit_model(self, save_dir, save_filename, exclude_frozen_parameters)
+
+    def save_fp16_model(self, save_dir: Any, save_filename: str = "pytorch_model.bin") -> bool:
+        """Older name of `save_16bit_model`."""
+        return self.save_16bit_model(save_dir, save_filename)
+
+    def module_state_dict(
+        self,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> dict[str, Any]:
+        """The module's state dict, without frozen parameters if asked."""
+        return engine_checkpoint.module_state_dict(self, destination, prefix, keep_vars, exclude_frozen_parameters)
+
+    def load_module_state_dict(self, checkpoint: dict[str, Any], strict: bool = True, **options: Any) -> None:
+        """Load `checkpoint['module']` into the module."""
+        engine_checkpoint.load_module_state_dict(self, checkpoint, strict=strict, **options)
+
+    # - compilation and lifetime
+
+    def compile(
+        self,
+        backend: str | None = None,
+        compile_kwargs: dict[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """Compile the module in place with `torch.compile`; a second call does nothing."""
+        if self._is_compiled:
+            return
+        module_prep.compile_module(self.module, backend, compile_kwargs or {}, schedule, compiled_autograd_enabled)
+        self._products.release()
+        self._is_compiled = True
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._is_compiled
+
+    def destroy(self) -> None:
+        """Remove all hooks from the module and its parameters."""
+        self.driver.destroy()
+        self.watch.remove_hooks()
+        for hook in self._module_hooks:
+            hook.remove()
+        self._module_hooks = []
+
+
+
+

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `deepspeed.initialize` does: find the configuration, join the processes, make the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from deepspeed.comm import comm as dist
+from deepspeed.utils.errors import explain
+from deepspeed.utils.logging import logger
+
+from .config import DeepSpeedConfig
+from .engine import DeepSpeedEngine
+
+
+def initialize(
+    args: Any,
+    model: torch.nn.Module | None,
+    *,
+    config: Any,
+    distributed_port: int,
+    mesh_param: tuple[int, int] | None,
+    **engine_arguments: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """See `deepspeed.initialize`."""
+    if model is None:
+        raise AssertionError(explain("deepspeed.initialize requires a model", got="model=None", expected="a torch module"))
+    config = find_config(args, config)
+    dist.init_distributed(
+        dist_backend=None,
+        distributed_port=distributed_port,
+        dist_init_required=engine_arguments["dist_init_required"],
+    )
+    mpu = engine_arguments["mpu"]
+    mesh_device = None
+    if mesh_param is not None:
+        mesh_device = dist.initialize_mesh_device(mesh_param, ("data_parallel", "sequence_parallel"))
+    engine = DeepSpeedEngine(
+        args,
+        model,
+        config=config,
+        config_class=DeepSpeedConfig(config, mpu, mesh_device=mesh_device),
+        mesh_device=mesh_device,
+        **engine_arguments,
+    )
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def find_config(args: Any, config: Any) -> Any:
+    """The one configuration among `args.deepspeed_config`, its deprecated twin, and `config`.
+
+    Raises:
+        AssertionError: none, or two.
+    """
+    from_args = None
+    if args is not None and not isinstance(args, dict):
+        old = getattr(args, "deepscale_config", None)
+        if old is not None:
+            logger.warning("--deepscale_config is deprecated, please use --deepspeed_config")
+            if getattr(args, "deepspeed_config", None) is not None:
+                raise AssertionError(
+                    explain(
+                        "two configurations were given",
+                        got="--deepscale_config and --deepspeed_config",
+                        expected="--deepspeed_config alone",
+                    )
+                )
+            args.deepspeed_config, args.deepscale_config = old, None
+        from_args = getattr(args, "deepspeed_config", None)
+    if from_args is not None and config is not None:
+        raise AssertionError(
+            explain(
+                "two configurations were given",
+                got="args.deepspeed_config (--deepspeed_config) and config=",
+                expected="one of them",
+                fix="drop --deepspeed_config from the command line, or config= from the call",
+            )
+        )
+    found = from_args if config is None else config
+    if found is None:
+        raise AssertionError(
+            explain(
+                "DeepSpeed requires --deepspeed_config to specify configuration file",
+                got="no configuration",
+                expected="config= in the call, or --deepspeed_config on the command line",
+            )
+        )
+    return found

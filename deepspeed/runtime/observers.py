@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What watches a run without taking part in it: timers, throughput, monitors, the progress line."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from deepspeed.utils.logging import log_dist
+from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
+
+# Timer names by engine event: of one micro-step, and summed up between two lines of output.
+_MICRO = {"forward": "fwd_microstep", "backward": "bwd_microstep", "step": "step_microstep"}
+_TOTAL = {"forward": "fwd", "backward": "bwd", "step": "step"}
+
+
+def build_observers(engine: Any) -> Observers:
+    """The observers that the engine's configuration asks for; sets `engine.timers`, `.tput_timer` and `.monitor`."""
+    config = engine._config
+    engine.timers = SynchronizedWallClockTimer() if config.wall_clock_breakdown else NoopTimer()
+    engine.tput_timer = ThroughputTimer(
+        config.timers_config,
+        batch_size=config.train_batch_size,
+        steps_per_output=config.steps_per_print,
+        monitor_memory=False,
+    )
+    engine.monitor = _build_monitor(config)
+    return Observers(config.wall_clock_breakdown, config.steps_per_print, config.memory_breakdown)
+
+
+def _build_monitor(config: Any) -> Any:
+    if not config.monitor_config.enabled:
+        return NoMonitor()
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    return MonitorMaster(config.monitor_config)
+
+
+class NoMonitor:
+    """Stands for the monitors of a run that has none."""
+
+    enabled = False
+
+    def write_events(self, events: list[tuple[str, Any, int]]) -> None:
+        """Write nothing."""
+
+
+class Observers:
+    """Brackets the engine's events.
+
+    Args:
+        breakdown: time forward, backward and step, and print the times.
+        steps_per_print: optimizer steps between two lines; None for no lines.
+        memory: print memory use around every event.
+    """
+
+    def __init__(self, breakdown: bool, steps_per_print: float | None, memory: bool) -> None:
+        self.breakdown, self.memory = breakdown, memory
+        self.steps_per_print = steps_per_print if steps_per_print and math.isfinite(steps_per_print) else None
+
+    def during(self, event: str, engine: Any) -> contextlib.AbstractContextManager:
+        """The extent of one event: "forward", "backward" or "step"."""
+        if self.breakdown or self.memory:
+            return self._timed(event, engine)
+        if event == "forward" and engine.training:
+            engine.tput_timer.start()
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _timed(self, event: str, engine: Any) -> Iterator[None]:
+        if event == "forward" and engine.training:
+            engine.tput_timer.start()
+        self._report_memory(f"before {event}")
+        names = (_MICRO[event], _TOTAL[event])
+        for name in names:
+            engine.timers(name).start()
+        yield
+        for name in names:
+            engine.timers(name).stop()
+        self._report_memory(f"after {event}")
+
+    def after_step(self, engine: Any, boundary: bool) -> None:
+        """Called at the end of `engine.step()`."""
+        if boundary and engine.monitor.enabled:
+            engine.monitor.write_events(_events(engine))
+        engine.tput_timer.stop(global_step=boundary, report_speed=self._due(engine.global_steps))
+        if self.breakdown:
+            engine.timers.log(list(_MICRO.values()))
+            if boundary and self._due(engine.global_steps):
+                engine.timers.log(list(_TOTAL.values()))
+
+    def progress(self, engine: Any, step: int) -> None:
+        """Log the progress line where it is due."""
+        if self._due(step):
+            log_dist(
+                f"step={step}, skipped={engine.skipped_steps}, lr={engine.get_lr()}, mom={engine.get_mom()}",
+                ranks=[0],
+            )
+
+    def _due(self, step: int) -> bool:
+        return self.steps_per_print is not None and step % self.steps_per_print == 0
+
+    def _report_memory(self, message: str) -> None:
+        if self.memory:
+            from .utils import see_memory_usage
+
+            see_memory_usage(message, force=True)
+
+
+def _events(engine: Any) -> list[tuple[str, Any, int]]:
+    at = engine.global_samples
+    rates = engine.get_lr()
+    events = [("Train/Samples/lr", rates[0], at)] if rates else []
+    if engine.fp16_enabled():
+        events.append(("Train/Samples/loss_scale", getattr(engine.optimizer, "loss_scale", 1.0), at))
+    if engine.wall_clock_breakdown():
+        for event in ("forward", "backward", "step"):
+            elapsed = engine.timers(_MICRO[event]).elapsed(reset=False)
+            events.append((f"Train/Samples/elapsed_time_ms_{event}", elapsed, at))
+    return events

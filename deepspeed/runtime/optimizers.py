@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `optimizer` section made into an object, and which optimizers ZeRO is known to serve."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deepspeed.utils.errors import explain
+
+from .zero.utils import ZeRORuntimeException, is_zero_supported_optimizer
+
+DeepSpeedOptimizerCallable = Callable[[list[torch.nn.Parameter] | list[dict[str, Any]]], torch.optim.Optimizer]
+DeepSpeedSchedulerCallable = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+NATIVE_NAMES = ("adam", "adamw", "adagrad", "lamb", "lion")
+
+
+def make_optimizer(config: Any, params: list[Any]) -> torch.optim.Optimizer:
+    """The optimizer of the `optimizer` section over `params`.
+
+    Raises:
+        AssertionError: for a type that neither we nor torch have.
+        ValueError: for `max_grad_norm` among its parameters, or one that the optimizer does not take.
+    """
+    name = config.optimizer_name
+    options = dict(config.optimizer_params or {})
+    if "max_grad_norm" in options:
+        raise ValueError(
+            explain(
+                "'max_grad_norm' is not supported as an optimizer parameter",
+                got=options["max_grad_norm"],
+                fix="set the top-level key gradient_clipping instead",
+            )
+        )
+    kind, options = _resolve(config, name, options)
+    taken = inspect.signature(kind).parameters
+    unknown = [key for key in options if key not in taken]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise ValueError(
+            explain(
+                f"optimizer.params has keys that {kind.__name__} does not take",
+                got=", ".join(unknown),
+                expected=", ".join(k for k in taken if k not in ("params", "model_params")),
+            )
+        )
+    return kind(params, **options)
+
+
+def _resolve(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Class and constructor arguments for an optimizer type."""
+    lowered = name.lower()
+    if lowered in ("adam", "adamw"):
+        return _adam(config, lowered, options)
+    on_host = _offloads(config)
+    if lowered == "adagrad":
+        from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+
+        return (DeepSpeedCPUAdagrad if on_host else torch.optim.Adagrad), options
+    if lowered == "lion":
+        from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+        return (DeepSpeedCPULion if on_host else FusedLion), options
+    if lowered == "lamb":
+        from deepspeed.ops.lamb import FusedLamb
+
+        return FusedLamb, options
+    kind = getattr(torch.optim, name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
+        raise AssertionError(
+            explain(
+                "unknown optimizer.type",
+                got=name,
+                expected=f"one of {', '.join(NATIVE_NAMES)}, or the name of a class of torch.optim",
+            )
+        )
+    return kind, options
+
+
+def _adam(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    use_torch = options.pop("torch_adam", False)
+    decoupled = options.pop("adam_w_mode", True) or name == "adamw"
+    fp32_states = options.pop("fp32_optimizer_states", True)
+    if config.bfloat16_config.enabled and config.bfloat16_config.bf16_optimizer_states:
+        fp32_states = False
+    if use_torch:
+        return (torch.optim.AdamW if decoupled else torch.optim.Adam), options
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    if _offloads(config):
+        return DeepSpeedCPUAdam, {**options, "adamw_mode": decoupled, "fp32_optimizer_states": fp32_states}
+    return FusedAdam, {**options, "adam_w_mode": decoupled}
+
+
+def _offloads(config: Any) -> bool:
+    offload = config.zero_config.offload_optimizer
+    device = None if offload is None else getattr(offload.device, "value", offload.device)
+    return config.zero_optimization_stage > 0 and device in ("cpu", "nvme")
+
+
+def check_served(config: Any, optimizer: torch.optim.Optimizer, is_client: bool) -> None:
+    """Refuse optimizers that cannot run, or are not known to run, on sharded states.
+
+    Raises:
+        AssertionError: an optimizer that ZeRO is not known to serve, unless `zero_allow_untested_optimizer` is set.
+        ZeRORuntimeException: states in CPU memory with an optimizer that was not made for it.
+    """
+    if config.zero_optimization_stage == 0:
+        return
+    name = type(optimizer).__name__
+    if not config.zero_allow_untested_optimizer and not is_zero_supported_optimizer(optimizer):
+        raise AssertionError(
+            explain(
+                "You are using an untested ZeRO Optimizer",
+                got=name,
+                expected="Adam, AdamW or Adagrad of torch, or one of deepspeed.ops",
+                fix='add "zero_allow_untested_optimizer": true to the configuration to use it all the same',
+            )
+        )
+    from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.lion import DeepSpeedCPULion
+
+    made_for_host = (DeepSpeedCPUAdam, DeepSpeedCPULion, DeepSpeedCPUAdagrad)
+    if is_client and _offloads(config) and config.zero_force_ds_cpu_optimizer and not isinstance(optimizer, made_for_host):
+        raise ZeRORuntimeException(
+            explain(
+                "You are using ZeRO-Offload with a client provided optimizer that was not made for CPU memory",
+                got=name,
+                expected="deepspeed.ops.adam.DeepSpeedCPUAdam",
+                fix='use it, or set "zero_force_ds_cpu_optimizer": false to accept a slower step',
+            )
+        )

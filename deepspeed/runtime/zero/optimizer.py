@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives shard groups through a step: norm, overflow, clip, step, publish.
+
+The user's torch optimizer stays in charge of the arithmetic: its param groups (the same dict objects, so schedulers go
+on driving them) come to hold flat master shards instead of module parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from deepspeed.comm import flat
+from deepspeed.comm.mesh import Axis, Mesh
+from deepspeed.ops.norms import squared_norm
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+from deepspeed.runtime.fp16.loss_scaler import LossScaler, LossScalerBase, report_overflow
+from deepspeed.runtime.precision import Precision
+from deepspeed.utils.errors import explain
+from deepspeed.utils.logging import logger
+
+from . import state
+from .plan import Placement, Plan
+from .reducer import Reducer
+from .shard_group import ShardGroup, ShardPart
+
+_CLIP_EPSILON = 1e-6
+_NAMES_SHOWN = 5
+
+
+class ZeroOptimizer(DeepSpeedOptimizer):
+    """A torch optimizer whose parameters, gradients and states are flat slabs placed by a `Plan`.
+
+    Args:
+        optimizer: the optimizer to drive; its parameters must be on `device` and require gradients or be frozen.
+        plan: the ZeRO row.
+        precision: dtypes and loss scaling.
+        mesh: the ranks.
+        device: where the model computes.
+        clip_grad: largest 2-norm of all gradients together; 0 for no clipping.
+        param_names: name of each parameter, for messages.
+
+    Raises:
+        ValueError: if no parameter requires a gradient.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        precision: Precision,
+        mesh: Mesh,
+        device: torch.device,
+        clip_grad: float = 0.0,
+        param_names: Mapping[torch.nn.Parameter, str] | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.plan, self.precision, self.mesh, self.device = plan, precision, mesh, device
+        self.clip_grad = clip_grad
+        self.param_names = dict(param_names or {})
+        self.overflow = False
+        self.loss_scaler: LossScalerBase = precision.make_scaler()
+        self.external_loss_scale: float | None = None
+        self._global_grad_norm: torch.Tensor | None = None
+        self._drop_old_states()
+        self.groups = self._build_groups()
+        self.reducer = Reducer(self.groups, plan)
+        self._take_over_param_groups()
+
+    # - construction
+
+    def _drop_old_states(self) -> None:
+        if self.optimizer.state:
+            logger.warning(
+                "the optimizer has taken steps before deepspeed.initialize; its states are dropped"
+            )
+            self.optimizer.state.clear()
+
+    def _build_groups(self) -> list[ShardGroup]:
+        groups = []
+        for index, param_group in enumerate(self.optimizer.param_groups):
+            kinds: dict[tuple[torch.dtype, str | None], list[torch.nn.Parameter]] = {}
+            for param in param_group["params"]:
+                if param.requires_grad:
+                    kinds.setdefault((param.dtype, expert_group_name(param)), []).append(param)
+            for (_, expert), params in kinds.items():
+                shard_axis, replica_axis = self._axes(expert)
+                groups.append(
+                    ShardGroup(
+                        params, index, shard_axis, replica_axis, self.plan, self.precision, self.device
+                    )
+                )
+        if not groups:
+            raise ValueError(
+                explain(
+                    "there is nothing to train",
+                    got="an optimizer with no parameter that requires a gradient",
+                    expected="at least one",
+                    fix="unfreeze parameters, or call deepspeed.initialize without an optimizer",
+                )
+            )
+        return groups
+
+    def _axes(self, expert: str | None) -> tuple[Axis, Axis]:
+        """The ranks that share a group's states, and those that hold copies of them."""
+        data = self.mesh.sequence_data if expert is None else self.mesh.expert_data[expert]
+        alone = Axis.alone(self.mesh.world.ranks[self.mesh.world.rank])
+        return (data, alone) if self.plan.states is Placement.SHARDED else (alone, data)
+
+    def _take_over_param_groups(self) -> None:
+        for index, param_group in enumerate(self.optimizer.param_groups):
+            mine = [group for group in self.groups if group.param_group_index == index]
+            param_group["params"] = [part.master for group in mine for part in group.parts]
+        for number, group in enumerate(self.groups):
+            for index, param in enumerate(group.params):
+                param._zero_optimizer = self
+                param._index_in_param_group = number
+                param.param_idx_in_group = index
+
+    # - the surface of a torch optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's groups: changing a group's `lr` takes effect."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state, keyed by flat master shards."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients of the accumulation under way."""
+        for group in self.groups:
+            for param in group.params:
+                if set_to_none or param.grad is None:
+                    param.grad = None
+                else:
+                    param.grad.zero_()
+        self.reducer.end_step(release=False)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def get_lr(self) -> float:
+        """The learning rate of the first group."""
+        return self.param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the state, in the layout of a checkpoint's optimizer file."""
+        return state.state_dict(self)
+
+    def load_state_dict(
+        self, state_dict_list: Any, load_optimizer_states: bool = True, **options: Any
+    ) -> None:
+        """Take over what `state_dict` gave (or the list of all ranks' such dicts)."""
+        state.load_state_dict(self, state_dict_list, load_optimizer_states=load_optimizer_states, **options)
+
+    def refresh_fp32_params(self) -> None:
+        """Take the model's current weights as master weights."""
+        for group in self.groups:
+            group.masters_from_params()
+
+    def update_lp_params(self) -> None:
+        """Write the master weights into the model."""
+        for group in self.groups:
+            group.params_from_masters()
+
+    # - loss scaling
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward pass."""
+        return self.loss_scaler.loss_scale if self.external_loss_scale is None else self.external_loss_scale
+
+    cur_scale = loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return self.loss_scaler.dynamic
+
+    def override_loss_scale(self, loss_scale: float) -> None:
+        """Use a scale chosen by the caller from now on."""
+        self.external_loss_scale = loss_scale
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """`loss` times the loss scale (the same tensor when the scale is 1)."""
+        return loss if self.loss_scale == 1.0 else loss.float() * self.loss_scale
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, **_: Any) -> None:
+        """Back-propagate the scaled loss."""
+        self.scale_loss(loss).backward(retain_graph=retain_graph)
+
+    # - the step
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Step all groups with the gradients that were reduced, unless they overflowed.
+
+        Raises:
+            RuntimeError: for a closure, which sharded gradients cannot serve.
+            FloatingPointError: for non-finite gradients where no loss scaling explains them; weights stay as they were.
+        """
+        if closure is not None:
+            raise RuntimeError(
+                explain(
+                    "optimizer closures are not supported",
+                    fix="compute the loss before step() and call it with no argument",
+                )
+            )
+        self.reducer.reduce_left_over()
+        for group in self.groups:
+            if group.shard_axis.size == 1:
+                group.clear_unwritten()
+        norm = self._norm()
+        scale = self.loss_scale
+        self.overflow = not math.isfinite(norm)
+        if self.overflow:
+            self._skip(scale)
+            return
+        self._global_grad_norm = torch.tensor(norm / scale, dtype=torch.float32, device=self.device)
+        self._step_groups(1.0 / self._combined_scale(norm, scale))
+        self.loss_scaler.update_scale(False)
+        self._end_step()
+
+    def _norm(self) -> float:
+        """2-norm of all gradients, still multiplied by the loss scale; equal on all ranks."""
+        sums: dict[Axis, torch.Tensor] = {}
+        for group in self.groups:
+            for part in group.parts:
+                square = squared_norm(group.grad_of(part)).to(self.device)
+                axis = group.shard_axis
+                sums[axis] = sums[axis] + square if axis in sums else square
+        total = 0.0
+        for axis, square in sums.items():
+            flat.all_reduce_(square, axis)
+            total += square.item()
+        return math.sqrt(total) if total >= 0 else total
+
+    def _combined_scale(self, norm: float, scale: float) -> float:
+        """What gradients are divided by: the loss scale, and what brings their norm down to `clip_grad`."""
+        if self.clip_grad <= 0:
+            return scale
+        excess = (norm / scale + _CLIP_EPSILON) / self.clip_grad
+        return scale * max(1.0, excess)
+
+    def _skip(self, scale: float) -> None:
+        """Leave weights as they are; adapt the loss scale, or say which gradients are broken."""
+        if not self.precision.check_overflow:
+            broken = self._non_finite_names()
+            self._end_step()
+            raise FloatingPointError(
+                explain(
+                    "gradients are not finite, so the step was not taken and weights are as before",
+                    got="inf or NaN in the gradient of "
+                    + (", ".join(broken) if broken else "a parameter held by another rank"),
+                    expected="finite gradients",
+                    fix="look for NaN in the batch or a division by zero in the loss, or lower the learning rate",
+                )
+            )
+        hysteresis = getattr(self.loss_scaler, "cur_hysteresis", None)
+        try:
+            self.loss_scaler.update_scale(True)
+        finally:
+            self._end_step()
+        report_overflow(scale, self.loss_scaler, hysteresis)
+
+    def _non_finite_names(self) -> list[str]:
+        names = []
+        for group in self.groups:
+            for segment in group.layout.segments(group.shard_axis.rank):
+                for part, _, start, length in group.runs(segment.shard_start, segment.length):
+                    if not group.grad_of(part).narrow(0, start, length).isfinite().all():
+                        names.append(self.param_names.get(group.params[segment.param], "an unnamed parameter"))
+        names = list(dict.fromkeys(names))
+        more = len(names) - _NAMES_SHOWN
+        return names[:_NAMES_SHOWN] + ([f"{more} more"] if more > 0 else [])
+
+    def _step_groups(self, grad_scale: float) -> None:
+        step_shard = self._fused_rule()
+        if step_shard is None:
+            self._step_inner(grad_scale)
+        else:
+            for group, part in self._parts():
+                beside = part.low is not None and part.low.device == part.master.device
+                low = part.low if beside else None
+                inner = self.optimizer.param_groups[group.param_group_index]
+                step_shard(inner, part.master, group.grad_of(part), low, grad_scale)
+                if part.low is not None and not beside:
+                    part.low.copy_(part.master, non_blocking=True)
+            # What torch's schedulers read to know that step() came before theirs.
+            self.optimizer._opt_called = True
+        for pending in [group.publish() for group in self.groups]:
+            pending.wait()
+
+    def _fused_rule(self) -> Any:
+        """The inner optimizer's own step of one flat shard, if nothing has been put in front of its `step`."""
+        kind = type(self.optimizer)
+        hooked = getattr(self.optimizer, "_optimizer_step_pre_hooks", None) or getattr(
+            self.optimizer, "_optimizer_step_post_hooks", None
+        )
+        if hooked or not kind.__module__.startswith("deepspeed."):
+            return None
+        return getattr(self.optimizer, "step_shard", None)
+
+    def _step_inner(self, grad_scale: float) -> None:
+        """Step any torch optimizer: gradients in the masters' dtype, unscaled."""
+        for group, part in self._parts():
+            grad = group.grad_of(part)
+            part.master.grad = grad if grad.dtype == part.master.dtype else grad.to(part.master.dtype)
+            if grad_scale != 1.0:
+                part.master.grad.mul_(grad_scale)
+        self.optimizer.step()
+        for _, part in self._parts():
+            part.master.grad = None
+            if part.low is not None:
+                part.low.copy_(part.master, non_blocking=True)
+
+    def _parts(self) -> Iterable[tuple[ShardGroup, ShardPart]]:
+        return ((group, part) for group in self.groups for part in group.parts)
+
+    def _end_step(self) -> None:
+        sharded = any(group.shard_axis.size > 1 for group in self.groups)
+        self.reducer.end_step(release=sharded and not self.plan.reduces_each_backward)
+
+    # - lifetime
+
+    def destroy(self) -> None:
+        """Remove the hooks on the parameters."""
+        self.reducer.remove_hooks()
+
+
+def expert_group_name(param: torch.nn.Parameter) -> str | None:
+    """The expert-parallel group of a parameter, None for one that all data-parallel ranks share."""
+    return None if getattr(param, "allreduce", True) else getattr(param, "group_name", None)
+
+

@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients on their way from autograd to the shard that steps them.
+
+[Note: Order of gradient collectives]
+Ranks may see parameters' gradients arrive in different orders, or not at all (data-dependent branches). Collectives
+must nevertheless start in one order everywhere, or ranks reduce different things into each other. Buckets are therefore
+cut once, from the end of the flat range (where the backward pass begins), and bucket k starts only after bucket k-1;
+what has not arrived by the end of the backward pass counts as zero.
+
+[Note: Gradients that arrive twice]
+Reentrant activation checkpointing runs a backward pass inside the backward pass, so a parameter used in two
+checkpointed regions gets its gradient in two instalments, the second perhaps after its bucket has left. The first time
+that is seen, the rest goes in a second round, and from then on buckets wait for the end of the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from deepspeed.comm import flat
+from deepspeed.comm.mesh import Axis
+
+from .plan import Plan
+from .shard_group import ShardGroup
+
+# A collective above this size gains no bandwidth, but holds memory and starts later.
+LARGEST_BUCKET_NUMEL = 32 * 1024 * 1024
+# Buckets whose reduction may be under way at once; bounds the memory of the bucket buffers.
+BUCKETS_IN_FLIGHT = 2
+
+
+@dataclass
+class Bucket:
+    """A run of a group's flat range whose gradients travel together.
+
+    Attributes:
+        group: the parameters' group.
+        start, end: run of the flat range; it begins and ends at parameter borders.
+        indices: the parameters inside.
+        missing: parameters whose gradient has not arrived in this round.
+        buffer: flat gradients on their way, in the reduce dtype; None while the bucket is empty.
+        arrived: parameters that are in `buffer`.
+    """
+
+    group: ShardGroup
+    start: int
+    end: int
+    indices: range
+    missing: int = 0
+    buffer: torch.Tensor | None = field(default=None, repr=False)
+    arrived: set[int] = field(default_factory=set, repr=False)
+    launched: bool = False
+    fresh: bool = True
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """Who owns what: `(rank in the shard axis, start in the buffer, length)`."""
+        shard = self.group.layout.shard_numel
+        owned, at = [], self.start
+        while at < self.end:
+            rank = at // shard
+            stop = min(self.end, (rank + 1) * shard)
+            owned.append((rank, at - self.start, stop - at))
+            at = stop
+        return owned
+
+
+def cut_buckets(group: ShardGroup, most: int) -> list[Bucket]:
+    """Cut a group's flat range at parameter borders into buckets of at most `most` elements, last parameters first."""
+    buckets: list[Bucket] = []
+    starts, numels = group.layout.starts, group.layout.numels
+    last = len(numels)
+    size = 0
+    for index in reversed(range(len(numels))):
+        if size and size + numels[index] > most:
+            buckets.append(_bucket(group, index + 1, last))
+            last, size = index + 1, 0
+        size += numels[index]
+    if last:
+        buckets.append(_bucket(group, 0, last))
+    assert not buckets or buckets[-1].start == starts[0]
+    return buckets
+
+
+def _bucket(group: ShardGroup, first: int, last: int) -> Bucket:
+    layout = group.layout
+    return Bucket(group, layout.starts[first], layout.starts[last - 1] + layout.numels[last - 1], range(first, last))
+
+
+class Reducer:
+    """Collects gradients through hooks, averages them over the ranks and leaves them in the groups' shards.
+
+    Args:
+        groups: all groups of the optimizer.
+        plan: the ZeRO row.
+
+    Attributes:
+        before_first_grad: called when a gradient arrives outside `begin` … `finish` (a plain `loss.backward()`).
+    """
+
+    def __init__(self, groups: Sequence[ShardGroup], plan: Plan) -> None:
+        self.groups, self.plan = list(groups), plan
+        self.before_first_grad: Callable[[], None] | None = None
+        self.active = False
+        self._sync = False
+        self._wait_for_end = False
+        self._late = False
+        self._unreduced = False
+        self._next = 0
+        self._flying: list[tuple[Bucket, flat.Handle]] = []
+        self._held: dict[int, torch.Tensor] = {}
+        most = max(1, min(plan.reduce_bucket_numel, LARGEST_BUCKET_NUMEL))
+        self._buckets = [
+            bucket
+            for group in reversed(self.groups)
+            if self._travels(group)
+            for bucket in cut_buckets(group, most)
+        ]
+        self._bucket_of = {
+            (id(bucket.group), index): bucket for bucket in self._buckets for index in bucket.indices
+        }
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(partial(self._on_grad, group, index))
+            for group in self.groups
+            for index, param in enumerate(group.params)
+        ]
+
+    # - one backward pass
+
+    def begin(self, sync: bool) -> None:
+        """Start a backward pass. `sync` says that it reduces over the ranks; otherwise gradients only add up here."""
+        self.active = True
+        self._sync = sync and bool(self._buckets)
+        if self._sync:
+            self._start_round()
+
+    def finish(self) -> None:
+        """End the backward pass: send what has not left yet, wait for all of it."""
+        if not self.active:
+            return
+        self.active = False
+        if not self._sync:
+            self._unreduced = bool(self._buckets)
+            return
+        self._finish_round()
+        if self._late:
+            self._late, self._wait_for_end = False, True
+            self.reduce_now()
+        self._unreduced = False
+
+    def reduce_now(self) -> None:
+        """Reduce all that earlier backward passes left unreduced; a collective of all ranks."""
+        if not self._buckets:
+            return
+        self._sync = True
+        self._start_round()
+        for bucket in self._buckets:
+            for index in bucket.indices:
+                param = bucket.group.params[index]
+                if param.grad is not None or id(param) in self._held:
+                    self._collect(bucket, index, param)
+        self._finish_round()
+        self._sync = self._unreduced = False
+
+    def reduce_left_over(self) -> None:
+        """Reduce, if the last backward pass did not (all ranks agree on that: it follows from the step count)."""
+        if self._unreduced:
+            self.reduce_now()
+
+    def end_step(self, release: bool) -> None:
+        """Forget the gradients that a step has used."""
+        for group in self.groups:
+            group.forget_grads(release)
+        for bucket in self._buckets:
+            bucket.fresh = True
+        self._held.clear()
+        self._unreduced = False
+
+    def remove_hooks(self) -> None:
+        """Let go of the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    # - inside a pass
+
+    @staticmethod
+    def _travels(group: ShardGroup) -> bool:
+        return group.shard_axis.size > 1 or group.replica_axis.size > 1
+
+    def _on_grad(self, group: ShardGroup, index: int, param: torch.nn.Parameter) -> None:
+        if not getattr(param, "ds_grad_is_ready", True):
+            return  # the module adds its gradient up in instalments and raises the flag with the last one
+        if not self.active and self.before_first_grad is not None:
+            self.before_first_grad()
+        bucket = self._bucket_of.get((id(group), index))
+        if bucket is None:
+            self._keep_whole(group, index, param)
+        elif not self._sync:
+            self._hold(group, index, param)
+        elif bucket.launched:
+            self._late = True
+        else:
+            self._collect(bucket, index, param)
+            if not self._wait_for_end:
+                self._launch_ready()
+
+    @staticmethod
+    def _keep_whole(group: ShardGroup, index: int, param: torch.nn.Parameter) -> None:
+        group.add_param_grad(index, param.grad)
+        param.grad = None
+
+    def _hold(self, group: ShardGroup, index: int, param: torch.nn.Parameter) -> None:
+        """Keep an unreduced gradient: in `.grad` itself, unless it adds up in another dtype or has a slab of its own."""
+        if group.shard_axis.size == 1:
+            self._keep_whole(group, index, param)
+            return
+        if group.accumulate_dtype == param.dtype:
+            return
+        held = self._held.get(id(param))
+        if held is None:
+            self._held[id(param)] = param.grad.to(group.accumulate_dtype)
+        else:
+            held.add_(param.grad)
+        param.grad = None
+
+    def _collect(self, bucket: Bucket, index: int, param: torch.nn.Parameter) -> None:
+        """Put a gradient, and what was held of it, into its bucket."""
+        fresh = index not in bucket.arrived
+        bucket.arrived.add(index)
+        bucket.missing -= fresh
+        if bucket.group.shard_axis.size == 1:
+            self._keep_whole(bucket.group, index, param)
+            return
+        target = self._bucket_view(bucket, index)
+        for values in (self._held.pop(id(param), None), param.grad):
+            if values is not None:
+                self._put(target, values.reshape(-1), fresh)
+                fresh = False
+        param.grad = None
+
+    @staticmethod
+    def _put(target: torch.Tensor, values: torch.Tensor, fresh: bool) -> None:
+        if fresh:
+            target.copy_(values)
+        else:
+            target.add_(values)
+
+    def _bucket_view(self, bucket: Bucket, index: int) -> torch.Tensor:
+        group = bucket.group
+        if bucket.buffer is None:
+            bucket.buffer = torch.empty(
+                bucket.end - bucket.start,
+                dtype=group.precision.reduce_dtype(group.dtype),
+                device=group.param_slab.flat.device,
+            )
+        return bucket.buffer.narrow(0, group.layout.starts[index] - bucket.start, group.layout.numels[index])
+
+    # - rounds of collectives
+
+    def _start_round(self) -> None:
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.indices)
+            bucket.launched = False
+            bucket.arrived.clear()
+
+    def _finish_round(self) -> None:
+        while self._next < len(self._buckets):
+            self._launch()
+        while self._flying:
+            self._land()
+
+    def _launch_ready(self) -> None:
+        while self._next < len(self._buckets) and self._buckets[self._next].missing <= 0:
+            self._launch()
+
+    def _launch(self) -> None:
+        bucket = self._buckets[self._next]
+        self._next += 1
+        bucket.launched = True
+        group = bucket.group
+        self._fill_missing(bucket)
+        values = bucket.buffer
+        if group.shard_axis.size == 1:
+            values = self._slab_run(bucket).to(group.precision.reduce_dtype(group.dtype))
+        assert values is not None
+        before, _ = self._factors(group)
+        if before != 1.0:
+            values.mul_(before)
+        pending = self._reduce(values, bucket)
+        self._flying.append((bucket, pending))
+        most = BUCKETS_IN_FLIGHT if self.plan.overlap_reduce else 0
+        while len(self._flying) > most:
+            self._land()
+
+    def _reduce(self, values: torch.Tensor, bucket: Bucket) -> flat.Handle:
+        group = bucket.group
+        bucket.buffer = values
+        if group.shard_axis.size > 1:
+            pending = flat.reduce_to_owners(values, bucket.segments(), group.shard_axis, async_op=True)
+            if group.replica_axis.size == 1:
+                return pending
+            pending.wait()
+        return flat.all_reduce_(values, group.replica_axis, async_op=True)
+
+    def _land(self) -> None:
+        bucket, pending = self._flying.pop(0)
+        pending.wait()
+        group, values = bucket.group, bucket.buffer
+        assert values is not None
+        bucket.buffer = None
+        _, after = self._factors(group)
+        if group.shard_axis.size == 1:
+            if after != 1.0:
+                values.mul_(after)
+            run = self._slab_run(bucket)
+            if values.data_ptr() != run.data_ptr():
+                run.copy_(values)
+            return
+        rank = group.shard_axis.rank
+        for owner, start, length in bucket.segments():
+            if owner == rank:
+                own = values.narrow(0, start, length)
+                if after != 1.0:
+                    own.mul_(after)
+                shard_start = bucket.start + start - rank * group.layout.shard_numel
+                group.add_shard_grad(shard_start, own, bucket.fresh)
+        bucket.fresh = False
+
+    def _fill_missing(self, bucket: Bucket) -> None:
+        if bucket.group.shard_axis.size == 1:
+            bucket.group.clear_unwritten()
+            return
+        for index in bucket.indices:
+            if index not in bucket.arrived:
+                self._bucket_view(bucket, index).zero_()
+
+    def _slab_run(self, bucket: Bucket) -> torch.Tensor:
+        """The bucket's run of an unsharded gradient slab."""
+        (part,) = bucket.group.parts
+        return bucket.group.grad_of(part).narrow(0, bucket.start, bucket.end - bucket.start)
+
+    def _factors(self, group: ShardGroup) -> tuple[float, float]:
+        """What gradients are multiplied by before and after the sum over the ranks."""
+        ranks = group.shard_axis.size * group.replica_axis.size
+        if self.plan.gradient_op == "sum":
+            return 1.0, 1.0
+        if self.plan.prescale or (self.plan.stage > 0 and self.plan.predivide_factor == 1.0):
+            return 1.0 / ranks, 1.0
+        return 1.0 / self.plan.predivide_factor, self.plan.predivide_factor / ranks
+
+
+def average_grads(params: Sequence[torch.nn.Parameter], axis: Axis, plan: Plan, dtype: torch.dtype | None) -> None:
+    """Average `.grad` of `params` over `axis`, in buckets (stage 0 without slabs; every rank must call it).
+
+    Args:
+        params: parameters in an order common to all ranks; one without a gradient counts as zero.
+        axis: ranks to average over.
+        plan: bucket size and scaling.
+        dtype: dtype on the wire; None is the gradients' own.
+    """
+    if axis.size == 1:
+        return
+    before, after = (1.0, 1.0) if plan.gradient_op == "sum" else (1.0 / plan.predivide_factor, plan.predivide_factor / axis.size)
+    if plan.prescale and plan.gradient_op != "sum":
+        before, after = 1.0 / axis.size, 1.0
+    for bucket in _by_size(params, min(plan.reduce_bucket_numel, LARGEST_BUCKET_NUMEL)):
+        wire = dtype or bucket[0].dtype
+        values = torch.cat([_grad_or_zeros(p).reshape(-1).to(wire) for p in bucket])
+        flat.all_reduce_(values.mul_(before) if before != 1.0 else values, axis)
+        if after != 1.0:
+            values.mul_(after)
+        for param, piece in zip(bucket, values.split([p.numel() for p in bucket]), strict=True):
+            _grad_or_zeros(param).copy_(piece.view(param.shape))
+
+
+def _grad_or_zeros(param: torch.nn.Parameter) -> torch.Tensor:
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    return param.grad
+
+
+def _by_size(params: Sequence[torch.nn.Parameter], most: int) -> list[list[torch.nn.Parameter]]:
+    """Neighbours of one dtype and device, at most `most` elements together."""
+    buckets: list[list[torch.nn.Parameter]] = []
+    size = 0
+    for param in params:
+        kind = (param.dtype, param.device)
+        if not buckets or size + param.numel() > most or kind != (buckets[-1][0].dtype, buckets[-1][0].device):
+            buckets.append([])
+            size = 0
+        buckets[-1].append(param)
+        size += param.numel()
+    return buckets

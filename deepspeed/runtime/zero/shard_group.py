@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters that move and step together, with everything the optimizer keeps of them.
+
+A `ShardGroup` owns the flat param slab (the parameters are views of it), this rank's shard of master weights, and this
+rank's shard of gradients. Stage 0 is the group whose shard axis has one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from deepspeed.comm import flat
+from deepspeed.comm.mesh import Axis
+from deepspeed.runtime.precision import Precision
+
+from .layout import Layout, round_robin_order
+from .plan import Placement, Plan, TierKind
+from .slab import Slab
+from .tiers import DeviceTier, Tier, tier_for
+
+
+@dataclass
+class ShardPart:
+    """A run of this rank's shard that lives in one tier and is one flat parameter of the inner optimizer.
+
+    Attributes:
+        start, length: position in the shard, padding included.
+        tier: where master weights, gradients and optimizer states of this run live.
+        master: flat weights that the inner optimizer steps; they alias the param slab where dtype and tier allow.
+        low: where the stepped weights go in the parameters' dtype; None where `master` aliases the param slab.
+        grad: flat gradients in the accumulation dtype; None until the first one arrives.
+    """
+
+    start: int
+    length: int
+    tier: Tier
+    master: torch.nn.Parameter
+    low: torch.Tensor | None
+    grad: torch.Tensor | None = field(default=None, repr=False)
+
+
+class ShardGroup:
+    """Parameters of one dtype and one group of the user's optimizer.
+
+    Args:
+        params: parameters that require gradients, all of one dtype, on `device`.
+        param_group_index: which group of the inner optimizer they belong to.
+        shard_axis: ranks that share the states.
+        replica_axis: ranks that hold equal shards and average their gradients.
+        plan: the ZeRO row.
+        precision: dtypes.
+        device: where the model computes.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[torch.nn.Parameter],
+        param_group_index: int,
+        shard_axis: Axis,
+        replica_axis: Axis,
+        plan: Plan,
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        self.client_order = list(params)
+        order = range(len(params))
+        if plan.round_robin and shard_axis.size > 1:
+            order = round_robin_order(len(params), shard_axis.size)
+        self.params = [params[i] for i in order]
+        self.param_group_index = param_group_index
+        self.shard_axis, self.replica_axis = shard_axis, replica_axis
+        self.plan, self.precision = plan, precision
+        self.dtype = self.params[0].dtype
+        self.accumulate_dtype = precision.accumulate_dtype(self.dtype)
+        self.layout = Layout.contiguous([p.numel() for p in self.params], shard_axis.size)
+        self.param_slab = self._adopt_params(device)
+        self.parts = self._cut_parts(device)
+        self._written = bytearray(len(self.params))
+        self._targets = self._param_targets() if shard_axis.size == 1 else []
+
+    # - construction
+
+    def _adopt_params(self, device: torch.device) -> Slab:
+        slab = Slab(self.layout, [p.shape for p in self.params], self.dtype, DeviceTier(device))
+        for index, param in enumerate(self.params):
+            view = slab.view(index)
+            view.copy_(param.data)
+            param.data = view
+        return slab
+
+    def _cut_parts(self, device: torch.device) -> list[ShardPart]:
+        total = self.layout.shard_numel
+        on_host = self.plan.state_tier is TierKind.HOST
+        split = total - round(total * self.plan.host_ratio) if on_host else total
+        cuts = [(0, split, False), (split, total - split, True)]
+        return [self._make_part(*cut, device) for cut in cuts if cut[1] > 0 or total == 0 and not cut[2]]
+
+    def _make_part(self, start: int, length: int, on_host: bool, device: torch.device) -> ShardPart:
+        tier = tier_for(device, on_host, self.plan.pin_memory)
+        own = self.param_slab.shard(self.shard_axis.rank).narrow(0, start, length)
+        master_dtype = self.precision.master_dtype(self.dtype)
+        if master_dtype == self.dtype and tier.device.type == own.device.type:
+            return ShardPart(start, length, tier, _flat_param(own), low=None)
+        master = tier.alloc(length, master_dtype)
+        master.copy_(own)
+        return ShardPart(start, length, tier, _flat_param(master), low=own)
+
+    def _param_targets(self) -> list[list[tuple[ShardPart, int, int, int]]]:
+        """For each parameter, the runs `(part, start in part, start in param, length)` that hold its gradient."""
+        found: list[list[tuple[ShardPart, int, int, int]]] = [[] for _ in self.params]
+        for segment in self.layout.segments(self.shard_axis.rank):
+            for part, offset, within, length in self.runs(segment.shard_start, segment.length):
+                found[segment.param].append((part, within, segment.param_start + offset, length))
+        return found
+
+    def runs(self, shard_start: int, length: int) -> list[tuple[ShardPart, int, int, int]]:
+        """Cut `[shard_start, shard_start + length)` at part borders: `(part, offset in the run, start in part, length)`."""
+        runs = []
+        for part in self.parts:
+            lo = max(shard_start, part.start)
+            hi = min(shard_start + length, part.start + part.length)
+            if lo < hi:
+                runs.append((part, lo - shard_start, lo - part.start, hi - lo))
+        return runs
+
+    # - gradients
+
+    def grad_of(self, part: ShardPart) -> torch.Tensor:
+        """The gradient buffer of `part`, made on first use."""
+        if part.grad is None:
+            part.grad = part.tier.alloc(part.length, self.accumulate_dtype)
+        return part.grad
+
+    def add_param_grad(self, index: int, grad: torch.Tensor) -> None:
+        """Add a parameter's whole gradient to the unsharded gradient slab (shard axis of one rank)."""
+        values = grad.reshape(-1)
+        fresh = not self._written[index]
+        for part, start, param_start, length in self._targets[index]:
+            target = self.grad_of(part).narrow(0, start, length)
+            _store(target, values.narrow(0, param_start, length), fresh)
+        self._written[index] = 1
+
+    def add_shard_grad(self, shard_start: int, values: torch.Tensor, fresh: bool) -> None:
+        """Add reduced gradients to this rank's shard, or overwrite what an earlier step left there."""
+        for part, offset, start, length in self.runs(shard_start, values.numel()):
+            _store(self.grad_of(part).narrow(0, start, length), values.narrow(0, offset, length), fresh)
+
+    def clear_unwritten(self) -> None:
+        """Zero the gradients of parameters that took no part since the last step (shard axis of one rank)."""
+        for index, written in enumerate(self._written):
+            if not written:
+                for part, start, _, length in self._targets[index]:
+                    if part.grad is not None:
+                        part.grad.narrow(0, start, length).zero_()
+                self._written[index] = 1
+
+    def forget_grads(self, release: bool) -> None:
+        """Start a new accumulation; `release` gives the memory back."""
+        self._written = bytearray(len(self.params))
+        if release:
+            for part in self.parts:
+                part.grad = None
+
+    # - weights
+
+    def publish(self) -> flat.Handle:
+        """Bring the stepped shards of all ranks into the params; wait on what is returned before using them."""
+        own = self.param_slab.shard(self.shard_axis.rank)
+        return flat.all_gather_into(self.param_slab.flat, own, self.shard_axis, async_op=True)
+
+    def masters_from_params(self) -> None:
+        """Take the current values of the params as the masters' (after something wrote to the params)."""
+        own = self.param_slab.shard(self.shard_axis.rank)
+        for part in self.parts:
+            if part.low is not None:
+                part.master.data.copy_(own.narrow(0, part.start, part.length))
+
+    def params_from_masters(self) -> None:
+        """Take the masters' values as those of the params, on all ranks."""
+        for part in self.parts:
+            if part.low is not None:
+                part.low.copy_(part.master.data, non_blocking=True)
+        self.publish().wait()
+
+    @property
+    def padding(self) -> int:
+        """Elements at the end of this rank's shard that belong to no parameter."""
+        return self.layout.padding(self.shard_axis.rank)
+
+    @property
+    def states_sharded(self) -> bool:
+        return self.plan.states is Placement.SHARDED
+
+
+def _flat_param(values: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(values.detach(), requires_grad=True)
+
+
+def _store(target: torch.Tensor, values: torch.Tensor, fresh: bool) -> None:
+    if fresh:
+        target.copy_(values)
+    else:
+        target.add_(values if values.device == target.device else values.to(target.device))

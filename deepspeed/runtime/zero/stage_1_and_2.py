@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ZeRO stages 1 and 2 under the name and the attributes that callers know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+from .optimizer import ZeroOptimizer
+
+
+class DeepSpeedZeroOptimizer(ZeroOptimizer, ZeROOptimizer):
+    """The optimizer wrapper of ZeRO stages 1 and 2; see `ZeroOptimizer`."""
+
+    @property
+    def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
+        """Parameters of each group, in the order in which the user gave them."""
+        return [group.client_order for group in self.groups]
+
+    @property
+    def round_robin_bit16_groups(self) -> list[list[torch.nn.Parameter]]:
+        """Parameters of each group, in flat order."""
+        return [group.params for group in self.groups]
+
+    @property
+    def bit16_groups_flat(self) -> list[torch.Tensor]:
+        """Each group's parameters as one flat tensor, padding included."""
+        return [group.param_slab.flat for group in self.groups]
+
+    @property
+    def parallel_partitioned_bit16_groups(self) -> list[list[torch.Tensor]]:
+        """Each group's flat parameters, one slice a rank."""
+        return [[g.param_slab.shard(r) for r in range(g.shard_axis.size)] for g in self.groups]
+
+    @property
+    def single_partition_of_fp32_groups(self) -> list[torch.nn.Parameter]:
+        """This rank's flat master weights."""
+        return [part.master for group in self.groups for part in group.parts]
+
+    @property
+    def averaged_gradients(self) -> dict[int, Any]:
+        """This rank's reduced gradients by group; None where there are none."""
+        return {i: [part.grad for part in group.parts] for i, group in enumerate(self.groups)}
+
+    @property
+    def partition_gradients(self) -> bool:
+        return self.plan.reduces_each_backward
+
+    @property
+    def partition_count(self) -> list[int]:
+        """Over how many ranks each group is sharded."""
+        return [group.shard_axis.size for group in self.groups]
+
+    @property
+    def group_paddings(self) -> list[int]:
+        return [group.padding for group in self.groups]
+
+    @property
+    def dp_process_group(self) -> Any:
+        return self.mesh.data.group
+
+    @property
+    def real_dp_process_group(self) -> list[Any]:
+        return [group.shard_axis.group for group in self.groups]

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small questions about ZeRO that other libraries ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class ZeRORuntimeException(Exception):
+    """A request that sharded training cannot serve."""
+
+
+def is_zero_param(parameter: Any) -> bool:
+    """Whether a parameter is sharded by ZeRO stage 3."""
+    return torch.is_tensor(parameter) and hasattr(parameter, "ds_id")
+
+
+def is_zero_supported_optimizer(optimizer: Any) -> bool:
+    """Whether ZeRO is known to serve this very type of optimizer (a subclass does not count)."""
+    from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+    served = {
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.Adagrad,
+        FusedAdam,
+        DeepSpeedCPUAdam,
+        DeepSpeedCPUAdagrad,
+        DeepSpeedCPULion,
+        FusedLion,
+    }
+    return type(optimizer) in served
