@@ -14,11 +14,11 @@ from ..runtime.config_utils import DeepSpeedConfigModel, section_of
 class CommsLoggerConfig(DeepSpeedConfigModel):
     """``comms_logger``: time and size of each collective."""
 
-    enabled: bool = Field(False, description="Record collectives.")
-    prof_all: bool = Field(True, description="Record all of them; false: only prof_ops.")
+    enabled: bool = Field(default=False, description="Record collectives.")
+    prof_all: bool = Field(default=True, description="Record all of them; false: only prof_ops.")
     prof_ops: list[str] = Field(default_factory=list, description="Names of those to record.")
-    verbose: bool = Field(False, description="Log each collective as it ends.")
-    debug: bool = Field(False, description="Add the caller's name to each record.")
+    verbose: bool = Field(default=False, description="Log each collective as it ends.")
+    debug: bool = Field(default=False, description="Add the caller's name to each record.")
 
 
 class DeepSpeedCommsConfig:

@@ -17,21 +17,21 @@ COMPRESSION_TRAINING = "compression_training"
 class MixedQuantizeConfig(PlainSection):
     """``fp16_mixed_quantize``: fade from fp16 to quantised weights."""
 
-    enabled: bool = Field(False, description="Mix fp16 and quantised weights.")
-    quantize_change_ratio: float = Field(0.001, description="Change of the mixture a step.")
+    enabled: bool = Field(default=False, description="Mix fp16 and quantised weights.")
+    quantize_change_ratio: float = Field(default=0.001, description="Change of the mixture a step.")
 
 
 class WeightQuantizationShared(OpenSection):
     """``weight_quantization.shared_parameters``."""
 
-    enabled: bool = Field(False, description="Quantise weights.")
-    quantizer_kernel: bool = Field(False, description="Use the native quantiser.")
-    schedule_offset: int = Field(0, description="First step of the technique.")
-    quantize_groups: int = Field(1, description="Groups with their own scale.")
-    quantize_verbose: bool = Field(False, description="Log changes.")
-    quantization_type: str = Field("symmetric", description="symmetric or asymmetric.")
-    quantize_weight_in_forward: bool = Field(False, description="Quantise in forward.")
-    rounding: str = Field("nearest", description="nearest or stochastic.")
+    enabled: bool = Field(default=False, description="Quantise weights.")
+    quantizer_kernel: bool = Field(default=False, description="Use the native quantiser.")
+    schedule_offset: int = Field(default=0, description="First step of the technique.")
+    quantize_groups: int = Field(default=1, description="Groups with their own scale.")
+    quantize_verbose: bool = Field(default=False, description="Log changes.")
+    quantization_type: str = Field(default="symmetric", description="symmetric or asymmetric.")
+    quantize_weight_in_forward: bool = Field(default=False, description="Quantise in forward.")
+    rounding: str = Field(default="nearest", description="nearest or stochastic.")
     fp16_mixed_quantize: MixedQuantizeConfig = Field(
         default_factory=MixedQuantizeConfig, description="Fade from fp16 to quantised weights."
     )
@@ -40,22 +40,24 @@ class WeightQuantizationShared(OpenSection):
 class ActivationQuantizationShared(OpenSection):
     """``activation_quantization.shared_parameters``."""
 
-    enabled: bool = Field(False, description="Quantise activations.")
-    quantization_type: str = Field("symmetric", description="symmetric or asymmetric.")
-    range_calibration: str = Field("dynamic", description="dynamic or static.")
-    schedule_offset: int = Field(1000, description="First step of the technique.")
+    enabled: bool = Field(default=False, description="Quantise activations.")
+    quantization_type: str = Field(default="symmetric", description="symmetric or asymmetric.")
+    range_calibration: str = Field(default="dynamic", description="dynamic or static.")
+    schedule_offset: int = Field(default=1000, description="First step of the technique.")
 
 
 class SparsePruningShared(OpenSection):
     """``sparse_pruning.shared_parameters``."""
 
-    enabled: bool = Field(False, description="Prune single weights.")
-    method: str = Field("l1", description="l1, topk or snip_momentum.")
-    schedule_offset: int = Field(1000, description="First step of the technique.")
-    schedule_offset_end: int | None = Field(None, description="Last step (snip_momentum).")
-    schedule_offset_stride: int = Field(1, description="Steps between prunings (snip_momentum).")
-    block_pattern: str = Field("4x1", description="Shape of a block (snip_momentum).")
-    dense_ratio: float = Field(0.1, gt=0, lt=1, description="Share kept (snip_momentum).")
+    enabled: bool = Field(default=False, description="Prune single weights.")
+    method: str = Field(default="l1", description="l1, topk or snip_momentum.")
+    schedule_offset: int = Field(default=1000, description="First step of the technique.")
+    schedule_offset_end: int | None = Field(default=None, description="Last step (snip_momentum).")
+    schedule_offset_stride: int = Field(
+        default=1, description="Steps between prunings (snip_momentum)."
+    )
+    block_pattern: str = Field(default="4x1", description="Shape of a block (snip_momentum).")
+    dense_ratio: float = Field(default=0.1, gt=0, lt=1, description="Share kept (snip_momentum).")
     excluded_modules: list[str] = Field(
         default_factory=list, description="Modules left alone (snip_momentum)."
     )
@@ -64,26 +66,28 @@ class SparsePruningShared(OpenSection):
 class RowPruningShared(OpenSection):
     """``row_pruning.shared_parameters``."""
 
-    enabled: bool = Field(False, description="Prune rows of weights.")
-    method: str = Field("l1", description="l1 or topk.")
-    schedule_offset: int = Field(1000, description="First step of the technique.")
+    enabled: bool = Field(default=False, description="Prune rows of weights.")
+    method: str = Field(default="l1", description="l1 or topk.")
+    schedule_offset: int = Field(default=1000, description="First step of the technique.")
 
 
 class HeadPruningShared(OpenSection):
     """``head_pruning.shared_parameters``."""
 
-    enabled: bool = Field(False, description="Prune attention heads.")
-    method: str = Field("topk", description="topk or l1.")
-    schedule_offset: int = Field(1000, description="First step of the technique.")
-    num_heads: int | None = Field(None, description="Heads of the model; required when enabled.")
+    enabled: bool = Field(default=False, description="Prune attention heads.")
+    method: str = Field(default="topk", description="topk or l1.")
+    schedule_offset: int = Field(default=1000, description="First step of the technique.")
+    num_heads: int | None = Field(
+        default=None, description="Heads of the model; required when enabled."
+    )
 
 
 class ChannelPruningShared(OpenSection):
     """``channel_pruning.shared_parameters``."""
 
-    enabled: bool = Field(False, description="Prune channels.")
-    method: str = Field("l1", description="l1 or topk.")
-    schedule_offset: int = Field(1000, description="First step of the technique.")
+    enabled: bool = Field(default=False, description="Prune channels.")
+    method: str = Field(default="l1", description="l1 or topk.")
+    schedule_offset: int = Field(default=1000, description="First step of the technique.")
 
 
 class GroupConfig(PlainSection):
@@ -92,16 +96,16 @@ class GroupConfig(PlainSection):
     params: dict[str, Any] = Field(default_factory=dict, description="The group's own settings.")
     modules: list[str] = Field(default_factory=lambda: ["*"], description="Patterns of modules.")
     related_modules: list[list[str]] | None = Field(
-        None, description="Modules that lose the same rows, by entry of modules."
+        default=None, description="Modules that lose the same rows, by entry of modules."
     )
 
 
 class LayerReductionConfig(OpenSection):
     """``layer_reduction``: a student made of some of the teacher's layers."""
 
-    enabled: bool = Field(False, description="Start from a student with fewer layers.")
-    keep_number_layer: int | None = Field(None, description="Layers of the student.")
-    module_name_prefix: str = Field("", description="Where the layers are in the model.")
+    enabled: bool = Field(default=False, description="Start from a student with fewer layers.")
+    keep_number_layer: int | None = Field(default=None, description="Layers of the student.")
+    module_name_prefix: str = Field(default="", description="Where the layers are in the model.")
     teacher_layer: list[int] = Field(
         default_factory=list, description="The teacher's layers that the student takes."
     )

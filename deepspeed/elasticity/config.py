@@ -32,26 +32,30 @@ class ElasticityConfig(PlainSection):
 
     section: ClassVar[str] = ELASTICITY
 
-    enabled: bool = Field(False, description="Derive the batch sizes from this section.")
+    enabled: bool = Field(default=False, description="Derive the batch sizes from this section.")
     max_train_batch_size: int = Field(
-        2000, description="Largest train_batch_size; required when enabled."
+        default=2000, description="Largest train_batch_size; required when enabled."
     )
     micro_batch_sizes: list[int] = Field(
         default_factory=lambda: [2, 4, 6],
         description="Micro-batch sizes that may be used; required when enabled.",
     )
-    min_gpus: int = Field(1, description="Fewest devices.")
-    max_gpus: int = Field(10000, description="Most devices.")
-    min_time: int = Field(0, description="Minutes a job should run between two rescalings.")
+    min_gpus: int = Field(default=1, description="Fewest devices.")
+    max_gpus: int = Field(default=10000, description="Most devices.")
+    min_time: int = Field(default=0, description="Minutes a job should run between two rescalings.")
     prefer_larger_batch: bool = Field(
-        True, description="Of batch sizes with as many device counts, take the largest."
+        default=True, description="Of batch sizes with as many device counts, take the largest."
     )
     ignore_non_elastic_batch_info: bool = Field(
-        False, description="Ignore the three batch-size keys instead of refusing them."
+        default=False, description="Ignore the three batch-size keys instead of refusing them."
     )
-    version: float = Field(LATEST_ELASTICITY_VERSION, description="0.1, or 0.2: whole nodes.")
-    model_parallel_size: int = Field(1, description="Model-parallel ranks; above 1 needs 0.2.")
-    num_gpus_per_node: int = Field(1, description="Devices of a node (version 0.2).")
+    version: float = Field(
+        default=LATEST_ELASTICITY_VERSION, description="0.1, or 0.2: whole nodes."
+    )
+    model_parallel_size: int = Field(
+        default=1, description="Model-parallel ranks; above 1 needs 0.2."
+    )
+    num_gpus_per_node: int = Field(default=1, description="Devices of a node (version 0.2).")
 
     def __init__(self, param_dict: Mapping[str, Any] | None = None, /, **data: Any) -> None:
         """Build from the section's own keys (``param_dict`` is the section, not the whole).

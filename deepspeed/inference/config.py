@@ -35,24 +35,26 @@ class QuantTypeEnum(str, Enum):
 class DeepSpeedTPConfig(DeepSpeedConfigModel):
     """``tensor_parallel`` (or ``tp``)."""
 
-    enabled: bool = Field(True, description="Split layers over ranks.")
-    tp_size: int = Field(1, description="Ranks of the tensor-parallel group.")
-    tp_grain_size: int = Field(64, description="Split dimensions at multiples of this.")
-    mpu: object = Field(None, description="Object that knows the model-parallel groups.")
-    tp_group: object = Field(None, description="Process group to use.")
+    enabled: bool = Field(default=True, description="Split layers over ranks.")
+    tp_size: int = Field(default=1, description="Ranks of the tensor-parallel group.")
+    tp_grain_size: int = Field(default=64, description="Split dimensions at multiples of this.")
+    mpu: object = Field(default=None, description="Object that knows the model-parallel groups.")
+    tp_group: object = Field(default=None, description="Process group to use.")
 
 
 class DeepSpeedMoEConfig(DeepSpeedConfigModel):
     """``moe``."""
 
-    enabled: bool = Field(True, description="Treat MoE layers.")
-    ep_size: int = Field(1, description="Ranks over which experts are spread.")
+    enabled: bool = Field(default=True, description="Treat MoE layers.")
+    ep_size: int = Field(default=1, description="Ranks over which experts are spread.")
     moe_experts: list[int] = Field(
         default_factory=lambda: [1], alias="num_experts", description="Experts of each MoE layer."
     )
-    type: MoETypeEnum = Field(MoETypeEnum.standard, description="standard or residual.")
-    ep_mp_group: object = Field(None, description="Group of expert and model parallelism.")
-    ep_group: object = Field(None, alias="expert_group", description="Group of the experts.")
+    type: MoETypeEnum = Field(default=MoETypeEnum.standard, description="standard or residual.")
+    ep_mp_group: object = Field(default=None, description="Group of expert and model parallelism.")
+    ep_group: object = Field(
+        default=None, alias="expert_group", description="Group of the experts."
+    )
 
     @field_validator("moe_experts", mode="before")
     @classmethod
@@ -63,10 +65,10 @@ class DeepSpeedMoEConfig(DeepSpeedConfigModel):
 class BaseQuantConfig(DeepSpeedConfigModel):
     """What weight and activation quantisation share."""
 
-    enabled: bool = Field(True, description="Quantise.")
-    num_bits: int = Field(8, description="Bits of a value.")
-    q_type: QuantTypeEnum = Field(QuantTypeEnum.sym, description="symmetric or asymmetric.")
-    q_groups: int = Field(1, description="Groups with their own scale.")
+    enabled: bool = Field(default=True, description="Quantise.")
+    num_bits: int = Field(default=8, description="Bits of a value.")
+    q_type: QuantTypeEnum = Field(default=QuantTypeEnum.sym, description="symmetric or asymmetric.")
+    q_groups: int = Field(default=1, description="Groups with their own scale.")
 
 
 class WeightQuantConfig(BaseQuantConfig):
@@ -87,13 +89,13 @@ class ActivationQuantConfig(BaseQuantConfig):
 class QKVQuantConfig(DeepSpeedConfigModel):
     """``quant.qkv``."""
 
-    enabled: bool = Field(True, description="Quantise the attention's input products.")
+    enabled: bool = Field(default=True, description="Quantise the attention's input products.")
 
 
 class QuantizationConfig(DeepSpeedConfigModel):
     """``quant``."""
 
-    enabled: bool = Field(True, description="Quantise.")
+    enabled: bool = Field(default=True, description="Quantise.")
     activation: ActivationQuantConfig = Field(
         default_factory=ActivationQuantConfig, description="Activations."
     )
@@ -104,9 +106,11 @@ class QuantizationConfig(DeepSpeedConfigModel):
 class InferenceCheckpointConfig(DeepSpeedConfigModel):
     """``checkpoint_config`` (or ``ckpt_config``)."""
 
-    checkpoint_dir: str | None = Field(None, description="Folder of the checkpoint.")
-    save_mp_checkpoint_path: str | None = Field(None, description="Save split weights there.")
-    base_dir: str | None = Field(None, description="Folder that relative paths start from.")
+    checkpoint_dir: str | None = Field(default=None, description="Folder of the checkpoint.")
+    save_mp_checkpoint_path: str | None = Field(
+        default=None, description="Save split weights there."
+    )
+    base_dir: str | None = Field(default=None, description="Folder that relative paths start from.")
 
 
 class DeepSpeedInferenceConfig(DeepSpeedConfigModel):
@@ -117,79 +121,99 @@ class DeepSpeedInferenceConfig(DeepSpeedConfigModel):
     """
 
     replace_with_kernel_inject: bool = Field(
-        False, alias="kernel_inject", description="Replace layers by fused ones."
+        default=False, alias="kernel_inject", description="Replace layers by fused ones."
     )
-    dtype: torch.dtype = Field(torch.float16, description="Dtype of the model.")
+    dtype: torch.dtype = Field(default=torch.float16, description="Dtype of the model.")
     tensor_parallel: DeepSpeedTPConfig = Field(
         default_factory=DeepSpeedTPConfig, alias="tp", description="Tensor parallelism."
     )
-    enable_cuda_graph: bool = Field(False, description="Capture the forward pass once, replay it.")
-    use_triton: bool = Field(False, description="Use Triton kernels.")
-    triton_autotune: bool = Field(False, description="Tune them at start.")
+    enable_cuda_graph: bool = Field(
+        default=False, description="Capture the forward pass once, replay it."
+    )
+    use_triton: bool = Field(default=False, description="Use Triton kernels.")
+    triton_autotune: bool = Field(default=False, description="Tune them at start.")
     zero: DeepSpeedZeroConfig = Field(
         default_factory=DeepSpeedZeroConfig, description="ZeRO settings of a sharded model."
     )
-    triangular_masking: bool = Field(True, alias="tm", description="Causal attention.")
+    triangular_masking: bool = Field(default=True, alias="tm", description="Causal attention.")
     moe: bool | DeepSpeedMoEConfig = Field(
         default_factory=DeepSpeedMoEConfig, description="MoE layers."
     )
-    keep_module_on_host: bool = Field(False, description="Leave the model in host memory.")
+    keep_module_on_host: bool = Field(default=False, description="Leave the model in host memory.")
     quant: QuantizationConfig = Field(
         default_factory=QuantizationConfig, description="Quantisation."
     )
-    checkpoint: str | dict[str, Any] | None = Field(None, description="Checkpoint, or its JSON.")
-    base_dir: str = Field("", description="Folder that checkpoint paths start from.")
-    set_empty_params: bool = Field(False, description="Build the model without its weights.")
-    save_mp_checkpoint_path: str | None = Field(None, description="Save split weights there.")
+    checkpoint: str | dict[str, Any] | None = Field(
+        default=None, description="Checkpoint, or its JSON."
+    )
+    base_dir: str = Field(default="", description="Folder that checkpoint paths start from.")
+    set_empty_params: bool = Field(
+        default=False, description="Build the model without its weights."
+    )
+    save_mp_checkpoint_path: str | None = Field(
+        default=None, description="Save split weights there."
+    )
     checkpoint_config: InferenceCheckpointConfig = Field(
         default_factory=InferenceCheckpointConfig,
         alias="ckpt_config",
         description="Where weights come from and go to.",
     )
-    return_tuple: bool = Field(True, description="Layers return tuples.")
-    training_mp_size: int = Field(1, description="Model-parallel ranks that saved the checkpoint.")
+    return_tuple: bool = Field(default=True, description="Layers return tuples.")
+    training_mp_size: int = Field(
+        default=1, description="Model-parallel ranks that saved the checkpoint."
+    )
     replace_method: str = Field(
-        "auto",
+        default="auto",
         description="Deprecated, without effect.",
         json_schema_extra=deprecated(message="and has no effect; remove it from the call"),
     )
     injection_policy: dict[Any, Any] | None = Field(
-        None, alias="injection_dict", description="Layer class -> names of its last products."
+        default=None,
+        alias="injection_dict",
+        description="Layer class -> names of its last products.",
     )
     injection_policy_tuple: tuple[Any, ...] | None = Field(
-        None, description="Names of layers whose results are summed over ranks."
+        default=None, description="Names of layers whose results are summed over ranks."
     )
-    config: dict[str, Any] | None = Field(None, alias="args", description="Legacy settings.")
+    config: dict[str, Any] | None = Field(
+        default=None, alias="args", description="Legacy settings."
+    )
     max_out_tokens: int = Field(
-        1024, gt=0, alias="max_tokens", description="Longest prompt and answer together, in tokens."
+        default=1024,
+        gt=0,
+        alias="max_tokens",
+        description="Longest prompt and answer together, in tokens.",
     )
     min_out_tokens: int = Field(
-        1, gt=0, alias="min_tokens", description="Room that must be left for them, in tokens."
+        default=1,
+        gt=0,
+        alias="min_tokens",
+        description="Room that must be left for them, in tokens.",
     )
-    transposed_mode: bool = Field(False, description="Weights are stored transposed.")
+    transposed_mode: bool = Field(default=False, description="Weights are stored transposed.")
     mp_size: int = Field(
-        1,
+        default=1,
         description="Deprecated: tensor_parallel.tp_size.",
         json_schema_extra=deprecated("tensor_parallel.tp_size"),
     )
     mpu: object = Field(
-        None,
+        default=None,
         description="Deprecated: tensor_parallel.mpu.",
         json_schema_extra=deprecated("tensor_parallel.mpu"),
     )
     ep_size: int = Field(
-        1,
+        default=1,
         description="Deprecated: moe.ep_size.",
         json_schema_extra=deprecated("moe.ep_size"),
     )
     ep_group: object = Field(
-        None,
+        default=None,
         alias="expert_group",
         description="Deprecated: moe.ep_group.",
         json_schema_extra=deprecated("moe.ep_group"),
     )
     ep_mp_group: object = Field(
-        None,
+        default=None,
         alias="expert_mp_group",
         description="Deprecated: moe.ep_mp_group.",
         json_schema_extra=deprecated("moe.ep_mp_group"),
@@ -200,7 +224,7 @@ class DeepSpeedInferenceConfig(DeepSpeedConfigModel):
         json_schema_extra=deprecated("moe.moe_experts"),
     )
     moe_type: MoETypeEnum = Field(
-        MoETypeEnum.standard,
+        default=MoETypeEnum.standard,
         description="Deprecated: moe.type.",
         json_schema_extra=deprecated("moe.type"),
     )

@@ -14,40 +14,50 @@ from ..runtime.config_utils import DeepSpeedConfigModel, section_of
 class TensorBoardConfig(DeepSpeedConfigModel):
     """``tensorboard``: event files for TensorBoard."""
 
-    enabled: bool = Field(False, description="Write TensorBoard event files.")
-    output_path: str = Field("", description="Folder; empty means runs/ in the working folder.")
-    job_name: str = Field("DeepSpeedJobName", description="Folder of this run inside it.")
+    enabled: bool = Field(default=False, description="Write TensorBoard event files.")
+    output_path: str = Field(
+        default="", description="Folder; empty means runs/ in the working folder."
+    )
+    job_name: str = Field(default="DeepSpeedJobName", description="Folder of this run inside it.")
 
 
 class CSVConfig(DeepSpeedConfigModel):
     """``csv_monitor``: one CSV file a metric."""
 
-    enabled: bool = Field(False, description="Write CSV files.")
-    output_path: str = Field("", description="Folder; empty means csv_monitor/ in the working one.")
-    job_name: str = Field("DeepSpeedJobName", description="Folder of this run inside it.")
+    enabled: bool = Field(default=False, description="Write CSV files.")
+    output_path: str = Field(
+        default="", description="Folder; empty means csv_monitor/ in the working one."
+    )
+    job_name: str = Field(default="DeepSpeedJobName", description="Folder of this run inside it.")
 
 
 class WandbConfig(DeepSpeedConfigModel):
     """``wandb``: Weights & Biases."""
 
-    enabled: bool = Field(False, description="Record with Weights & Biases.")
-    group: str | None = Field(None, description="Group of runs.")
-    team: str | None = Field(None, description="Team (entity) that owns the run.")
-    project: str = Field("deepspeed", description="Project of the run.")
+    enabled: bool = Field(default=False, description="Record with Weights & Biases.")
+    group: str | None = Field(default=None, description="Group of runs.")
+    team: str | None = Field(default=None, description="Team (entity) that owns the run.")
+    project: str = Field(default="deepspeed", description="Project of the run.")
 
 
 class CometConfig(DeepSpeedConfigModel):
     """``comet``: Comet experiments."""
 
-    enabled: bool = Field(False, description="Record with Comet.")
-    samples_log_interval: int = Field(100, description="Samples between two records.")
-    project: str | None = Field(None, description="Project of the experiment.")
-    workspace: str | None = Field(None, description="Workspace of the project.")
-    api_key: str | None = Field(None, description="Key; better given in Comet's own settings.")
-    experiment_name: str | None = Field(None, description="Name of the experiment.")
-    experiment_key: str | None = Field(None, description="Key of an existing experiment.")
-    online: bool | None = Field(None, description="Send at once (true) or keep for later (false).")
-    mode: str | None = Field(None, description="get, create or get_or_create the experiment.")
+    enabled: bool = Field(default=False, description="Record with Comet.")
+    samples_log_interval: int = Field(default=100, description="Samples between two records.")
+    project: str | None = Field(default=None, description="Project of the experiment.")
+    workspace: str | None = Field(default=None, description="Workspace of the project.")
+    api_key: str | None = Field(
+        default=None, description="Key; better given in Comet's own settings."
+    )
+    experiment_name: str | None = Field(default=None, description="Name of the experiment.")
+    experiment_key: str | None = Field(default=None, description="Key of an existing experiment.")
+    online: bool | None = Field(
+        default=None, description="Send at once (true) or keep for later (false)."
+    )
+    mode: str | None = Field(
+        default=None, description="get, create or get_or_create the experiment."
+    )
 
     @model_validator(mode="after")
     def _known_mode(self) -> CometConfig:
@@ -76,7 +86,9 @@ class DeepSpeedMonitorConfig(DeepSpeedConfigModel):
 
 def get_monitor_config(param_dict: Mapping[str, Any]) -> DeepSpeedMonitorConfig:
     """Parse the monitor sections of a whole configuration."""
-    names = DeepSpeedMonitorConfig.model_fields
-    return DeepSpeedMonitorConfig(
-        **{name: section_of(param_dict, name) for name in names if param_dict.get(name) is not None}
-    )
+    given: dict[str, Any] = {
+        name: section_of(param_dict, name)
+        for name in DeepSpeedMonitorConfig.model_fields
+        if param_dict.get(name) is not None
+    }
+    return DeepSpeedMonitorConfig(**given)

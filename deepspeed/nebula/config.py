@@ -15,9 +15,13 @@ class DeepSpeedNebulaConfig(PlainSection):
 
     section: ClassVar[str] = "nebula"
 
-    enabled: bool = Field(False, description="Save through Nebula.")
-    nebula_load_path: str | None = Field(None, description="Where to load from instead.")
-    enable_nebula_load: bool = Field(True, description="Load through Nebula too.")
-    persistent_storage_path: str | None = Field(None, description="Folder of the last tier.")
-    persistent_time_interval: int = Field(100, description="Seconds between two persisted ones.")
-    num_of_version_in_retention: int = Field(2, description="Checkpoints kept in memory.")
+    enabled: bool = Field(default=False, description="Save through Nebula.")
+    nebula_load_path: str | None = Field(default=None, description="Where to load from instead.")
+    enable_nebula_load: bool = Field(default=True, description="Load through Nebula too.")
+    persistent_storage_path: str | None = Field(
+        default=None, description="Folder of the last tier."
+    )
+    persistent_time_interval: int = Field(
+        default=100, description="Seconds between two persisted ones."
+    )
+    num_of_version_in_retention: int = Field(default=2, description="Checkpoints kept in memory.")

@@ -84,17 +84,17 @@ def complete_batch(
             raise ConfigAssertionError(
                 f"{_NAMES[key]}: {value} has to be greater than 0. Correct '{key}'."
             )
-    if train is None and micro is None:
-        raise ConfigAssertionError(
-            "either train_batch_size or train_micro_batch_size_per_gpu needs to be provided: "
-            "add one of them to the config."
-        )
-    if train is None:
-        steps = 1 if steps is None else steps
-        return micro * steps * world, micro, steps  # type: ignore[operator]
     if micro is None:
+        if train is None:
+            raise ConfigAssertionError(
+                "either train_batch_size or train_micro_batch_size_per_gpu needs to be provided: "
+                "add one of them to the config."
+            )
         steps = 1 if steps is None else steps
         micro = train // world // steps
+    elif train is None:
+        steps = 1 if steps is None else steps
+        train = micro * steps * world
     elif steps is None:
         steps = train // micro // world
     if min(micro, steps) <= 0 or train != micro * steps * world:

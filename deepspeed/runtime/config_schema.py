@@ -67,42 +67,54 @@ class TopLevel(PlainSection):
 
     # ------------------------------------------------------------------ batch sizes
     train_batch_size: int | None = Field(
-        None, description="Samples of one optimizer step on all ranks."
+        default=None, description="Samples of one optimizer step on all ranks."
     )
     train_micro_batch_size_per_gpu: int | None = Field(
-        None, description="Samples of one forward pass on one rank."
+        default=None, description="Samples of one forward pass on one rank."
     )
     gradient_accumulation_steps: int | None = Field(
-        None, description="Forward passes to one optimizer step."
+        default=None, description="Forward passes to one optimizer step."
     )
     managed_gradient_accumulation: bool = Field(
-        True, description="Count micro steps; false: each call of step() is a boundary."
+        default=True, description="Count micro steps; false: each call of step() is a boundary."
     )
     # ------------------------------------------------------------------ reporting
     steps_per_print: int | float | None = Field(
-        None, description="Optimizer steps between progress lines; null prints none."
+        default=None, description="Optimizer steps between progress lines; null prints none."
     )
-    dump_state: bool = Field(False, description="Print the engine's attributes at the start.")
-    wall_clock_breakdown: bool = Field(False, description="Time the parts of a step.")
-    memory_breakdown: bool = Field(False, description="Print memory use at several places.")
-    log_level: str | None = Field(None, description=f"Logger level: {', '.join(LOG_LEVELS)}.")
-    vocabulary_size: int | None = Field(None, description="Warn if not a multiple of 8.")
+    dump_state: bool = Field(
+        default=False, description="Print the engine's attributes at the start."
+    )
+    wall_clock_breakdown: bool = Field(default=False, description="Time the parts of a step.")
+    memory_breakdown: bool = Field(default=False, description="Print memory use at several places.")
+    log_level: str | None = Field(
+        default=None, description=f"Logger level: {', '.join(LOG_LEVELS)}."
+    )
+    vocabulary_size: int | None = Field(default=None, description="Warn if not a multiple of 8.")
     # ------------------------------------------------------------------ gradients
     communication_data_type: Any = Field(
-        None, description="Dtype in which gradients are reduced: fp32, fp16 or bf16."
+        default=None, description="Dtype in which gradients are reduced: fp32, fp16 or bf16."
     )
     seq_parallel_communication_data_type: Any = Field(
-        torch.float32, description="The same where the sequence is split over ranks."
+        default=torch.float32, description="The same where the sequence is split over ranks."
     )
-    prescale_gradients: bool = Field(False, description="Divide by the ranks before reducing.")
+    prescale_gradients: bool = Field(
+        default=False, description="Divide by the ranks before reducing."
+    )
     gradient_predivide_factor: float = Field(
-        1.0, description="Divide by this before reducing and by the rest afterwards."
+        default=1.0, description="Divide by this before reducing and by the rest afterwards."
     )
-    gradient_allreduce_op: str = Field("mean", description="mean or sum over the ranks.")
-    sparse_gradients: bool = Field(False, description="Reduce embedding gradients as sparse.")
-    gradient_clipping: float = Field(1.0, description="Bound of the global 2-norm; 0 is off.")
-    disable_allgather: bool = Field(False, description="Parsed and unused.")
-    graph_harvesting: bool = Field(False, description="Capture norm and clip in a CUDA graph.")
+    gradient_allreduce_op: str = Field(default="mean", description="mean or sum over the ranks.")
+    sparse_gradients: bool = Field(
+        default=False, description="Reduce embedding gradients as sparse."
+    )
+    gradient_clipping: float = Field(
+        default=1.0, description="Bound of the global 2-norm; 0 is off."
+    )
+    disable_allgather: bool = Field(default=False, description="Parsed and unused.")
+    graph_harvesting: bool = Field(
+        default=False, description="Capture norm and clip in a CUDA graph."
+    )
     # ------------------------------------------------------------------ optimizer
     optimizer: OptimizerSection = Field(
         default_factory=OptimizerSection, description="The optimizer to build."
@@ -111,16 +123,18 @@ class TopLevel(PlainSection):
         default_factory=SchedulerSection, description="The learning-rate scheduler to build."
     )
     zero_allow_untested_optimizer: bool = Field(
-        False, description="Accept optimizers that ZeRO was not tested with."
+        default=False, description="Accept optimizers that ZeRO was not tested with."
     )
     zero_force_ds_cpu_optimizer: bool = Field(
-        True, description="With optimizer offload, insist on our own CPU optimizers."
+        default=True, description="With optimizer offload, insist on our own CPU optimizers."
     )
     # ------------------------------------------------------------------ ZeRO and precision
     zero_optimization: DeepSpeedZeroConfig = Field(
         default_factory=DeepSpeedZeroConfig, description="Sharding and offload; a bool is legacy."
     )
-    allgather_size: int = Field(pp_int(5e8), description="Legacy: with zero_optimization: true.")
+    allgather_size: int = Field(
+        default=pp_int(5e8), description="Legacy: with zero_optimization: true."
+    )
     fp16: DeepSpeedFP16Config = Field(
         default_factory=DeepSpeedFP16Config, description="float16 training."
     )
@@ -141,13 +155,19 @@ class TopLevel(PlainSection):
         default_factory=DataTypesSection, description="Dtypes that differ from the mode's."
     )
     # ------------------------------------------------------------------ data and parallelism
-    dataloader_drop_last: bool = Field(False, description="Drop an incomplete last batch.")
+    dataloader_drop_last: bool = Field(default=False, description="Drop an incomplete last batch.")
     use_data_before_expert_parallelism: bool = Field(
-        False, description="Order of data- and expert-parallel ranks."
+        default=False, description="Order of data- and expert-parallel ranks."
     )
-    sequence_parallel_size: int | None = Field(None, description="Ranks that share a sequence.")
-    data_parallel_size: int | None = Field(None, description="Ranks with different samples.")
-    disable_python_gc: bool = Field(False, description="Collect garbage only between steps.")
+    sequence_parallel_size: int | None = Field(
+        default=None, description="Ranks that share a sequence."
+    )
+    data_parallel_size: int | None = Field(
+        default=None, description="Ranks with different samples."
+    )
+    disable_python_gc: bool = Field(
+        default=False, description="Collect garbage only between steps."
+    )
     pipeline: PipelineSection = Field(
         default_factory=PipelineSection, description="The pipeline engine's settings."
     )
@@ -171,7 +191,7 @@ class TopLevel(PlainSection):
     nebula: DeepSpeedNebulaConfig = Field(
         default_factory=DeepSpeedNebulaConfig, description="Azure's checkpoint service."
     )
-    datastates_ckpt: Any = Field(None, description="Settings of the DataStates engine.")
+    datastates_ckpt: Any = Field(default=None, description="Settings of the DataStates engine.")
     aio: AioConfig = Field(default_factory=AioConfig, description="Asynchronous file access.")
     comms_logger: CommsLoggerConfig = Field(
         default_factory=CommsLoggerConfig, description="Record collectives."
@@ -199,17 +219,19 @@ class TopLevel(PlainSection):
         default_factory=ProgressiveLayerDropConfig, description="Skip layers more and more."
     )
     compression_training: dict[str, Any] | None = Field(
-        None, description="Quantisation and pruning during training."
+        default=None, description="Quantisation and pruning during training."
     )
     quantize_training: QuantizeTrainingSection = Field(
         default_factory=QuantizeTrainingSection, description="Curvature for quantisation."
     )
     weight_quantization: WeightQuantConfig | None = Field(
-        None, description="Weights kept quantised (ZeRO inference)."
+        default=None, description="Weights kept quantised (ZeRO inference)."
     )
-    sparse_attention: dict[str, Any] | None = Field(None, description="Legacy: parsed, unused.")
+    sparse_attention: dict[str, Any] | None = Field(
+        default=None, description="Legacy: parsed, unused."
+    )
     elasticity: dict[str, Any] | None = Field(
-        None, description="A batch size that fits many numbers of devices."
+        default=None, description="A batch size that fits many numbers of devices."
     )
     autotuning: DeepSpeedAutotuningConfig = Field(
         default_factory=DeepSpeedAutotuningConfig, description="Search for a fast configuration."

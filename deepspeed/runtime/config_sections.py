@@ -25,9 +25,13 @@ class OptimizerSection(PlainSection):
 
     section: ClassVar[str] = "optimizer"
 
-    type: str | None = Field(None, description="Our name in any case, or a torch.optim class.")
-    params: dict[str, Any] | None = Field(None, description="Arguments of its constructor.")
-    legacy_fusion: bool = Field(False, description="Legacy fused wrapper for fp16 at stage 0.")
+    type: str | None = Field(
+        default=None, description="Our name in any case, or a torch.optim class."
+    )
+    params: dict[str, Any] | None = Field(default=None, description="Arguments of its constructor.")
+    legacy_fusion: bool = Field(
+        default=False, description="Legacy fused wrapper for fp16 at stage 0."
+    )
 
     @property
     def name(self) -> str | None:
@@ -42,8 +46,10 @@ class SchedulerSection(PlainSection):
 
     section: ClassVar[str] = "scheduler"
 
-    type: str | None = Field(None, description="Our scheduler or torch.optim.lr_scheduler class.")
-    params: dict[str, Any] | None = Field(None, description="Arguments of its constructor.")
+    type: str | None = Field(
+        default=None, description="Our scheduler or torch.optim.lr_scheduler class."
+    )
+    params: dict[str, Any] | None = Field(default=None, description="Arguments of its constructor.")
 
 
 class DataTypesSection(PlainSection):
@@ -51,11 +57,17 @@ class DataTypesSection(PlainSection):
 
     section: ClassVar[str] = "data_types"
 
-    grad_accum_dtype: Any = Field(None, description="Dtype of summed gradients; null: the model's.")
-    param_dtype: Any = Field(None, description="Dtype of params; must agree with fp16 or bf16.")
-    buffer_dtype: Any = Field(None, description="Dtype of floating buffers; null: left alone.")
+    grad_accum_dtype: Any = Field(
+        default=None, description="Dtype of summed gradients; null: the model's."
+    )
+    param_dtype: Any = Field(
+        default=None, description="Dtype of params; must agree with fp16 or bf16."
+    )
+    buffer_dtype: Any = Field(
+        default=None, description="Dtype of floating buffers; null: left alone."
+    )
     keep_in_fp32_modules: Any = Field(
-        "auto", description="Modules left in fp32: names, or auto for the model's own list."
+        default="auto", description="Modules left in fp32: names, or auto for the model's own list."
     )
 
     @field_validator("grad_accum_dtype", "param_dtype", "buffer_dtype")
@@ -69,13 +81,19 @@ class DataTypesSection(PlainSection):
 class HybridEngineConfig(DeepSpeedConfigModel):
     """``hybrid_engine``: one model that trains and generates in turn."""
 
-    enabled: bool = Field(False, description="Use the hybrid engine.")
-    max_out_tokens: int = Field(512, gt=0, description="Longest prompt and answer, in tokens.")
-    inference_tp_size: int = Field(1, description="Tensor-parallel ranks while generating.")
-    release_inference_cache: bool = Field(False, description="Free the cache after generating.")
-    pin_parameters: bool = Field(True, description="Use page-locked host memory.")
-    tp_gather_partition_size: int = Field(8, description="Layers gathered at a time.")
-    enable_cuda_graph: bool = Field(False, description="Capture the forward pass once, replay it.")
+    enabled: bool = Field(default=False, description="Use the hybrid engine.")
+    max_out_tokens: int = Field(
+        default=512, gt=0, description="Longest prompt and answer, in tokens."
+    )
+    inference_tp_size: int = Field(default=1, description="Tensor-parallel ranks while generating.")
+    release_inference_cache: bool = Field(
+        default=False, description="Free the cache after generating."
+    )
+    pin_parameters: bool = Field(default=True, description="Use page-locked host memory.")
+    tp_gather_partition_size: int = Field(default=8, description="Layers gathered at a time.")
+    enable_cuda_graph: bool = Field(
+        default=False, description="Capture the forward pass once, replay it."
+    )
 
 
 class AmpSection(OpenSection):
@@ -83,7 +101,7 @@ class AmpSection(OpenSection):
 
     section: ClassVar[str] = "amp"
 
-    enabled: bool = Field(False, description="Use Apex mixed precision.")
+    enabled: bool = Field(default=False, description="Use Apex mixed precision.")
 
 
 class PipelineSection(OpenSection):
@@ -91,26 +109,32 @@ class PipelineSection(OpenSection):
 
     section: ClassVar[str] = "pipeline"
 
-    stages: int | str = Field("auto", description="Number of stages (informative).")
-    partition: str = Field("best", description="How layers are dealt (informative).")
-    seed_layers: bool = Field(False, description="Seed each layer's initialisation.")
-    activation_checkpoint_interval: int = Field(0, description="Layers between checkpoints.")
-    pipe_partitioned: bool = Field(True, description="Send activations in shards.")
-    grad_partitioned: bool = Field(True, description="Send gradients in shards.")
-    use_reentrant: bool | None = Field(None, description="Kind of checkpointing; null is true.")
+    stages: int | str = Field(default="auto", description="Number of stages (informative).")
+    partition: str = Field(default="best", description="How layers are dealt (informative).")
+    seed_layers: bool = Field(default=False, description="Seed each layer's initialisation.")
+    activation_checkpoint_interval: int = Field(
+        default=0, description="Layers between checkpoints."
+    )
+    pipe_partitioned: bool = Field(default=True, description="Send activations in shards.")
+    grad_partitioned: bool = Field(default=True, description="Send gradients in shards.")
+    use_reentrant: bool | None = Field(
+        default=None, description="Kind of checkpointing; null is true."
+    )
 
 
 class EigenvalueConfig(PlainSection):
     """``quantize_training.eigenvalue``: curvature that steers quantisation."""
 
-    enabled: bool = Field(False, description="Compute eigenvalues; true is refused.")
-    verbose: bool = Field(False, description="Print them.")
-    max_iter: int = Field(100, description="Power iterations.")
-    tol: float = Field(1e-2, description="Relative change at which they stop.")
-    stability: float = Field(1e-6, description="Added to divisors.")
-    gas_boundary_resolution: int = Field(1, description="Optimizer steps between computations.")
-    layer_name: str = Field("bert.encoder.layer", description="Where the layers are.")
-    layer_num: int = Field(0, description="How many layers there are.")
+    enabled: bool = Field(default=False, description="Compute eigenvalues; true is refused.")
+    verbose: bool = Field(default=False, description="Print them.")
+    max_iter: int = Field(default=100, description="Power iterations.")
+    tol: float = Field(default=1e-2, description="Relative change at which they stop.")
+    stability: float = Field(default=1e-6, description="Added to divisors.")
+    gas_boundary_resolution: int = Field(
+        default=1, description="Optimizer steps between computations."
+    )
+    layer_name: str = Field(default="bert.encoder.layer", description="Where the layers are.")
+    layer_num: int = Field(default=0, description="How many layers there are.")
 
 
 class QuantizeTrainingSection(PlainSection):
@@ -126,8 +150,8 @@ class QuantizeTrainingSection(PlainSection):
 class DataStatesConfig(PlainSection):
     """``datastates_ckpt``: any value but false turns the DataStates engine on."""
 
-    enabled: bool = Field(False, description="Whether the section is there and not false.")
-    config: Any = Field(None, description="Settings, passed on as they are.")
+    enabled: bool = Field(default=False, description="Whether the section is there and not false.")
+    config: Any = Field(default=None, description="Settings, passed on as they are.")
 
 
 _SPARSE_COMMON: dict[str, Any] = {"block": 16, "different_layout_per_head": False}
@@ -208,4 +232,4 @@ def get_datastates_config(param_dict: Mapping[str, Any]) -> DataStatesConfig:
 
 def get_pipeline_config(param_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return section ``pipeline`` with its defaults and with every further key that was given."""
-    return PipelineSection(param_dict).model_dump()
+    return PipelineSection.of(param_dict).model_dump()

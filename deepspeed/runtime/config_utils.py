@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
+from typing_extensions import Self
 
 from ..utils.errors import explain
 from ..utils.logging import logger
@@ -159,9 +160,14 @@ class PlainSection(DeepSpeedConfigModel):
     def __init__(self, param_dict: Mapping[str, Any] | None = None, /, **data: Any) -> None:
         """Build from the section's keys, or from a whole configuration given as ``param_dict``."""
         if param_dict is not None:
-            data = {**(param_dict.get(self.section) or {}), **data}
+            data = {**section_of(param_dict, self.section), **data}
         warn_of_typing_slips(data, self.known_keys(), self.section)
         super().__init__(**data)
+
+    @classmethod
+    def of(cls, param_dict: Mapping[str, Any]) -> Self:
+        """Parse this section of a whole configuration."""
+        return cls(**section_of(param_dict, cls.section))
 
 
 class OpenSection(PlainSection):
@@ -215,20 +221,20 @@ class DtypeEnum(Enum):
     bf16 = torch.bfloat16, "torch.bfloat16", "bf16", "bfloat16", "bfloat"
     int8 = torch.int8, "torch.int8", "int8"
 
-    names: tuple[Any, ...]
+    _spellings: tuple[Any, ...]
 
     def __new__(cls, dtype: torch.dtype, *names: str) -> DtypeEnum:
         member = object.__new__(cls)
         member._value_ = dtype
-        member.names = (dtype, *names)
+        member._spellings = (dtype, *names)
         return member
 
     @classmethod
     def _missing_(cls, value: object) -> DtypeEnum | None:
-        return next((member for member in cls if value in member.names), None)
+        return next((member for member in cls if value in member._spellings), None)
 
     @classmethod
-    def parse(cls, value: object, key: str) -> torch.dtype:
+    def parse(cls, value: Any, key: str) -> torch.dtype:
         """Return the torch dtype that ``value`` names.
 
         Raises:
@@ -237,7 +243,7 @@ class DtypeEnum(Enum):
         try:
             return cls(value).value
         except ValueError:
-            names = [name for member in cls for name in member.names[2:]]
+            names = [name for member in cls for name in member._spellings[2:]]
             message = explain(f"'{key}' is not a dtype", got=repr(value), expected=", ".join(names))
             raise ConfigValueError(message) from None
 
@@ -290,7 +296,7 @@ class pp_int(int):
 
     custom_print_str: str | None
 
-    def __new__(cls, val: int, custom_print_str: str | None = None) -> pp_int:
+    def __new__(cls, val: float, custom_print_str: str | None = None) -> pp_int:
         """Make the number; ``custom_print_str`` replaces its printed form."""
         made = super().__new__(cls, val)
         made.custom_print_str = custom_print_str

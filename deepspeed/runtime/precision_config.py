@@ -19,20 +19,27 @@ BFLOAT16_OLD = "bfloat16"
 class DeepSpeedFP16Config(DeepSpeedConfigModel):
     """``fp16``: half-precision training with a loss scale."""
 
-    enabled: bool = Field(False, description="Train in float16.")
-    auto_cast: bool = Field(False, description="Cast floating positional inputs to float16.")
-    loss_scale: float = Field(0, description="Fixed loss scale; 0 means dynamic scaling.")
-    initial_scale_power: int = Field(16, description="Dynamic scaling starts at 2 to this power.")
+    enabled: bool = Field(default=False, description="Train in float16.")
+    auto_cast: bool = Field(
+        default=False, description="Cast floating positional inputs to float16."
+    )
+    loss_scale: float = Field(default=0, description="Fixed loss scale; 0 means dynamic scaling.")
+    initial_scale_power: int = Field(
+        default=16, description="Dynamic scaling starts at 2 to this power."
+    )
     loss_scale_window: int = Field(
-        1000, description="Clean steps after which a dynamic scale doubles."
+        default=1000, description="Clean steps after which a dynamic scale doubles."
     )
-    hysteresis: int = Field(2, description="Overflows tolerated before a dynamic scale halves.")
+    hysteresis: int = Field(
+        default=2, description="Overflows tolerated before a dynamic scale halves."
+    )
     consecutive_hysteresis: bool = Field(
-        False, description="Refill the hysteresis budget at each clean step, not only at growth."
+        default=False,
+        description="Refill the hysteresis budget at each clean step, not only at growth.",
     )
-    min_loss_scale: int = Field(1, description="Floor of a dynamic scale.")
+    min_loss_scale: int = Field(default=1, description="Floor of a dynamic scale.")
     fp16_master_weights_and_grads: bool = Field(
-        False, description="Keep master weights and gradients in float16 too (ZeRO 1 to 3)."
+        default=False, description="Keep master weights and gradients in float16 too (ZeRO 1 to 3)."
     )
 
     @field_validator("loss_scale", mode="before")
@@ -65,16 +72,20 @@ class DeepSpeedFP16Config(DeepSpeedConfigModel):
 class DeepSpeedBF16Config(DeepSpeedConfigModel):
     """``bf16``: bfloat16 training, which needs no loss scale."""
 
-    enabled: bool = Field(False, description="Train in bfloat16.")
+    enabled: bool = Field(default=False, description="Train in bfloat16.")
     immediate_grad_update: bool = Field(
-        False, description="Add each gradient to its fp32 sum as soon as it is there."
+        default=False, description="Add each gradient to its fp32 sum as soon as it is there."
     )
-    check_grad_overflow: bool = Field(True, description="Skip steps with non-finite gradients.")
+    check_grad_overflow: bool = Field(
+        default=True, description="Skip steps with non-finite gradients."
+    )
     bf16_master_weights_and_grads: bool = Field(
-        False, description="Keep master weights and gradients in bfloat16 too (ZeRO 1 to 3)."
+        default=False,
+        description="Keep master weights and gradients in bfloat16 too (ZeRO 1 to 3).",
     )
     bf16_optimizer_states: bool = Field(
-        False, description="Keep optimizer states in bfloat16; needs bf16_master_weights_and_grads."
+        default=False,
+        description="Keep optimizer states in bfloat16; needs bf16_master_weights_and_grads.",
     )
 
 
@@ -83,10 +94,13 @@ class TorchAutocastConfig(PlainSection):
 
     section: ClassVar[str] = "torch_autocast"
 
-    enabled: bool = Field(False, description="Run the forward pass under torch.autocast.")
-    dtype: Any = Field(None, description="Autocast dtype: bfloat16 or float16; null: the default.")
+    enabled: bool = Field(default=False, description="Run the forward pass under torch.autocast.")
+    dtype: Any = Field(
+        default=None, description="Autocast dtype: bfloat16 or float16; null: the default."
+    )
     lower_precision_safe_modules: list[str] | None = Field(
-        None, description="Classes (full names) whose gradients may be reduced in that dtype."
+        default=None,
+        description="Classes (full names) whose gradients may be reduced in that dtype.",
     )
 
     @field_validator("dtype")

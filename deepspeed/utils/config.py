@@ -14,8 +14,8 @@ from ..runtime.config_utils import DeepSpeedConfigModel, PlainSection
 class DeepSpeedThroughputTimerConfig(DeepSpeedConfigModel):
     """``timers.throughput``: samples per second of the whole step."""
 
-    enabled: bool = Field(True, description="Measure samples per second.")
-    synchronized: bool = Field(True, description="Wait for the device at each reading.")
+    enabled: bool = Field(default=True, description="Measure samples per second.")
+    synchronized: bool = Field(default=True, description="Wait for the device at each reading.")
 
 
 class DeepSpeedTimersConfig(PlainSection):
@@ -30,4 +30,4 @@ class DeepSpeedTimersConfig(PlainSection):
 
 def get_timers_config(param_dict: Mapping[str, Any]) -> DeepSpeedThroughputTimerConfig:
     """Parse ``timers.throughput`` of a whole configuration."""
-    return DeepSpeedTimersConfig(param_dict).throughput
+    return DeepSpeedTimersConfig.of(param_dict).throughput

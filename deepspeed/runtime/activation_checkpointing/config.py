@@ -15,11 +15,17 @@ class DeepSpeedActivationCheckpointingConfig(PlainSection):
 
     section: ClassVar[str] = "activation_checkpointing"
 
-    partition_activations: bool = Field(False, description="Shard saved inputs over TP ranks.")
-    contiguous_memory_optimization: bool = Field(
-        False, description="Copy saved inputs to one buffer; needs number_checkpoints."
+    partition_activations: bool = Field(
+        default=False, description="Shard saved inputs over TP ranks."
     )
-    cpu_checkpointing: bool = Field(False, description="Keep saved inputs in host memory.")
-    number_checkpoints: int | None = Field(None, description="Checkpointed blocks of the model.")
-    synchronize_checkpoint_boundary: bool = Field(False, description="Wait for the device there.")
-    profile: bool = Field(False, description="Time each checkpointed block.")
+    contiguous_memory_optimization: bool = Field(
+        default=False, description="Copy saved inputs to one buffer; needs number_checkpoints."
+    )
+    cpu_checkpointing: bool = Field(default=False, description="Keep saved inputs in host memory.")
+    number_checkpoints: int | None = Field(
+        default=None, description="Checkpointed blocks of the model."
+    )
+    synchronize_checkpoint_boundary: bool = Field(
+        default=False, description="Wait for the device there."
+    )
+    profile: bool = Field(default=False, description="Time each checkpointed block.")

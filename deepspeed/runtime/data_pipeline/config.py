@@ -15,27 +15,29 @@ from ..config_utils import OpenSection, section_of
 class CurriculumLearningConfig(OpenSection):
     """``data_efficiency.data_sampling.curriculum_learning``; its metrics are kept as they are."""
 
-    enabled: bool = Field(False, description="Show easy samples first.")
+    enabled: bool = Field(default=False, description="Show easy samples first.")
 
 
 class DynamicBatchingConfig(OpenSection):
     """``data_efficiency.data_sampling.dynamic_batching``."""
 
-    enabled: bool = Field(False, description="Batches of about as many tokens each.")
-    lr_scaling_method: str = Field("linear", description="linear, sqrt or none.")
-    min_batch_size: int = Field(1, description="Fewest samples of a batch.")
-    max_batch_size: int | None = Field(None, description="Most samples of a batch.")
-    sequence_picking_order: str = Field("dataloader", description="random, seqlen or dataloader.")
-    verbose: bool = Field(False, description="Print the batches.")
+    enabled: bool = Field(default=False, description="Batches of about as many tokens each.")
+    lr_scaling_method: str = Field(default="linear", description="linear, sqrt or none.")
+    min_batch_size: int = Field(default=1, description="Fewest samples of a batch.")
+    max_batch_size: int | None = Field(default=None, description="Most samples of a batch.")
+    sequence_picking_order: str = Field(
+        default="dataloader", description="random, seqlen or dataloader."
+    )
+    verbose: bool = Field(default=False, description="Print the batches.")
 
 
 class DataSamplingConfig(OpenSection):
     """``data_efficiency.data_sampling``."""
 
-    enabled: bool = Field(False, description="Choose samples by difficulty or length.")
-    num_epochs: int = Field(1000, description="Epochs that the sampler plans.")
-    num_workers: int = Field(0, description="Worker processes of the loader.")
-    pin_memory: bool = Field(False, description="Use page-locked host memory.")
+    enabled: bool = Field(default=False, description="Choose samples by difficulty or length.")
+    num_epochs: int = Field(default=1000, description="Epochs that the sampler plans.")
+    num_workers: int = Field(default=0, description="Worker processes of the loader.")
+    pin_memory: bool = Field(default=False, description="Use page-locked host memory.")
     curriculum_learning: CurriculumLearningConfig = Field(
         default_factory=CurriculumLearningConfig, description="Show easy samples first."
     )
@@ -47,13 +49,13 @@ class DataSamplingConfig(OpenSection):
 class LayerTokenLrConfig(OpenSection):
     """``random_ltd.layer_token_lr_schedule``."""
 
-    enabled: bool = Field(False, description="Not available: leave it false.")
+    enabled: bool = Field(default=False, description="Not available: leave it false.")
 
 
 class RandomLTDConfig(OpenSection):
     """``data_efficiency.data_routing.random_ltd``."""
 
-    enabled: bool = Field(False, description="Drop random tokens in the middle layers.")
+    enabled: bool = Field(default=False, description="Drop random tokens in the middle layers.")
     layer_token_lr_schedule: LayerTokenLrConfig = Field(
         default_factory=LayerTokenLrConfig, description="Scale the learning rate by kept tokens."
     )
@@ -62,7 +64,7 @@ class RandomLTDConfig(OpenSection):
 class DataRoutingConfig(OpenSection):
     """``data_efficiency.data_routing``."""
 
-    enabled: bool = Field(False, description="Let tokens skip layers.")
+    enabled: bool = Field(default=False, description="Let tokens skip layers.")
     random_ltd: RandomLTDConfig = Field(
         default_factory=RandomLTDConfig, description="Random layerwise token dropping."
     )
@@ -73,8 +75,8 @@ class DataEfficiencyConfig(OpenSection):
 
     section: ClassVar[str] = "data_efficiency"
 
-    enabled: bool = Field(False, description="Use data sampling or data routing.")
-    seed: int = Field(1234, description="Seed of the samplers.")
+    enabled: bool = Field(default=False, description="Use data sampling or data routing.")
+    seed: int = Field(default=1234, description="Seed of the samplers.")
     data_sampling: DataSamplingConfig = Field(
         default_factory=DataSamplingConfig, description="Which samples are shown."
     )
@@ -88,7 +90,7 @@ class LegacyCurriculumConfig(OpenSection):
 
     section: ClassVar[str] = "curriculum_learning"
 
-    enabled: bool = Field(False, description="Legacy: grow the sequence length.")
+    enabled: bool = Field(default=False, description="Legacy: grow the sequence length.")
 
 
 class ProgressiveLayerDropConfig(OpenSection):
@@ -96,9 +98,9 @@ class ProgressiveLayerDropConfig(OpenSection):
 
     section: ClassVar[str] = "progressive_layer_drop"
 
-    enabled: bool = Field(False, description="Skip layers more and more often.")
-    theta: float = Field(1.0, description="Least share of layers that is kept.")
-    gamma: float = Field(0.001, description="Speed of the change, per step.")
+    enabled: bool = Field(default=False, description="Skip layers more and more often.")
+    theta: float = Field(default=1.0, description="Least share of layers that is kept.")
+    gamma: float = Field(default=0.001, description="Speed of the change, per step.")
 
 
 def get_data_efficiency_config(param_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def get_data_efficiency_config(param_dict: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         AssertionError: (as ``ConfigAssertionError``) a part is enabled without what it needs.
     """
-    config = DataEfficiencyConfig(param_dict).model_dump()
+    config = DataEfficiencyConfig.of(param_dict).model_dump()
     needs = {"curriculum_learning": "curriculum_metrics", "dynamic_batching": "max_tokens"}
     for part, key in needs.items():
         values = config["data_sampling"][part]

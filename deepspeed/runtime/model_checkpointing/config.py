@@ -27,15 +27,17 @@ class ValidationMode(str, Enum):
 class CheckpointWriterConfig(PlainSection):
     """``checkpoint.writer``: the fast writers."""
 
-    type: str = Field("FAST", description="MOCK (writes nothing), PYTHON or FAST.")
-    io_buffer_size: int = Field(64 * 2**20, description="Bytes of the writer's buffer.")
-    io_buffer_double: bool = Field(True, description="Fill one buffer while one is written.")
-    show_statistics: bool = Field(False, description="Print speeds when a file is closed.")
-    data_parallel: str | None = Field(
-        None, description="Share files among ranks of a REPLICA, SOCKET or MACHINE."
+    type: str = Field(default="FAST", description="MOCK (writes nothing), PYTHON or FAST.")
+    io_buffer_size: int = Field(default=64 * 2**20, description="Bytes of the writer's buffer.")
+    io_buffer_double: bool = Field(
+        default=True, description="Fill one buffer while one is written."
     )
-    decoupled: bool = Field(False, description="Write while training goes on.")
-    io_multiplier: int = Field(1, description="Write all so many times (to measure).")
+    show_statistics: bool = Field(default=False, description="Print speeds when a file is closed.")
+    data_parallel: str | None = Field(
+        default=None, description="Share files among ranks of a REPLICA, SOCKET or MACHINE."
+    )
+    decoupled: bool = Field(default=False, description="Write while training goes on.")
+    io_multiplier: int = Field(default=1, description="Write all so many times (to measure).")
 
     @field_validator("type", "data_parallel", mode="before")
     @classmethod
@@ -57,7 +59,9 @@ class CheckpointWriterConfig(PlainSection):
 class ParallelWriteConfig(PlainSection):
     """``checkpoint.parallel_write``."""
 
-    pipeline_stage: bool = Field(False, description="Pipeline stages write their layers at once.")
+    pipeline_stage: bool = Field(
+        default=False, description="Pipeline stages write their layers at once."
+    )
 
     @field_validator("pipeline_stage", mode="before")
     @classmethod
@@ -76,17 +80,19 @@ class CheckpointConfig(PlainSection):
     section: ClassVar[str] = "checkpoint"
 
     tag_validation: str = Field(
-        "WARN", description="When ranks save under different tags: Ignore, Warn or Fail."
+        default="WARN", description="When ranks save under different tags: Ignore, Warn or Fail."
     )
-    load_universal: bool = Field(False, description="Load a universal checkpoint.")
+    load_universal: bool = Field(default=False, description="Load a universal checkpoint.")
     use_node_local_storage: bool = Field(
-        False, description="Folders are local to each node: its local rank 0 makes them."
+        default=False, description="Folders are local to each node: its local rank 0 makes them."
     )
     parallel_write: ParallelWriteConfig = Field(
         default_factory=ParallelWriteConfig, description="Which ranks write at once."
     )
-    checkpoint_serialization: bool = Field(True, description="torch.save's zip format.")
-    writer: CheckpointWriterConfig | None = Field(None, description="A fast writer, if given.")
+    checkpoint_serialization: bool = Field(default=True, description="torch.save's zip format.")
+    writer: CheckpointWriterConfig | None = Field(
+        default=None, description="A fast writer, if given."
+    )
 
     @field_validator("tag_validation", mode="before")
     @classmethod
@@ -103,4 +109,4 @@ class CheckpointConfig(PlainSection):
 def get_checkpoint_config(param_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Parse section ``checkpoint`` into the dictionary that checkpoint engines take."""
     keys = {"tag_validation", "checkpoint_serialization", "writer"}
-    return CheckpointConfig(param_dict).model_dump(include=keys)
+    return CheckpointConfig.of(param_dict).model_dump(include=keys)

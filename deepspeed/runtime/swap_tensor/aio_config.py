@@ -16,14 +16,14 @@ class AioConfig(PlainSection):
 
     section: ClassVar[str] = "aio"
 
-    block_size: int = Field(2**20, description="Bytes of one request.")
-    queue_depth: int = Field(8, description="Requests under way at a time.")
-    intra_op_parallelism: int = Field(1, description="Threads that share one transfer.")
-    single_submit: bool = Field(False, description="Submit requests one by one.")
-    overlap_events: bool = Field(True, description="Submit and complete requests at once.")
-    use_gds: bool = Field(False, description="GPUDirect Storage (CUDA only).")
+    block_size: int = Field(default=2**20, description="Bytes of one request.")
+    queue_depth: int = Field(default=8, description="Requests under way at a time.")
+    intra_op_parallelism: int = Field(default=1, description="Threads that share one transfer.")
+    single_submit: bool = Field(default=False, description="Submit requests one by one.")
+    overlap_events: bool = Field(default=True, description="Submit and complete requests at once.")
+    use_gds: bool = Field(default=False, description="GPUDirect Storage (CUDA only).")
 
 
 def get_aio_config(param_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Parse section ``aio`` of a whole configuration into a dictionary with all defaults."""
-    return AioConfig(param_dict).model_dump()
+    return AioConfig.of(param_dict).model_dump()

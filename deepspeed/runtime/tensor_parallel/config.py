@@ -17,38 +17,46 @@ PRESETS = ("llama", "bloom", "chatglm", "mixtral", "deepseek_v2", "qwen2", "phi3
 class TPConfig(DeepSpeedConfigModel):
     """``tensor_parallel.tensor_parallel`` (or ``tp``): the group."""
 
-    tp_size: int = Field(1, description="Ranks of the tensor-parallel group.")
-    tp_grain_size: int = Field(1, description="Split dimensions at multiples of this.")
-    mpu: object = Field(None, description="Object that knows the model-parallel groups.")
-    tp_group: object = Field(None, description="Process group to use.")
+    tp_size: int = Field(default=1, description="Ranks of the tensor-parallel group.")
+    tp_grain_size: int = Field(default=1, description="Split dimensions at multiples of this.")
+    mpu: object = Field(default=None, description="Object that knows the model-parallel groups.")
+    tp_group: object = Field(default=None, description="Process group to use.")
 
 
 class TPTrainingConfig(DeepSpeedConfigModel):
     """``tensor_parallel``."""
 
-    dtype: torch.dtype = Field(torch.float16, description="Dtype of the split model.")
-    autotp_size: int = Field(0, description="Ranks over which layers are split; 0 and 1 are off.")
-    tp_overlap_comm: bool = Field(False, description="Overlap communication with the products.")
-    vocab_parallel_lm_head: bool | None = Field(None, description="Split the LM head by words.")
+    dtype: torch.dtype = Field(default=torch.float16, description="Dtype of the split model.")
+    autotp_size: int = Field(
+        default=0, description="Ranks over which layers are split; 0 and 1 are off."
+    )
+    tp_overlap_comm: bool = Field(
+        default=False, description="Overlap communication with the products."
+    )
+    vocab_parallel_lm_head: bool | None = Field(
+        default=None, description="Split the LM head by words."
+    )
     vocab_parallel_ce_backend: Literal["torch", "liger"] = Field(
-        "torch", description="Who computes the loss of a split LM head."
+        default="torch", description="Who computes the loss of a split LM head."
     )
     tensor_parallel: TPConfig = Field(
         default_factory=TPConfig, alias="tp", description="The tensor-parallel group."
     )
     injection_policy_tuple: tuple[Any, ...] | None = Field(
-        None, description="Names of layers whose results are summed over ranks."
+        default=None, description="Names of layers whose results are summed over ranks."
     )
     partition_config: dict[str, Any] | None = Field(
-        None,
+        default=None,
         description="use_default_specs, strict_mode and layer_specs: how to split which layer.",
     )
     preset_model: str | None = Field(
-        None, description=f"Ready-made layer_specs: {', '.join(PRESETS)}."
+        default=None, description=f"Ready-made layer_specs: {', '.join(PRESETS)}."
     )
-    keep_module_on_host: bool = Field(False, description="Leave the split model in host memory.")
+    keep_module_on_host: bool = Field(
+        default=False, description="Leave the split model in host memory."
+    )
     replace_with_kernel_inject: bool = Field(
-        False, alias="kernel_inject", description="Replace layers by fused ones."
+        default=False, alias="kernel_inject", description="Replace layers by fused ones."
     )
 
     @field_validator("dtype", mode="before")

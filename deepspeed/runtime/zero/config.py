@@ -72,166 +72,181 @@ class DeepSpeedZeroConfig(DeepSpeedConfigModel):
     """``zero_optimization`` in its dictionary form."""
 
     stage: ZeroStageEnum = Field(
-        ZeroStageEnum.disabled, description="0 off; 1 states; 2 + gradients; 3 + params."
+        default=ZeroStageEnum.disabled, description="0 off; 1 states; 2 + gradients; 3 + params."
     )
     contiguous_gradients: bool = Field(
-        True, description="Copy gradients to one buffer as they come, against fragmentation."
+        default=True,
+        description="Copy gradients to one buffer as they come, against fragmentation.",
     )
-    reduce_scatter: bool = Field(True, description="Reduce to owners instead of to every rank.")
+    reduce_scatter: bool = Field(
+        default=True, description="Reduce to owners instead of to every rank."
+    )
     reduce_bucket_size: int = Field(
-        pp_int(5e8), ge=0, description="Elements reduced at once; bounds the buffers' memory."
+        default=pp_int(5e8),
+        ge=0,
+        description="Elements reduced at once; bounds the buffers' memory.",
     )
     use_multi_rank_bucket_allreduce: bool = Field(
-        True, description="Put gradients of several owners in one bucket (stages 1, 2)."
+        default=True, description="Put gradients of several owners in one bucket (stages 1, 2)."
     )
     allgather_partitions: bool = Field(
-        True, description="Publish updated params by all-gather rather than by broadcasts."
+        default=True, description="Publish updated params by all-gather rather than by broadcasts."
     )
     allgather_bucket_size: int = Field(
-        pp_int(5e8), ge=0, description="Elements gathered at once; should be even."
+        default=pp_int(5e8), ge=0, description="Elements gathered at once; should be even."
     )
     overlap_comm: bool | None = Field(
-        None, description="Reduce while backward runs. Default: true at stage 3, else false."
+        default=None,
+        description="Reduce while backward runs. Default: true at stage 3, else false.",
     )
     compute_grad_norm: bool = Field(
-        True, description="Compute the global gradient norm even when nothing clips by it."
+        default=True, description="Compute the global gradient norm even when nothing clips by it."
     )
     load_from_fp32_weights: bool = Field(
-        True, description="Initialise master weights from a checkpoint's fp32 shards."
+        default=True, description="Initialise master weights from a checkpoint's fp32 shards."
     )
     elastic_checkpoint: bool = Field(
-        False, description="Legacy: checkpoints that load at another world size."
+        default=False, description="Legacy: checkpoints that load at another world size."
     )
     offload_param: DeepSpeedZeroOffloadParamConfig | None = Field(
-        None, description="Where params live (stage 3)."
+        default=None, description="Where params live (stage 3)."
     )
     offload_optimizer: DeepSpeedZeroOffloadOptimizerConfig | None = Field(
-        None, description="Where optimizer states live."
+        default=None, description="Where optimizer states live."
     )
-    zenflow: ZenFlowConfig | None = Field(None, description="Stall-free offloaded steps.")
+    zenflow: ZenFlowConfig | None = Field(default=None, description="Stall-free offloaded steps.")
     sub_group_size: int = Field(
-        pp_int(1e9), ge=0, description="Elements stepped as one tile (stage 3)."
+        default=pp_int(1e9), ge=0, description="Elements stepped as one tile (stage 3)."
     )
     cpu_offload_param: bool | None = Field(
-        None,
+        default=None,
         description="Deprecated: offload_param with device cpu.",
         json_schema_extra=deprecated(
             "offload_param", convert=_on_cpu(DeepSpeedZeroOffloadParamConfig)
         ),
     )
     cpu_offload_use_pin_memory: bool | None = Field(
-        None,
+        default=None,
         description="Deprecated and ignored: pin_memory of the offload sections.",
         json_schema_extra=deprecated("offload_param or offload_optimizer", set_new=False),
     )
     cpu_offload: bool | None = Field(
-        None,
+        default=None,
         description="Deprecated: offload_optimizer with device cpu.",
         json_schema_extra=deprecated(
             "offload_optimizer", convert=_on_cpu(DeepSpeedZeroOffloadOptimizerConfig)
         ),
     )
     prefetch_bucket_size: int = Field(
-        pp_int(5e7),
+        default=pp_int(5e7),
         ge=0,
         alias="stage3_prefetch_bucket_size",
         description="Elements fetched ahead of use (stage 3).",
     )
     param_persistence_threshold: int = Field(
-        pp_int(1e5),
+        default=pp_int(1e5),
         ge=0,
         alias="stage3_param_persistence_threshold",
         description="Params smaller than this stay whole on every rank (stage 3).",
     )
     model_persistence_threshold: int = Field(
-        pp_int(sys.maxsize, "sys.maxsize"),
+        default=pp_int(sys.maxsize, "sys.maxsize"),
         ge=0,
         alias="stage3_model_persistence_threshold",
         description="At most so many elements stay whole (stage 3).",
     )
     max_live_parameters: int = Field(
-        pp_int(1e9),
+        default=pp_int(1e9),
         ge=0,
         alias="stage3_max_live_parameters",
         description="At most so many elements are gathered at a time (stage 3).",
     )
     max_reuse_distance: int = Field(
-        pp_int(1e9),
+        default=pp_int(1e9),
         ge=0,
         alias="stage3_max_reuse_distance",
         description="Keep a param gathered if it is used again within so many elements (stage 3).",
     )
     gather_16bit_weights_on_model_save: bool = Field(
-        False,
+        default=False,
         alias="stage3_gather_16bit_weights_on_model_save",
         description="Let save_16bit_model gather the whole model (stage 3).",
     )
     module_granularity_threshold: int = Field(
-        0,
+        default=0,
         alias="stage3_module_granularity_threshold",
         description="Modules finer than this many elements are fetched as one (stage 3).",
     )
     use_all_reduce_for_fetch_params: bool = Field(
-        False,
+        default=False,
         alias="stage3_use_all_reduce_for_fetch_params",
         description="Fetch params by all-reduce instead of all-gather (stage 3).",
     )
     allgather_sequential: bool = Field(
-        False,
+        default=False,
         alias="stage3_allgather_sequential",
         description="Gather params one after another; sets prefetch_bucket_size to 1 (stage 3).",
     )
     stage3_gather_fp16_weights_on_model_save: bool = Field(
-        False,
+        default=False,
         description="Deprecated: gather_16bit_weights_on_model_save.",
         json_schema_extra=deprecated("gather_16bit_weights_on_model_save"),
     )
     ignore_unused_parameters: bool = Field(
-        True, description="Accept params that got no gradient in a backward pass."
+        default=True, description="Accept params that got no gradient in a backward pass."
     )
-    legacy_stage1: bool = Field(False, description="The first stage 1; gone, true is refused.")
+    legacy_stage1: bool = Field(
+        default=False, description="The first stage 1; gone, true is refused."
+    )
     round_robin_gradients: bool = Field(
-        False, description="Deal params to ranks in turn so that offload copies run in parallel."
+        default=False,
+        description="Deal params to ranks in turn so that offload copies run in parallel.",
     )
     parameter_alignment: bool = Field(
-        False, description="Start each param at an aligned place in its flat buffer."
+        default=False, description="Start each param at an aligned place in its flat buffer."
     )
     zero_hpz_partition_size: int = Field(
-        1, ge=0, description="ZeRO++ hpZ: ranks of the second, closer shard group (stage 3)."
+        default=1,
+        ge=0,
+        description="ZeRO++ hpZ: ranks of the second, closer shard group (stage 3).",
     )
     zero_quantized_weights: bool = Field(
-        False, description="ZeRO++ qwZ: gather params as int8 (stage 3)."
+        default=False, description="ZeRO++ qwZ: gather params as int8 (stage 3)."
     )
     zero_quantized_nontrainable_weights: bool = Field(
-        False, description="Store frozen params as int8 (stage 3)."
+        default=False, description="Store frozen params as int8 (stage 3)."
     )
     zero_quantized_gradients: bool = Field(
-        False, description="ZeRO++ qgZ: reduce gradients as int4 (stage 3)."
+        default=False, description="ZeRO++ qgZ: reduce gradients as int4 (stage 3)."
     )
     zeropp_loco_param: dict[str, Any] | None = Field(
-        None, description="Error feedback of qgZ: err_beta and reset_T."
+        default=None, description="Error feedback of qgZ: err_beta and reset_T."
     )
-    mics_shard_size: int = Field(-1, description="MiCS: ranks per shard group; -1 means off.")
+    mics_shard_size: int = Field(
+        default=-1, description="MiCS: ranks per shard group; -1 means off."
+    )
     mics_hierarchical_params_gather: bool = Field(
-        False, description="MiCS: gather within nodes first."
+        default=False, description="MiCS: gather within nodes first."
     )
     memory_efficient_linear: bool = Field(
-        True, description="Let zero.Init use a Linear that keeps no gathered weight (stage 3)."
+        default=True,
+        description="Let zero.Init use a Linear that keeps no gathered weight (stage 3).",
     )
     pipeline_loading_checkpoint: bool = Field(
-        False, description="Load a checkpoint rank by rank (stage 3)."
+        default=False, description="Load a checkpoint rank by rank (stage 3)."
     )
     override_module_apply: bool = Field(
-        True, description="Let zero.Init gather params inside Module.apply (stage 3)."
+        default=True, description="Let zero.Init gather params inside Module.apply (stage 3)."
     )
     log_trace_cache_warnings: bool = Field(
-        False, description="Warn when the order of module uses changes (stage 3)."
+        default=False, description="Warn when the order of module uses changes (stage 3)."
     )
     enable_sanity_checks: bool = Field(
-        False, description="Check that gathered params were edited alike on all ranks (stage 3)."
+        default=False,
+        description="Check that gathered params were edited alike on all ranks (stage 3).",
     )
     save_muon_momentum_buffer_in_memory: bool = Field(
-        False, description="Keep Muon's momentum in memory rather than on disk (stage 3)."
+        default=False, description="Keep Muon's momentum in memory rather than on disk (stage 3)."
     )
     leaf_module: DeepSpeedZeroLeafModuleConfig = Field(
         default_factory=DeepSpeedZeroLeafModuleConfig,

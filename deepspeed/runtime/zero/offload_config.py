@@ -41,33 +41,56 @@ class DeepSpeedZeroOffloadParamConfig(DeepSpeedConfigModel):
     """``offload_param``: where ZeRO-3 keeps the params between uses."""
 
     device: OffloadDeviceEnum = Field(
-        OffloadDeviceEnum.none, description="Where params live: none, cpu or nvme."
+        default=OffloadDeviceEnum.none, description="Where params live: none, cpu or nvme."
     )
-    nvme_path: Path | None = Field(None, description="Folder on the disk that holds the params.")
-    buffer_count: int = Field(5, ge=0, description="Host buffers for params on the way to disk.")
-    buffer_size: int = Field(pp_int(1e8), ge=0, description="Elements in each of those buffers.")
-    max_in_cpu: int = Field(pp_int(1e9), ge=0, description="Elements kept in host memory anyway.")
-    pin_memory: bool = Field(True, description="Use page-locked host memory.")
+    nvme_path: Path | None = Field(
+        default=None, description="Folder on the disk that holds the params."
+    )
+    buffer_count: int = Field(
+        default=5, ge=0, description="Host buffers for params on the way to disk."
+    )
+    buffer_size: int = Field(
+        default=pp_int(1e8), ge=0, description="Elements in each of those buffers."
+    )
+    max_in_cpu: int = Field(
+        default=pp_int(1e9), ge=0, description="Elements kept in host memory anyway."
+    )
+    pin_memory: bool = Field(default=True, description="Use page-locked host memory.")
 
 
 class DeepSpeedZeroOffloadOptimizerConfig(DeepSpeedConfigModel):
     """``offload_optimizer``: where optimizer states live, and hence where the step runs."""
 
     device: OffloadDeviceEnum = Field(
-        OffloadDeviceEnum.none, description="Where optimizer states live: none, cpu or nvme."
+        default=OffloadDeviceEnum.none,
+        description="Where optimizer states live: none, cpu or nvme.",
     )
-    nvme_path: Path | None = Field(None, description="Folder on the disk that holds the states.")
-    buffer_count: int = Field(4, ge=0, description="Host buffers for states on the way to disk.")
-    pin_memory: bool = Field(True, description="Use page-locked host memory.")
-    pipeline_read: bool = Field(False, description="Read the next tile while one is stepped.")
-    pipeline_write: bool = Field(False, description="Write the last tile while one is stepped.")
-    fast_init: bool = Field(False, description="Quicker initialisation of states on disk.")
+    nvme_path: Path | None = Field(
+        default=None, description="Folder on the disk that holds the states."
+    )
+    buffer_count: int = Field(
+        default=4, ge=0, description="Host buffers for states on the way to disk."
+    )
+    pin_memory: bool = Field(default=True, description="Use page-locked host memory.")
+    pipeline_read: bool = Field(
+        default=False, description="Read the next tile while one is stepped."
+    )
+    pipeline_write: bool = Field(
+        default=False, description="Write the last tile while one is stepped."
+    )
+    fast_init: bool = Field(default=False, description="Quicker initialisation of states on disk.")
     ratio: float = Field(
-        1.0, ge=0.0, le=1.0, description="Share of the states that is offloaded (ZeRO 1 to 3)."
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the states that is offloaded (ZeRO 1 to 3).",
     )
-    super_offload: bool = Field(False, description="SuperOffload's schedule (ZeRO 3).")
+    super_offload: bool = Field(default=False, description="SuperOffload's schedule (ZeRO 3).")
     cpuadam_cores_perc: float = Field(
-        0.8, ge=0.0, le=1.0, description="Share of the cores that SuperOffload's Adam may use."
+        default=0.8,
+        ge=0.0,
+        le=1.0,
+        description="Share of the cores that SuperOffload's Adam may use.",
     )
 
     @property
@@ -80,21 +103,39 @@ class ZenFlowConfig(DeepSpeedConfigModel):
     """``zenflow``: offloaded steps that never stall the accelerator."""
 
     topk_ratio: float = Field(
-        0.1, ge=0.0, le=1.0, description="Share of gradient columns updated at once on the device."
+        default=0.1,
+        ge=0.0,
+        le=1.0,
+        description="Share of gradient columns updated at once on the device.",
     )
-    select_strategy: str = Field("auto", description="When to choose columns: auto, step, epoch.")
-    select_interval: str | int = Field("auto", description="Steps (or epochs) between choices.")
-    update_interval: str | int = Field("auto", description="Steps between updates of the rest.")
-    overlap_step: bool = Field(False, description="Overlap the host's step with the next passes.")
-    offload: bool = Field(False, description="Keep the chosen columns' states in host memory.")
+    select_strategy: str = Field(
+        default="auto", description="When to choose columns: auto, step, epoch."
+    )
+    select_interval: str | int = Field(
+        default="auto", description="Steps (or epochs) between choices."
+    )
+    update_interval: str | int = Field(
+        default="auto", description="Steps between updates of the rest."
+    )
+    overlap_step: bool = Field(
+        default=False, description="Overlap the host's step with the next passes."
+    )
+    offload: bool = Field(
+        default=False, description="Keep the chosen columns' states in host memory."
+    )
     auto_ratio: float = Field(
-        0.99, ge=0.0, le=1.0, description="Share of gradient norm that automatic choice covers."
+        default=0.99,
+        ge=0.0,
+        le=1.0,
+        description="Share of gradient norm that automatic choice covers.",
     )
-    full_warm_up_rounds: int = Field(0, description="Rounds of ordinary steps at the start.")
+    full_warm_up_rounds: int = Field(
+        default=0, description="Rounds of ordinary steps at the start."
+    )
     pt_reserved_cores_perc: float = Field(
-        0.5, ge=0.0, le=1.0, description="Share of the cores left to PyTorch."
+        default=0.5, ge=0.0, le=1.0, description="Share of the cores left to PyTorch."
     )
-    steps_per_epoch: int | None = Field(None, description="Filled in by the engine.")
+    steps_per_epoch: int | None = Field(default=None, description="Filled in by the engine.")
 
     @model_validator(mode="after")
     def _known_strategy(self) -> ZenFlowConfig:

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a configuration can ask for and this version cannot do: one table, one check at the engine's door.
+
+Parsing accepts every key, because other libraries parse configurations without training. Training does not: a request
+that is silently ignored is a bug that shows only in the results. A request that is harmless at the given
+ZeRO stage, such as ``offload_param`` at stage 2, is no request and passes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from ..utils.errors import DeepSpeedConfigError, explain
+from .config_errors import ConfigTypeError
+from .config_schema import TopLevel, section_type
+from .config_utils import PlainSection, is_auto
+
+if TYPE_CHECKING:
+    from .config import DeepSpeedConfig
+
+
+@dataclass(frozen=True)
+class Unbuilt:
+    """One feature that is not there yet."""
+
+    key: str
+    """Dotted key by which a configuration asks for it."""
+    feature: str
+    """What it is, in words."""
+    asked: Callable[[DeepSpeedConfig], bool]
+    """Whether a parsed configuration asks for it."""
+    instead: str
+    """What the user can do, as a sentence."""
+
+
+def _zero3(config: DeepSpeedConfig) -> bool:
+    return config.zero_optimization_stage == 3
+
+
+def _at_stage_3(key: str, feature: str, asked: Callable[[Any], bool], instead: str) -> Unbuilt:
+    """Make a row for a key of ``zero_optimization`` that only stage 3 reads."""
+    return Unbuilt(
+        f"zero_optimization.{key}",
+        feature,
+        lambda config: _zero3(config) and asked(config.zero_config),
+        instead,
+    )
+
+
+def _device(section: Any) -> str:
+    return "none" if section is None else str(section.device)
+
+
+def _compression(config: DeepSpeedConfig) -> bool:
+    techniques = dict(config.compression_config)
+    layers = techniques.pop("layer_reduction")
+    shared = (technique["shared_parameters"] for technique in techniques.values())
+    return bool(layers["enabled"]) or any(values["enabled"] for values in shared)
+
+
+_OFF = "Set it to false or remove the section."
+_REMOVE = "Remove the key."
+
+UNBUILT: tuple[Unbuilt, ...] = (
+    # ------------------------------------------------------------------ ZeRO
+    Unbuilt(
+        "zero_optimization.stage",
+        "ZeRO stage 3 (sharded params)",
+        _zero3,
+        "Set it to 2, with 'zero_optimization.offload_optimizer' where memory is short.",
+    ),
+    _at_stage_3(
+        "offload_param",
+        "offload of params",
+        lambda zero: _device(zero.offload_param) != "none",
+        "Set its device to none.",
+    ),
+    _at_stage_3("mics_shard_size", "MiCS", lambda zero: zero.mics_shard_size > 0, _REMOVE),
+    _at_stage_3(
+        "zero_hpz_partition_size",
+        "ZeRO++ hpZ",
+        lambda zero: zero.zero_hpz_partition_size > 1,
+        "Set it to 1.",
+    ),
+    _at_stage_3(
+        "zero_quantized_weights", "ZeRO++ qwZ", lambda zero: zero.zero_quantized_weights, _OFF
+    ),
+    _at_stage_3(
+        "zero_quantized_nontrainable_weights",
+        "quantised frozen params",
+        lambda zero: zero.zero_quantized_nontrainable_weights,
+        _OFF,
+    ),
+    _at_stage_3(
+        "zero_quantized_gradients", "ZeRO++ qgZ", lambda zero: zero.zero_quantized_gradients, _OFF
+    ),
+    _at_stage_3(
+        "offload_optimizer.super_offload",
+        "SuperOffload",
+        lambda zero: bool(zero.offload_optimizer and zero.offload_optimizer.super_offload),
+        _OFF,
+    ),
+    Unbuilt(
+        "zero_optimization.offload_optimizer.device",
+        "offload of optimizer states to disk (nvme)",
+        lambda config: (
+            config.zero_enabled and _device(config.zero_config.offload_optimizer) == "nvme"
+        ),
+        "Set it to cpu.",
+    ),
+    Unbuilt(
+        "zero_optimization.zenflow",
+        "ZenFlow",
+        lambda config: config.zero_enabled and config.zero_config.zenflow is not None,
+        "Remove the section; 'offload_optimizer' works without it.",
+    ),
+    Unbuilt(
+        "zero_optimization.legacy_stage1",
+        "the first implementation of stage 1",
+        lambda config: config.zero_optimization_stage == 1 and config.zero_config.legacy_stage1,
+        "Set it to false: the present stage 1 replaces it.",
+    ),
+    # ------------------------------------------------------------------ precision and gradients
+    Unbuilt(
+        "amp.enabled",
+        "NVIDIA Apex mixed precision",
+        lambda config: config.amp_enabled,
+        "Use 'bf16', 'fp16' or 'torch_autocast'.",
+    ),
+    Unbuilt(
+        "sparse_gradients",
+        "sparse reduction of embedding gradients",
+        lambda config: config.sparse_gradients_enabled,
+        "Set it to false: dense gradients give the same result.",
+    ),
+    Unbuilt("graph_harvesting", "CUDA graphs in the step", lambda c: c.graph_harvesting, _OFF),
+    Unbuilt(
+        "data_types.keep_in_fp32_modules",
+        "modules kept in fp32",
+        lambda config: config.keep_in_fp32_modules not in ("auto", None, []),
+        _REMOVE,
+    ),
+    # ------------------------------------------------------------------ parallelism
+    Unbuilt(
+        "tensor_parallel.autotp_size",
+        "tensor parallelism (AutoTP)",
+        lambda config: config.tensor_parallel_config.autotp_size > 1,
+        "Set it to 0; ZeRO shards the training state over all ranks.",
+    ),
+    Unbuilt(
+        "expert_parallel.enabled",
+        "expert parallelism of Hugging Face models (AutoEP)",
+        lambda config: config.expert_parallel_config.enabled,
+        _OFF,
+    ),
+    Unbuilt(
+        "sequence_parallel_size",
+        "sequence parallelism (Ulysses)",
+        lambda config: (config.sequence_parallel_size or 1) > 1,
+        "Set it to 1.",
+    ),
+    Unbuilt("hybrid_engine.enabled", "the hybrid engine", lambda c: c.hybrid_engine.enabled, _OFF),
+    Unbuilt(
+        "compile.deepcompile",
+        "DeepCompile",
+        lambda config: config.compile_config.deepcompile,
+        "Set it to false; engine.compile() then uses torch.compile.",
+    ),
+    # ------------------------------------------------------------------ techniques
+    Unbuilt(
+        "compression_training", "compression", _compression, "Disable its techniques or remove it."
+    ),
+    Unbuilt(
+        "weight_quantization",
+        "quantised weights",
+        lambda config: config.weight_quantization_config is not None,
+        "Remove the section.",
+    ),
+    Unbuilt(
+        "quantize_training.eigenvalue.enabled",
+        "eigenvalues for quantisation",
+        lambda config: config.eigenvalue_enabled,
+        _OFF,
+    ),
+    Unbuilt(
+        "progressive_layer_drop.enabled", "progressive layer drop", lambda c: c.pld_enabled, _OFF
+    ),
+    Unbuilt(
+        "curriculum_learning.enabled",
+        "curriculum learning",
+        lambda config: config.curriculum_enabled_legacy,
+        _OFF,
+    ),
+    Unbuilt(
+        "data_efficiency.enabled",
+        "data sampling and random-LTD",
+        lambda config: config.data_efficiency_enabled,
+        _OFF,
+    ),
+    Unbuilt("autotuning.enabled", "autotuning", lambda c: c.autotuning_config.enabled, _OFF),
+    # ------------------------------------------------------------------ watching
+    Unbuilt(
+        "flops_profiler.enabled",
+        "the flops profiler",
+        lambda config: config.flops_profiler_config.enabled,
+        "Set it to false; 'wall_clock_breakdown' gives times.",
+    ),
+    Unbuilt(
+        "comms_logger.enabled",
+        "the log of collectives",
+        lambda config: config.comms_config.comms_logger.enabled,
+        _OFF,
+    ),
+    Unbuilt(
+        "wandb.enabled",
+        "the Weights & Biases monitor",
+        lambda config: config.monitor_config.wandb.enabled,
+        "Use 'tensorboard' or 'csv_monitor'.",
+    ),
+    Unbuilt(
+        "comet.enabled",
+        "the Comet monitor",
+        lambda config: config.monitor_config.comet.enabled,
+        "Use 'tensorboard' or 'csv_monitor'.",
+    ),
+    # ------------------------------------------------------------------ checkpoints
+    Unbuilt(
+        "checkpoint.writer",
+        "fast checkpoint writers",
+        lambda config: config.checkpoint_config["writer"] is not None,
+        "Remove the section: torch's format is written.",
+    ),
+    Unbuilt(
+        "checkpoint.load_universal",
+        "universal checkpoints",
+        lambda config: config.load_universal_checkpoint,
+        "Set it to false and load the checkpoint as it was saved.",
+    ),
+    Unbuilt("nebula.enabled", "the Nebula service", lambda c: c.nebula_config.enabled, _OFF),
+    Unbuilt(
+        "datastates_ckpt",
+        "the DataStates engine",
+        lambda config: config.datastates_config.enabled,
+        "Remove the section: torch's format is written.",
+    ),
+)
+
+# optimizer.type -> module that will hold it; the row goes by itself when the module comes
+UNBUILT_OPTIMIZERS: dict[str, str] = {
+    "lamb": "deepspeed.ops.lamb",
+    "muon": "deepspeed.runtime.zero.muon",
+    "onebitadam": "deepspeed.runtime.fp16.onebit",
+    "onebitlamb": "deepspeed.runtime.fp16.onebit",
+    "zerooneadam": "deepspeed.runtime.fp16.onebit",
+    "muadam": "mup",
+    "muadamw": "mup",
+    "musgd": "mup",
+}
+
+
+def _missing_optimizer(name: str | None) -> bool:
+    module = UNBUILT_OPTIMIZERS.get(name or "")
+    if module is None:
+        return False
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:  # a package on the way is missing too
+        return True
+
+
+def find_unbuilt(config: DeepSpeedConfig, client_optimizer: bool = False) -> list[str]:
+    """Return one message for each thing that ``config`` asks for and this version cannot do."""
+    messages = [
+        f"'{row.key}' asks for {row.feature}, which is not available in this version. {row.instead}"
+        for row in UNBUILT
+        if row.asked(config)
+    ]
+    if not client_optimizer and _missing_optimizer(config.optimizer_name):
+        messages.append(
+            f"'optimizer.type' asks for {config.optimizer_name}, which is not available in this "
+            "version. Use Adam, AdamW, Lion, Adagrad or the name of a torch.optim class."
+        )
+    return messages
+
+
+def find_unresolved_auto(param_dict: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys whose value is an ``"auto"`` that has no meaning of its own."""
+    return list(_unresolved(TopLevel, param_dict, ""))
+
+
+def _unresolved(model: type[BaseModel], data: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    if not issubclass(model, PlainSection):
+        return  # there, "auto" means the default
+    fields = model.model_fields
+    for key, value in data.items():
+        field = fields.get(key)
+        if field is None:
+            continue
+        if is_auto(value):
+            if field.default != value:
+                yield f"{prefix}{key}"
+        elif isinstance(value, Mapping):
+            section = section_type(field)
+            if section is not None:
+                yield from _unresolved(section, value, f"{prefix}{key}.")
+            elif key == "params":
+                yield from (f"{prefix}{key}.{name}" for name in value if is_auto(value[name]))
+
+
+def refuse_unbuilt(
+    config: DeepSpeedConfig, *, client_optimizer: bool = False, client_scheduler: bool = False
+) -> None:
+    """Raise if training by ``config`` would ignore one of its requests.
+
+    Args:
+        config: the parsed configuration.
+        client_optimizer: the caller brings an optimizer, so section ``optimizer`` is not used.
+        client_scheduler: the caller brings a scheduler, so section ``scheduler`` is not used.
+
+    Raises:
+        DeepSpeedConfigError: a feature is asked for that is not built; every such key is named.
+        TypeError: (as ``ConfigTypeError``) an ``"auto"`` is left that nobody filled in.
+    """
+    messages = find_unbuilt(config, client_optimizer)
+    if messages:
+        raise DeepSpeedConfigError("\n".join(messages))
+    unused = ["optimizer."] * client_optimizer + ["scheduler."] * client_scheduler
+    open_keys = [
+        key for key in find_unresolved_auto(config._param_dict) if not key.startswith(tuple(unused))
+    ]
+    if open_keys:
+        raise ConfigTypeError(
+            explain(
+                '"auto" is left in the config and nobody filled it in',
+                got=", ".join(open_keys),
+                expected="values",
+                fix="Write them, or let a program fill them in before deepspeed.initialize: "
+                "transformers' Trainer and accelerate do.",
+            )
+        )
