@@ -28,7 +28,9 @@ BUDGET = {
     "deepspeed/runtime/clock.py deepspeed/runtime/observers.py": 320,
     "deepspeed/runtime/precision.py deepspeed/runtime/fp16": 414,
     "deepspeed/runtime/config.py": 460,
-    "deepspeed/runtime/config_utils.py deepspeed/runtime/precision_config.py deepspeed/runtime/constants.py": 400,
+    "deepspeed/runtime/config_utils.py deepspeed/runtime/precision_config.py deepspeed/runtime/constants.py": 520,
+    # one field a key, each with its description: half of the lines are the reference manual
+    "deepspeed/runtime/config_batch.py deepspeed/runtime/config_errors.py deepspeed/runtime/config_schema.py deepspeed/runtime/config_sections.py deepspeed/runtime/config_unbuilt.py": 1150,
     "deepspeed/runtime/lr_schedules.py deepspeed/runtime/lr_schedule_options.py": 600,
     "deepspeed/runtime/dataloader.py": 200,
     "deepspeed/runtime/base_optimizer.py deepspeed/runtime/utils.py": 350,
@@ -36,7 +38,7 @@ BUDGET = {
     "deepspeed/checkpoint": 1400,
     "deepspeed/moe": 900,
     "deepspeed/monitor": 300,
-    "deepspeed/elasticity": 350,
+    "deepspeed/elasticity": 500,
     "deepspeed/launcher": 1050,
     "tests": 9000,
 }
