@@ -12,16 +12,21 @@ LAYERS: dict[str, int] = {
     # L7: doors
     "deepspeed": 7,  # the package's own __init__: exact match only, see EXACT
     "deepspeed.__main__": 7,
+    "deepspeed.elasticity.cli": 7,
     "deepspeed.env_report": 7,
     "deepspeed.launcher": 7,
     # L6: what a user holds in the hand
     "deepspeed.runtime.engine": 6,
+    "deepspeed.runtime.initialize": 6,
     "deepspeed.runtime.engine_accessors": 6,
     "deepspeed.runtime.hybrid_engine": 6,
     "deepspeed.runtime.pipe": 6,
-    "deepspeed.inference": 6,
     # L5: builders and features around the training state
+    "deepspeed.runtime.backward": 5,
     "deepspeed.runtime.build": 5,
+    "deepspeed.runtime.drivers": 5,
+    "deepspeed.runtime.module_prep": 5,
+    "deepspeed.runtime.optimizers": 5,
     "deepspeed.runtime.clock": 5,
     "deepspeed.runtime.engine_checkpoint": 5,
     "deepspeed.runtime.checkpoint_engine": 5,
@@ -39,7 +44,6 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.zenflow": 5,
     "deepspeed.moe": 5,
     "deepspeed.monitor": 5,
-    "deepspeed.profiling": 5,
     # L4: the training state as a whole
     "deepspeed.runtime.zero": 4,
     "deepspeed.runtime.base_optimizer": 4,
@@ -65,45 +69,24 @@ LAYERS: dict[str, int] = {
     "deepspeed.checkpoint.format": 2,
     "deepspeed.checkpoint.atomic": 2,
     "deepspeed.comm": 2,
+    "deepspeed.ops.abi": 2,
     "deepspeed.ops.registry": 2,
     "deepspeed.ops.native": 2,
     "deepspeed.utils.groups": 2,
     # L1: the machine, and what was asked for
     "deepspeed.accelerator": 1,
-    "deepspeed.runtime.config": 1,
-    "deepspeed.runtime.config_utils": 1,
+    "deepspeed.elasticity.elasticity": 1,  # arithmetic on batch sizes, which the configuration is checked by
+    "deepspeed.runtime.config*": 1,
     "deepspeed.runtime.constants": 1,
     "deepspeed.runtime.precision_config": 1,
-    "deepspeed.runtime.zero.config": 1,
-    "deepspeed.runtime.zero.offload_config": 1,
-    "deepspeed.runtime.config_batch": 1,
-    "deepspeed.runtime.config_errors": 1,
-    "deepspeed.runtime.config_schema": 1,
-    "deepspeed.runtime.config_sections": 1,
-    "deepspeed.runtime.config_unbuilt": 1,
-    # every section's model, wherever its package stands
-    "deepspeed.autotuning.config": 1,
-    "deepspeed.comm.config": 1,
-    "deepspeed.compile.config": 1,
-    "deepspeed.compression.config": 1,
-    "deepspeed.elasticity.config": 1,
-    "deepspeed.elasticity.elasticity": 1,  # it decides the batch sizes while the config is read
-    "deepspeed.inference.config": 1,
-    "deepspeed.inference.v2.config_v2": 1,
-    "deepspeed.moe.config": 1,
-    "deepspeed.monitor.config": 1,
-    "deepspeed.nebula.config": 1,
-    "deepspeed.profiling.config": 1,
-    "deepspeed.runtime.activation_checkpointing.config": 1,
-    "deepspeed.runtime.data_pipeline.config": 1,
-    "deepspeed.runtime.model_checkpointing.config": 1,
     "deepspeed.runtime.swap_tensor.aio_config": 1,
-    "deepspeed.runtime.tensor_parallel.config": 1,
     "deepspeed.runtime.zenflow.zenflow_config": 1,
+    "deepspeed.runtime.zero.offload_config": 1,
     "deepspeed.utils.config": 1,
+    "deepspeed.inference.v2.config_v2": 1,
     # L0: ground
     "deepspeed.constants": 0,
-    "deepspeed.runtime": 0,  # an empty door
+    "deepspeed.runtime": 0,  # an empty door, as are the folders that hold one section's config.py
     "deepspeed.git_version_info": 0,
     "deepspeed.utils": 0,
 }
@@ -112,22 +95,44 @@ LAYERS: dict[str, int] = {
 EXACT = frozenset({"deepspeed", "deepspeed.runtime"})
 
 
+# folders that hold nothing but the config.py of their section so far
+SECTION_FOLDERS = frozenset(
+    f"deepspeed.{name}"
+    for name in (
+        "autotuning",
+        "compile",
+        "inference",
+        "inference.v2",
+        "nebula",
+        "profiling",
+        "runtime.activation_checkpointing",
+        "runtime.data_pipeline",
+        "runtime.model_checkpointing",
+        "runtime.swap_tensor",
+        "runtime.tensor_parallel",
+        "runtime.zenflow",
+    )
+)
+
+
 def layer_of(module: str) -> int | None:
     """Layer of a dotted module name by its longest matching row, or None where no row covers it."""
-    name = module
-    while name:
-        if name in LAYERS and (name == module or name not in EXACT):
-            return LAYERS[name]
-        name = name.rpartition(".")[0]
-    return None
+    if module.endswith(".config") or module in SECTION_FOLDERS:
+        return 1  # each section's pydantic model stands beside what it configures
+    best = None
+    for row, layer in LAYERS.items():
+        exact = row == module
+        below = row not in EXACT and module.startswith(row + ".")
+        starred = row.endswith("*") and module.startswith(row[:-1])
+        if (exact or below or starred) and (best is None or len(row) > best[0]):
+            best = (len(row), layer)
+    return best[1] if best else None
 
 
 # rows whose modules come with later work
 PLANNED = frozenset(
     {
         "deepspeed.compression",
-        "deepspeed.inference",
-        "deepspeed.profiling",
         "deepspeed.runtime.hybrid_engine",
         "deepspeed.runtime.pipe",
     }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 
 import pytest
@@ -147,17 +148,43 @@ def test_every_function_is_annotated():
     assert not bare, "\n".join(bare)
 
 
+@functools.cache
+def documented_methods() -> set[tuple[str, str]]:
+    """(class name, method name) of each documented method in the package."""
+    return {
+        (node.name, child.name)
+        for module in tree.package().values()
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.ClassDef)
+        for child in node.body
+        if isinstance(child, tree.FunctionNode) and ast.get_docstring(child) is not None
+    }
+
+
+def documented_above(module: tree.Module, owner: ast.ClassDef | None, name: str) -> bool:
+    """True where a base class (by its name), or the public function that a class serves, documents it."""
+    if owner is None:
+        return False
+    bases = {ast.unparse(base).rpartition(".")[2] for base in owner.bases}
+    elsewhere = f"{module.where}:{owner.name}" in allowed.DOCUMENTED_ELSEWHERE
+    return elsewhere or any((base, name) in documented_methods() for base in bases)
+
+
 def test_public_names_of_the_lower_layers_are_documented():
     silent = []
     for module in tree.package().values():
         if layers.layer_of(module.name) not in DOCUMENTED_LAYERS:
             continue
-        named = [(name, node) for name, node, _ in tree.functions(module.tree)]
-        named += [(node.name, node) for node in module.tree.body if isinstance(node, ast.ClassDef)]
+        named = [*tree.functions(module.tree)]
+        named += [
+            (node.name, node, None) for node in module.tree.body if isinstance(node, ast.ClassDef)
+        ]
         silent += [
             f"{module.where}:{node.lineno}: {name}"
-            for name, node in named
-            if tree.is_public(name) and ast.get_docstring(node) is None
+            for name, node, owner in named
+            if tree.is_public(name)
+            and ast.get_docstring(node) is None
+            and not documented_above(module, owner, node.name)
         ]
     assert not silent, "\n".join(silent)
 
@@ -209,8 +236,8 @@ def opens_text_without_encoding(call: ast.Call) -> bool:
     if keyword(call, "encoding") is not None or any(k.arg is None for k in call.keywords):
         return False
     if last in ("read_text", "write_text"):
-        return True
-    if called in ("os.open", "webbrowser.open") or last not in (
+        return len(call.args) < (1 if last == "read_text" else 2)
+    if called in ("os.open", "webbrowser.open", "tarfile.open") or last not in (
         "open",
         "fdopen",
         "NamedTemporaryFile",
@@ -249,6 +276,7 @@ def test_text_files_are_opened_as_utf8():
         ("path.open('ab')", False),
         ("path.open()", True),
         ("path.read_text()", True),
+        ("path.read_text('utf-8')", False),
         ("tempfile.NamedTemporaryFile()", False),
         ("os.open(p, flags)", False),
     ],
@@ -300,7 +328,7 @@ def test_each_cited_note_exists_once():
     titled, cited = [], []
     for module in tree.package().values():
         for line in module.source.splitlines():
-            match = re.match(r"^[\s#\"]*\[Note: ([^\]]+)\]", line)
+            match = re.match(r"^[\s#\"]*\[Note: ([^\]]+)\]\s*$", line)
             titled += [match[1]] if match else []
             cited += [] if match else re.findall(r"\[Note: ([^\]]+)\]", line)
     assert sorted(titled) == sorted(set(titled)), "a note's title must be unique"

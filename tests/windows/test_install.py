@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 from tests.windows import winpy
 
@@ -42,11 +43,8 @@ def test_ds_report_prints_a_table_and_json(windows, folder):
 def test_unit_tests_pass(windows):
     # the installed package, not the tree's: pytest's own path entry would put the tree first
     words = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=", "--maxfail=20", "tests/unit"]
-    windows.extra_paths = [winpy.ROOT]
-    try:
-        done = windows.python("-m", "pytest", *words, timeout=1700)
-    finally:
-        windows.extra_paths = []
+    with_tests = replace(windows, extra_paths=[winpy.ROOT])
+    done = with_tests.python("-m", "pytest", *words, timeout=1700)
     print(done.stdout[-6000:])
     assert done.returncode == 0, done.stdout[-6000:]
     assert re.search(r"\b[1-9]\d* passed", done.stdout)
