@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..runtime.config_utils import section_of
 from ..utils import env
 from ..utils.errors import explain
 from ..utils.logging import logger
@@ -31,14 +32,12 @@ HIGHLY_COMPOSITE = (
 
 def _grown(base: int, limit: int) -> int:
     """Return ``base`` times the largest highly composite factor that stays within ``limit``."""
-    if base >= limit:
-        return base
     return base * max(factor for factor in HIGHLY_COMPOSITE if base * factor <= limit)
 
 
 def candidate_batch_sizes(bases: list[int], limit: int) -> list[int]:
-    """Return the distinct batch sizes to consider, in increasing order."""
-    return sorted({_grown(base, limit) for base in bases})
+    """Return the distinct batch sizes to consider, in increasing order; none is above ``limit``."""
+    return sorted({_grown(base, limit) for base in bases if base <= limit})
 
 
 def valid_device_counts(
@@ -165,7 +164,7 @@ def compatible_by_node(config: ElasticityConfig, devices: int) -> tuple[int, lis
 
 def elasticity_enabled(ds_config: Mapping[str, Any]) -> bool:
     """Tell whether a whole configuration asks for elastic training."""
-    return bool((ds_config.get(ELASTICITY) or {}).get("enabled", False))
+    return bool(section_of(ds_config, ELASTICITY).get("enabled", False))
 
 
 def ensure_immutable_elastic_config(runtime_elastic_config_dict: Mapping[str, Any]) -> None:
@@ -207,7 +206,7 @@ def _checked_config(ds_config: Mapping[str, Any]) -> ElasticityConfig:
         raise ElasticityConfigError(
             explain("the configuration has no section 'elasticity'", fix="Add it, or do not ask.")
         )
-    section = ds_config[ELASTICITY]
+    section = section_of(ds_config, ELASTICITY)
     if not section.get("enabled", False):
         raise ElasticityConfigError(
             explain("elasticity is disabled", fix='Set "elasticity": {"enabled": true, ...}.')

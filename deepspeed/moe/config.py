@@ -107,8 +107,6 @@ class AutoEPConfig(PlainSection):
             "combine_impl": ("auto", "weighted_sum", "legacy_bmm"),
             "score_func": ("auto", "softmax", "sigmoid"),
         }
-        if self.preset_model is not None:
-            choices["preset_model"] = PRESETS
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} is one of {allowed}, got {getattr(self, key)!r}")
@@ -118,8 +116,6 @@ class AutoEPConfig(PlainSection):
                 raise ValueError(f"{key} is a number or 'auto', got {value!r}")
         if isinstance(self.top_k, int) and self.top_k < 1:
             raise ValueError(f"top_k is at least 1, got {self.top_k}")
-        if (self.num_expert_groups is None) != (self.num_limited_groups is None):
-            raise ValueError("num_expert_groups and num_limited_groups are given together")
         return self
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from ..elasticity.elasticity import (
 from ..monitor.config import DeepSpeedMonitorConfig
 from ..utils.errors import DeepSpeedConfigError, explain
 from ..utils.logging import logger
-from .config_batch import complete_batch, data_parallel_size
+from .config_batch import complete_batch, data_parallel_size, distributed_rank_and_size
 from .config_errors import ConfigAssertionError, ConfigTypeError, ConfigValueError
 from .config_schema import KeyInfo, TopLevel, describe
 from .config_sections import (
@@ -39,6 +38,7 @@ from .config_utils import (
     DtypeEnum,
     ScientificNotationEncoder,
     dict_raise_error_on_duplicate_keys,
+    section_of,
 )
 from .constants import (
     ADAGRAD_OPTIMIZER,
@@ -149,7 +149,7 @@ class DeepSpeedConfig:
 
     def __init__(self, config: Any, mpu: Any = None, mesh_device: Any = None) -> None:
         self._param_dict: dict[str, Any] = load_config(config)
-        raw = copy.copy(self._param_dict)
+        raw = {key: value for key, value in self._param_dict.items() if isinstance(key, str)}
         sp_size = raw.get("sequence_parallel_size")
         self.global_rank, self.world_size = data_parallel_size(sp_size, mpu, mesh_device)
         self._apply_elasticity(raw)
@@ -172,7 +172,7 @@ class DeepSpeedConfig:
         self.num_gpus_per_node = 1
         if not self.elasticity_enabled:
             return
-        section = raw["elasticity"]
+        section = section_of(raw, "elasticity")
         given = [key for key in BATCH_KEYS if raw.get(key) is not None]
         if given and not section.get("ignore_non_elastic_batch_info", False):
             raise ElasticityConfigError(
@@ -185,9 +185,8 @@ class DeepSpeedConfig:
         ensure_immutable_elastic_config(section)
         self.elastic_model_parallel_size = section.get("model_parallel_size", 1)
         self.num_gpus_per_node = section.get("num_gpus_per_node", 1)
-        train, _, micro = compute_elastic_config(  # type: ignore[misc]
-            raw, world_size=self.world_size * self.elastic_model_parallel_size
-        )
+        devices = max(self.world_size, distributed_rank_and_size()[1])
+        train, _, micro = compute_elastic_config(raw, world_size=devices)  # type: ignore[misc]
         if micro is None:
             raise ElasticityConfigError(
                 explain("no elastic micro-batch size fits", got=f"{self.world_size} ranks")

@@ -237,7 +237,7 @@ class TopLevel(PlainSection):
         default_factory=DeepSpeedAutotuningConfig, description="Search for a fast configuration."
     )
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
         """Build from a whole configuration, in which null means absent.
 
         Sections are built one by one before the scalars, so that their errors keep their own types.

@@ -227,7 +227,7 @@ def get_datastates_config(param_dict: Mapping[str, Any]) -> DataStatesConfig:
     """Parse ``datastates_ckpt``: a dictionary or true turns it on."""
     value = param_dict.get("datastates_ckpt")
     on = value is not None and value is not False
-    return DataStatesConfig(enabled=on, config=value if on else None)
+    return DataStatesConfig(enabled=on, config=value)
 
 
 def get_pipeline_config(param_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -241,6 +241,12 @@ UNBUILT: tuple[Unbuilt, ...] = (
         lambda config: config.load_universal_checkpoint,
         "Set it to false and load the checkpoint as it was saved.",
     ),
+    Unbuilt(
+        "aio.use_gds",
+        "GPUDirect Storage",
+        lambda config: config.aio_config["use_gds"],
+        "Set it to false.",
+    ),
     Unbuilt("nebula.enabled", "the Nebula service", lambda c: c.nebula_config.enabled, _OFF),
     Unbuilt(
         "datastates_ckpt",

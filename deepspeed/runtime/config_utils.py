@@ -81,7 +81,7 @@ class DeepSpeedConfigModel(BaseModel):
         protected_namespaces=(),
     )
 
-    def __init__(self, strict: bool = False, **data: Any) -> None:
+    def __init__(self, /, strict: bool = False, **data: Any) -> None:
         if not strict:
             data = {k: v for k, v in data.items() if k in _AUTO_IS_A_VALUE or not is_auto(v)}
         try:

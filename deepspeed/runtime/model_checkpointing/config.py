@@ -66,8 +66,8 @@ class ParallelWriteConfig(PlainSection):
     @field_validator("pipeline_stage", mode="before")
     @classmethod
     def _only_bool(cls, value: Any) -> bool:
-        if isinstance(value, bool):
-            return value
+        if value in (True, False):  # 0 and 1 count as they do in Python
+            return bool(value)
         key = "checkpoint.parallel_write.pipeline_stage"
         raise DeepSpeedConfigError(
             explain(f"'{key}' is not a bool", got=repr(value), expected="true or false")
