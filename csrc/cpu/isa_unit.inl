@@ -17,6 +17,12 @@
 
 namespace {
 
+// Bytes between what is worked on and what is asked of memory. The processors' own prefetchers stop at the end of each
+// 4 KiB page and have to start again for each of the streams; asking half a page ahead keeps them going.
+enum { kAhead = 2048 };
+
+inline void fetch(const void *p) { prefetch((const char *)p + kAhead); }
+
 // Each kernel runs its body on whole vectors, then once on copies of the last elements, padded with zeros: one body
 // for both cases, what it makes of the padding is thrown away.
 struct AdamBody {
@@ -37,6 +43,10 @@ struct AdamBody {
           far(c->beta1_rest >= 0.5f) {}
 
     inline void run(float *param, float *exp_avg, float *exp_avg_sq, const float *grad) const {
+        fetch(param);
+        fetch(exp_avg);
+        fetch(exp_avg_sq);
+        fetch(grad);
         Vec p = Vec::load(param), m = Vec::load(exp_avg), v = Vec::load(exp_avg_sq);
         Vec g = Vec::load(grad) * scale;
         if (l2_on) g = g + p * l2;
@@ -85,6 +95,9 @@ struct AdagradBody {
           l2_on(c->l2 != 0) {}
 
     inline void run(float *param, float *exp_avg_sq, const float *grad) const {
+        fetch(param);
+        fetch(exp_avg_sq);
+        fetch(grad);
         Vec p = Vec::load(param), v = Vec::load(exp_avg_sq);
         Vec g = Vec::load(grad) * scale;
         if (l2_on) g = g + p * l2;
@@ -129,6 +142,9 @@ struct LionBody {
           far2(c->beta2_rest >= 0.5f) {}
 
     inline void run(float *param, float *exp_avg, const float *grad) const {
+        fetch(param);
+        fetch(exp_avg);
+        fetch(grad);
         Vec p = Vec::load(param), m = Vec::load(exp_avg);
         const Vec g = Vec::load(grad) * scale;
         const Vec direction = sign((far1 ? g : m) + rest1 * (g - m));
@@ -191,8 +207,14 @@ void squares_f64(const double *x, int64_t n, double *lanes) {
         for (int64_t k = 0; i + k < n; ++k) out[i + k] = last_out[k];       \
     }
 
-inline void one_from_bf16(const uint16_t *in, float *out) { widen_bf16(in).store(out); }
-inline void one_from_f16(const uint16_t *in, float *out) { widen_f16(in).store(out); }
+inline void one_from_bf16(const uint16_t *in, float *out) {
+    fetch(in);
+    widen_bf16(in).store(out);
+}
+inline void one_from_f16(const uint16_t *in, float *out) {
+    fetch(in);
+    widen_f16(in).store(out);
+}
 inline void one_to_bf16(const float *in, uint16_t *out) { narrow_bf16(Vec::load(in), out); }
 inline void one_to_f16(const float *in, uint16_t *out) { narrow_f16(Vec::load(in), out); }
 

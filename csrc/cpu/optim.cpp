@@ -13,8 +13,8 @@
 namespace {
 
 enum {
-    kTile = 1024,
-    kChunk = 64 * kTile,  // a thread's unit of work: 256 KiB of fp32
+    kTile = 512,
+    kChunk = 128 * kTile,  // a thread's unit of work: 256 KiB of fp32
 };
 
 struct Buffer {

@@ -16,6 +16,12 @@ struct Vec {
     void store(float *p) const { vst1q_f32(p, v); }
 };
 
+#if defined(_MSC_VER) && !defined(__clang__)
+inline void prefetch(const void *p) { __prefetch(p); }
+#else
+inline void prefetch(const void *p) { __builtin_prefetch(p); }
+#endif
+
 inline Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }

@@ -22,6 +22,8 @@ struct Vec {
     void store(float *p) const { *p = v; }
 };
 
+inline void prefetch(const void *) {}
+
 inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
