@@ -117,6 +117,10 @@ MASTER_PORT = _integer("MASTER_PORT", "Port where rank 0 listens for the others.
 OMPI_RANK = _integer("OMPI_COMM_WORLD_RANK", "Open MPI's name of RANK.")
 OMPI_SIZE = _integer("OMPI_COMM_WORLD_SIZE", "Open MPI's name of WORLD_SIZE.")
 OMPI_LOCAL_RANK = _integer("OMPI_COMM_WORLD_LOCAL_RANK", "Open MPI's name of LOCAL_RANK.")
+OMPI_LOCAL_SIZE = _integer("OMPI_COMM_WORLD_LOCAL_SIZE", "Open MPI's name of LOCAL_SIZE.")
+PMI_SIZE = _integer("PMI_SIZE", "MPICH's name of WORLD_SIZE.")
+MV2_SIZE = _integer("MV2_COMM_WORLD_SIZE", "MVAPICH2's name of WORLD_SIZE.")
+SLURM_STEP_NUM_TASKS = _integer("SLURM_STEP_NUM_TASKS", "Slurm: processes of this srun step.")
 ELASTIC_RUN_ID = _text("ELASTIC_RUN_ID", "Run id of the elastic agent.", "123456789")
 CUDA_VISIBLE_DEVICES = _text("CUDA_VISIBLE_DEVICES", "CUDA devices that this process may use.")
 
@@ -146,10 +150,13 @@ OMP_NUM_THREADS = _text("OMP_NUM_THREADS", "Threads of torch's CPU operators.")
 KMP_AFFINITY = _text("KMP_AFFINITY", "How Intel's OpenMP pins threads; clashes with core binding.")
 
 DS_TRUST_CHECKPOINTS = _switch(
-    "DS_TRUST_CHECKPOINTS", "1 lets checkpoint files run any code they contain (unrestricted pickles)."
+    "DS_TRUST_CHECKPOINTS",
+    "1 lets checkpoint files run any code they contain (unrestricted pickles).",
 )
 DS_VERIFY_CHECKPOINTS = _switch(
-    "DS_VERIFY_CHECKPOINTS", "0 skips the check of sizes and hashes when a checkpoint is read.", True
+    "DS_VERIFY_CHECKPOINTS",
+    "0 skips the check of sizes and hashes when a checkpoint is read.",
+    True,
 )
 
 # ------------------------------------------------------------------ native code

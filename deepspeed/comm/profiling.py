@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Switches of the communication logger, and the wrapper that hands it each collective."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.comms_logging import CommsLogger
+from deepspeed.utils.logging import get_caller_func
+
+from .utils import message_bytes
+
+comms_logger = CommsLogger()
+
+
+def configure(
+    deepspeed_config: Any = None,
+    enabled: bool | None = None,
+    prof_all: bool | None = None,
+    prof_ops: Sequence[str] | None = None,
+    verbose: bool | None = None,
+    debug: bool | None = None,
+) -> None:
+    """Set the communication logger, from a configuration and from single values (which win)."""
+    section = getattr(deepspeed_config, "comms_config", None)
+    if section is not None and section.comms_logger_enabled:
+        comms_logger.configure(section)
+    for name, value in (
+        ("enabled", enabled),
+        ("prof_all", prof_all),
+        ("prof_ops", prof_ops),
+        ("verbose", verbose),
+        ("debug", debug),
+    ):
+        if value is not None:
+            setattr(comms_logger, name, value)
+
+
+def reset_log() -> None:
+    """Forget what was recorded."""
+    comms_logger.reset_data()
+
+
+def has_comm_data() -> bool:
+    """Say whether anything was recorded."""
+    return comms_logger.has_data()
+
+
+def get_comm_operation_count() -> int:
+    """Return the number of recorded calls."""
+    return comms_logger.get_total_operations()
+
+
+def get_logged_comm_ops() -> list[str]:
+    """Return the names of the recorded operations."""
+    return comms_logger.get_operation_names()
+
+
+def recorded(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a verb the logger's arguments (prof, log_name, debug), and record it when asked.
+
+    Asynchronous calls are timed until the device has done what they launched, or, where that
+    cannot be waited for (gloo), until they are launched.
+    """
+
+    def wrap(verb: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(verb)
+        def call(
+            *args: Any, prof: bool = False, log_name: str = name, debug: str = "", **kwargs: Any
+        ) -> Any:
+            if not comms_logger.records(name, prof):
+                return verb(*args, **kwargs)
+            size = message_bytes(args, kwargs)
+            label = f"{log_name} | [Caller Func: {debug or get_caller_func(2)}]"
+            get_accelerator().synchronize()
+            start = time.perf_counter()
+            result = verb(*args, **kwargs)
+            get_accelerator().synchronize()
+            milliseconds = (time.perf_counter() - start) * 1e3
+            comms_logger.append(name, label if comms_logger.debug else log_name, milliseconds, size)
+            return result
+
+        return call
+
+    return wrap
