@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc"
 DEFAULT_OUT = ROOT / "deepspeed" / "ops" / "lib"
 
+# system -> file name of the library
+_NAMES = {"windows": "ds_cpu.dll", "darwin": "libds_cpu.dylib", "linux": "libds_cpu.so"}
+LIBRARIES = tuple(_NAMES.values())
+
 COMMON = ("api/error.cpp", "cpu/cpuid.cpp", "cpu/pool.cpp", "cpu/dispatch.cpp")
 ENTRIES = ("cpu/optim.cpp", "cpu/norm.cpp")
 # ISA unit -> (GCC and clang flags, MSVC flags), per machine. No -mfma: see [Note: same bits everywhere].
@@ -75,9 +79,7 @@ class Target(NamedTuple):
     @property
     def library(self) -> str:
         """File name of the shared library."""
-        return {"windows": "ds_cpu.dll", "darwin": "libds_cpu.dylib"}.get(
-            self.system, "libds_cpu.so"
-        )
+        return _NAMES[self.system]
 
     @property
     def zig(self) -> str:
