@@ -56,7 +56,6 @@ class SavedState:
         pieces: where the elements of each parameter are.
         hyper: the param group options that each parameter was stepped with.
         scaler: attributes of the loss scaler.
-        clip_grad: the clipping norm that was in force, None when it was not saved.
         stage: the ZeRO stage that wrote it.
         world: over how many ranks it is spread.
         open_shard: gives the slots of a rank's shard (called for the ranks that are needed only).
@@ -65,7 +64,6 @@ class SavedState:
     pieces: dict[str, list[Piece]]
     hyper: dict[str, Mapping[str, Any]]
     scaler: dict[str, Any]
-    clip_grad: float | None
     stage: int
     world: int
     open_shard: Callable[[int], list[Slot]]
@@ -142,7 +140,6 @@ def from_shards(
         pieces=pieces,
         hyper=_hyper_by_name(inner, [[n for n in group if n is not None] for group in names]),
         scaler=scaler_numbers(head),
-        clip_grad=head.get(Zero.CLIP_GRAD),
         stage=stage,
         world=layouts[0].world,
         open_shard=lambda rank: _shard_slots(open_dict(rank), [layout.shard_numel for layout in layouts]),
@@ -161,13 +158,12 @@ def from_inline(saved: Mapping[str, Any], names: Sequence[Sequence[str]], shapes
     if Zero.WRAPPER_FLAT in saved:
         slots, pieces = _flat_slots(saved, names, shapes)
     else:
-        slots, pieces = _param_slots(saved, names)
+        slots, pieces = _param_slots(saved, names, shapes)
     inner = saved.get(Zero.INNER, saved)
     return SavedState(
         pieces=pieces,
         hyper=_hyper_by_name(inner, names, by_param=Zero.WRAPPER_FLAT not in saved),
         scaler=scaler_numbers(saved),
-        clip_grad=saved.get(Zero.CLIP_GRAD),
         stage=0,
         world=1,
         open_shard=lambda rank: slots,
@@ -320,20 +316,17 @@ def _flat_slots(
 
 
 def _param_slots(
-    saved: Mapping[str, Any], names: Sequence[Sequence[str]]
+    saved: Mapping[str, Any], names: Sequence[Sequence[str]], shapes: Mapping[str, torch.Size]
 ) -> tuple[list[Slot], dict[str, list[Piece]]]:
     states = saved.get(Zero.INNER, saved).get("state", {})
     masters = [m for group in saved.get(Zero.WRAPPER_LISTS, []) for m in group]
     slots, pieces = [], OrderedDict()
     for index, name in enumerate(name for group in names for name in group):
         state = states.get(index, {})
-        numels = {t.numel() for t in state.values() if isinstance(t, torch.Tensor) and t.dim() > 0}
-        if masters:
-            numels = {masters[index].numel()}
-        slot = _slot(state, *numels)
+        numel = masters[index].numel() if masters else shapes[name].numel()
+        slot = _slot(state, numel)
         if masters:
             slot.tensors[FP32] = masters[index].detach().reshape(-1)
         slots.append(slot)
-        numel = max((t.numel() for t in slot.tensors.values()), default=0)
         pieces[name] = [Piece(0, 0, index, 0, numel)] if numel else []
     return slots, pieces

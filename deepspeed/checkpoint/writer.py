@@ -57,6 +57,21 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def attributes(**fields: Any) -> OrderedDict[str, Any]:
+    """A plain object with attributes, in the one form that torch's restricted reader rebuilds.
+
+    Upstream's tools read `.numel` and `.start` of an object here. An ordered dict may carry attributes through a pickle,
+    and `torch.load(weights_only=True)` accepts it; the fields are its items as well.
+
+    Example:
+        >>> attributes(numel=3, start=0).numel
+        3
+    """
+    made = OrderedDict(fields)
+    made.__dict__.update(fields)
+    return made
+
+
 def warn_of_objects(value: Any, where: str) -> None:
     """Warn, once for a class, of objects that `load_checkpoint` is going to refuse."""
     for kind in sorted(foreign_classes(value) - _warned, key=str):
