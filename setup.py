@@ -39,11 +39,15 @@ class BuildWithLibrary(build_py):
         super().run()
         editable = getattr(self, "editable_mode", False)
         base = ROOT if editable else Path(self.build_lib)
+        folder = (base / "deepspeed" / "ops" / "lib").resolve()
+        for name in LIBRARIES:
+            # The source tree may hold a library of another platform or version.
+            (folder / name).unlink(missing_ok=True)
         wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
         wanted = getattr(wheel, "plat_name", None)
         target = target_of(wanted) if wanted else native_target()
         try:
-            library = build((base / "deepspeed" / "ops" / "lib").resolve(), target)
+            library = build(folder, target)
         except BuildError as error:
             print(f"warning: the package will work on torch alone: {error}", file=sys.stderr)
         else:
