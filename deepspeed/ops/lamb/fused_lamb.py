@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`FusedLamb`: LAMB, Adam whose step is scaled to the norm of each param, in torch on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FusedLamb(torch.optim.Optimizer):
+    """LAMB for params on any device.
+
+    Args:
+        params: params, named params or param groups.
+        lr: learning rate.
+        bias_correction: scale the step by ``sqrt(1 - beta2**t) / (1 - beta1**t)``.
+        betas: decay rates of the first and second moment.
+        eps: added to the second moment or to its root.
+        eps_inside_sqrt: add eps before the root is taken.
+        weight_decay: decay of the params, part of the update whose norm is compared.
+        max_grad_norm: gradients with a larger global norm (per group) are scaled down; 0 turns it off.
+        max_coeff: greatest ratio of norms.
+        min_coeff: least ratio of norms.
+        amsgrad: must be False.
+
+    Raises:
+        RuntimeError: ``amsgrad`` is asked for; at the step, a gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_inside_sqrt: bool = False,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+        amsgrad: bool = False,
+    ) -> None:
+        if amsgrad:
+            raise RuntimeError("FusedLamb has no AMSGrad variant: construct it with amsgrad=False.")
+        defaults = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "max_coeff": max_coeff,
+            "min_coeff": min_coeff,
+        }
+        self.eps_mode = 0 if eps_inside_sqrt else 1
+        self.lamb_coeffs: list[float] = []
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every param that has a gradient; returns the closure's value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        coefficients = []
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            scale = _clip_scale([param.grad for param in params], group["max_grad_norm"])
+            coefficients += [self._step_param(group, param, scale) for param in params]
+        self.lamb_coeffs = torch.cat(coefficients).tolist() if coefficients else []
+        return loss
+
+    def get_lamb_coeffs(self) -> list[float]:
+        """Return the ratio of norms that each param was stepped with last."""
+        return self.lamb_coeffs
+
+    def _step_param(self, group: dict[str, Any], param: Tensor, scale: float | Tensor) -> Tensor:
+        if param.grad.is_sparse:
+            raise RuntimeError("FusedLamb takes no sparse gradients.")
+        state = self.state[param]
+        if not state:
+            state.update(
+                step=0, exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param)
+            )
+        state["step"] += 1
+        return lamb_step(
+            param,
+            None,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            param.grad,
+            group["lr"],
+            *group["betas"],
+            group["max_coeff"],
+            group["min_coeff"],
+            group["eps"],
+            scale,
+            state["step"],
+            self.eps_mode,
+            group["bias_correction"],
+            group["weight_decay"],
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = {"eps_mode": self.eps_mode, "lamb_coeffs": self.lamb_coeffs}
+        return {**super().__getstate__(), **mine}
+
+
+def lamb_step(
+    param: Tensor,
+    low: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    max_coeff: float,
+    min_coeff: float,
+    eps: float,
+    grad_scale: float | Tensor,
+    step: int,
+    mode: int,
+    bias_correction: bool,
+    decay: float,
+) -> Tensor:
+    """Make one LAMB step in place; returns the ratio of norms, a tensor of one element.
+
+    ``grad / grad_scale`` is the gradient used; mode 0 adds eps inside the root; `low` may have no elements.
+    """
+    p, m, v = param.float(), exp_avg.float(), exp_avg_sq.float()
+    g = grad.float() / grad_scale
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    spread = (v + eps).sqrt_() if mode == 0 else v.sqrt().add_(eps)
+    update = (m / spread).add_(p, alpha=decay)
+    size = lr
+    if bias_correction:
+        size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+    ours, its = p.norm(), update.norm()
+    ratio = (ours / its).clamp(min_coeff, max_coeff)
+    ratio = torch.where((ours > 0) & (its > 0), ratio, torch.ones_like(ratio))
+    p.sub_(update.mul_(ratio * size))
+    for target, work in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
+        if target is not work:
+            target.copy_(work)
+    if low is not None and low.numel():
+        low.copy_(p)
+    return ratio.reshape(1)
+
+
+def _clip_scale(grads: list[Tensor], limit: float) -> float | Tensor:
+    """Return what the gradients are to be divided by so that their common norm is at most `limit`."""
+    if limit <= 0 or not grads:
+        return 1.0
+    norm = torch.stack([grad.float().norm() for grad in grads]).norm()
+    return (norm / limit).clamp(min=1.0)
