@@ -40,7 +40,7 @@ BUDGET = {
     "deepspeed/runtime/zero": 4490,
     "deepspeed/checkpoint": 1400,
     "deepspeed/moe": 900,
-    "deepspeed/monitor": 300,
+    "deepspeed/monitor": 400,
     "deepspeed/elasticity": 400,
     # job objects, process groups and signals of two systems take more than the design's 1,050
     "deepspeed/launcher": 1500,
