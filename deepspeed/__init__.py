@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 __version__ = version
-__version_major__, __version_minor__, __version_patch__ = (int(x) for x in version.split("+")[0].split(".")[:3])
+__version_major__, __version_minor__, __version_patch__ = (
+    int(x) for x in version.split("+")[0].split(".")[:3]
+)
 __git_hash__, __git_branch__ = git_hash, git_branch
 
 ADAM_OPTIMIZER = "adam"
@@ -169,13 +171,17 @@ def init_inference(model: torch.nn.Module, config: Any = None, **kwargs: Any) ->
     )
 
 
-def tp_model_init(model: torch.nn.Module, tp_size: int, dtype: Any, config: Any = None, **kwargs: Any) -> Any:
+def tp_model_init(
+    model: torch.nn.Module, tp_size: int, dtype: Any, config: Any = None, **kwargs: Any
+) -> Any:
     """Prepare a model for tensor-parallel training.
 
     Raises:
         NotImplementedError: tensor-parallel training is not part of this version.
     """
-    raise NotImplementedError(f"deepspeed.tp_model_init is not part of version {version} yet. Train with ZeRO instead.")
+    raise NotImplementedError(
+        f"deepspeed.tp_model_init is not part of version {version} yet. Train with ZeRO instead."
+    )
 
 
 def default_inference_config() -> dict[str, Any]:
@@ -194,7 +200,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         action="store_true",
         help="Enable DeepSpeed (helper flag for user code, no impact on DeepSpeed itself)",
     )
-    group.add_argument("--deepspeed_config", default=None, type=str, help="DeepSpeed json configuration file.")
-    group.add_argument("--deepscale", default=False, action="store_true", help="Deprecated name of --deepspeed")
-    group.add_argument("--deepscale_config", default=None, type=str, help="Deprecated name of --deepspeed_config")
+    group.add_argument(
+        "--deepspeed_config", default=None, type=str, help="DeepSpeed json configuration file."
+    )
+    group.add_argument(
+        "--deepscale", default=False, action="store_true", help="Deprecated name of --deepspeed"
+    )
+    group.add_argument(
+        "--deepscale_config", default=None, type=str, help="Deprecated name of --deepspeed_config"
+    )
     return parser

@@ -7,5 +7,17 @@ from deepspeed.utils.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
-    {f".{name}": ["*"] for name in ("base_optimizer", "config", "config_utils", "dataloader", "engine", "lr_schedules", "utils", "zero")},
+    {
+        f".{name}": ["*"]
+        for name in (
+            "base_optimizer",
+            "config",
+            "config_utils",
+            "dataloader",
+            "engine",
+            "lr_schedules",
+            "utils",
+            "zero",
+        )
+    },
 )

@@ -117,7 +117,12 @@ def _scaler_factory(fp16: Any, sharded: bool) -> Callable[[], LossScalerBase]:
     if fp16.loss_scale != 0:
         return partial(LossScaler, fp16.loss_scale)
     if not sharded:
-        return partial(UnguardedLossScaler, 2.0**fp16.initial_scale_power, fp16.loss_scale_window, fp16.min_loss_scale)
+        return partial(
+            UnguardedLossScaler,
+            2.0**fp16.initial_scale_power,
+            fp16.loss_scale_window,
+            fp16.min_loss_scale,
+        )
     return partial(
         DynamicLossScaler,
         init_scale=2.0**fp16.initial_scale_power,
@@ -264,7 +269,9 @@ def _plain_driver(engine: Any) -> PlainDriver:
     )
 
 
-def _wrapper_class(basic: Any, config: Any, plan: Plan, grad_dtype: torch.dtype) -> type[ZeroOptimizer]:
+def _wrapper_class(
+    basic: Any, config: Any, plan: Plan, grad_dtype: torch.dtype
+) -> type[ZeroOptimizer]:
     """The public class of the wrapper; all of them are `ZeroOptimizer` with another row."""
     from deepspeed.ops.adam import FusedAdam
 
@@ -382,7 +389,8 @@ def check_coalescing(engine: Any) -> None:
         )
     if not engine.clock.managed:
         raise AssertionError(
-            explain("coalesce_grad_reduction needs managed accumulation", got="managed_gradient_accumulation: false")
+            explain(
+                "coalesce_grad_reduction needs managed accumulation",
+                got="managed_gradient_accumulation: false",
+            )
         )
-
-

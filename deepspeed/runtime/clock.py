@@ -105,7 +105,11 @@ class AccumulationClock:
         """
         if self.unsynchronized:
             raise AssertionError(
-                explain("no_sync() was entered again", expected="one no_sync() at a time", fix="leave the outer one first")
+                explain(
+                    "no_sync() was entered again",
+                    expected="one no_sync() at a time",
+                    fix="leave the outer one first",
+                )
             )
         self.unsynchronized = True
         try:

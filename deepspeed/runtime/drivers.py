@@ -83,7 +83,12 @@ class PlainDriver:
         reduce_dtype: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.optimizer, self.params, self.plan, self.clip_grad = optimizer, list(params), plan, clip_grad
+        self.optimizer, self.params, self.plan, self.clip_grad = (
+            optimizer,
+            list(params),
+            plan,
+            clip_grad,
+        )
         self.reduce_dtype, self.scaler = reduce_dtype, scaler
         self.grad_norm: Any = None
         self._unreduced = False

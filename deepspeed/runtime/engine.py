@@ -73,12 +73,18 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         self.clock = AccumulationClock(
             self._config.gradient_accumulation_steps, self._config.managed_gradient_accumulation
         )
-        self.module = module_prep.prepare_module(model, self.precision, self.mesh, self.device, dont_change_device)
+        self.module = module_prep.prepare_module(
+            model, self.precision, self.mesh, self.device, dont_change_device
+        )
         self.param_names = {param: name for name, param in model.named_parameters()}
         self._set_up_topology()
         self.observers = build_observers(self)
-        self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
-        self.basic_optimizer = build.build_basic_optimizer(self._config, model, optimizer, model_parameters)
+        self.training_dataloader = (
+            self.deepspeed_io(training_data) if training_data is not None else None
+        )
+        self.basic_optimizer = build.build_basic_optimizer(
+            self._config, model, optimizer, model_parameters
+        )
         self.optimizer, self.driver = build.wrap_optimizer(self)
         self.lr_scheduler = build.build_scheduler(
             self._config, self.client_lr_scheduler, self.basic_optimizer, self.optimizer
@@ -93,12 +99,20 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
     # - construction
 
     def _set_up_topology(self) -> None:
-        self.global_rank, self.world_size = self.mesh.world.ranks[self.mesh.world.rank], self.mesh.world.size
+        self.global_rank, self.world_size = (
+            self.mesh.world.ranks[self.mesh.world.rank],
+            self.mesh.world.size,
+        )
         self.dp_world_size = self.seq_dp_world_size = self.mesh.data.size
-        self.mp_world_size, self.sequence_parallel_size = self.mesh.tensor.size, self.mesh.sequence.size
+        self.mp_world_size, self.sequence_parallel_size = (
+            self.mesh.tensor.size,
+            self.mesh.sequence.size,
+        )
         self.data_parallel_group = self.seq_data_parallel_group = self.mesh.data.group
         self.expert_parallel_group = {name: axis.group for name, axis in self.mesh.expert.items()}
-        self.expert_data_parallel_group = {name: axis.group for name, axis in self.mesh.expert_data.items()}
+        self.expert_data_parallel_group = {
+            name: axis.group for name, axis in self.mesh.expert_data.items()
+        }
         self.pipeline_parallelism = False
         self.save_non_zero_checkpoint = self.mesh.data.rank == 0
         self.save_zero_checkpoint = self.plan.stage > 0
@@ -144,7 +158,9 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
             module = self.__dict__.get("_modules", {}).get("module")
             if module is not None and hasattr(module, name):
                 return getattr(module, name)
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'") from None
+            raise AttributeError(
+                f"'{type(self).__name__}' object has no attribute '{name}'"
+            ) from None
 
     # - forward
 
@@ -159,7 +175,11 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Call the module, in the precision that was configured; returns what it returns."""
-        with self.observers.during("forward", self), self._products, self.precision.forward_context(self.device):
+        with (
+            self.observers.during("forward", self),
+            self._products,
+            self.precision.forward_context(self.device),
+        ):
             return self.module(*inputs, **kwargs)
 
     def train(self, mode: bool = True) -> None:  # type: ignore[override]
@@ -265,7 +285,9 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         if applied and self.lr_scheduler is not None:
             build.step_scheduler(self.lr_scheduler, lr_kwargs, self.train_batch_size())
         self.observers.progress(self, self.global_steps + 1)
-        self.clock.count_step(self.train_batch_size(), self.train_micro_batch_size_per_gpu(), not applied)
+        self.clock.count_step(
+            self.train_batch_size(), self.train_micro_batch_size_per_gpu(), not applied
+        )
 
     def zero_grad(self) -> None:  # type: ignore[override]
         """Set every parameter's gradient to None, and forget what has been reduced."""
@@ -368,10 +390,15 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         )
 
     def save_16bit_model(
-        self, save_dir: Any, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+        self,
+        save_dir: Any,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Save the module's weights alone, in one file; every rank must call it."""
-        return engine_checkpoint.save_16bit_model(self, save_dir, save_filename, exclude_frozen_parameters)
+        return engine_checkpoint.save_16bit_model(
+            self, save_dir, save_filename, exclude_frozen_parameters
+        )
 
     def save_fp16_model(self, save_dir: Any, save_filename: str = "pytorch_model.bin") -> bool:
         """Older name of `save_16bit_model`."""
@@ -385,9 +412,13 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
         """The module's state dict, without frozen parameters if asked."""
-        return engine_checkpoint.module_state_dict(self, destination, prefix, keep_vars, exclude_frozen_parameters)
+        return engine_checkpoint.module_state_dict(
+            self, destination, prefix, keep_vars, exclude_frozen_parameters
+        )
 
-    def load_module_state_dict(self, checkpoint: dict[str, Any], strict: bool = True, **options: Any) -> None:
+    def load_module_state_dict(
+        self, checkpoint: dict[str, Any], strict: bool = True, **options: Any
+    ) -> None:
         """Load `checkpoint['module']` into the module."""
         engine_checkpoint.load_module_state_dict(self, checkpoint, strict=strict, **options)
 
@@ -403,7 +434,9 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         """Compile the module in place with `torch.compile`; a second call does nothing."""
         if self._is_compiled:
             return
-        module_prep.compile_module(self.module, backend, compile_kwargs or {}, schedule, compiled_autograd_enabled)
+        module_prep.compile_module(
+            self.module, backend, compile_kwargs or {}, schedule, compiled_autograd_enabled
+        )
         self._products.release()
         self._is_compiled = True
 
@@ -418,7 +451,3 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         for hook in self._module_hooks:
             hook.remove()
         self._module_hooks = []
-
-
-
-

@@ -152,8 +152,15 @@ class ConfigAccessors(Counters):
     def dynamic_loss_scale(self) -> bool:
         return self._config.float16_config.loss_scale == 0
 
-    def dynamic_loss_scale_args(self) -> Any:
-        return self._config.float16_config.dynamic_loss_scale_args()
+    def dynamic_loss_scale_args(self) -> dict[str, Any]:
+        fp16 = self._config.float16_config
+        return {
+            "init_scale": 2.0**fp16.initial_scale_power,
+            "scale_window": fp16.loss_scale_window,
+            "delayed_shift": fp16.hysteresis,
+            "consecutive_hysteresis": fp16.consecutive_hysteresis,
+            "min_scale": fp16.min_loss_scale,
+        }
 
     def eigenvalue_enabled(self) -> bool:
         return self._config.eigenvalue_enabled
@@ -240,7 +247,11 @@ class ConfigAccessors(Counters):
         return self._config.optimizer_legacy_fusion
 
     def optimizer_name(self) -> Any:
-        return type(self.client_optimizer).__name__ if self.client_optimizer else self._config.optimizer_name
+        return (
+            type(self.client_optimizer).__name__
+            if self.client_optimizer
+            else self._config.optimizer_name
+        )
 
     def optimizer_params(self) -> Any:
         return self._config.optimizer_params
@@ -261,7 +272,9 @@ class ConfigAccessors(Counters):
         return not self._config.prescale_gradients
 
     def quantize_training(self) -> Any:
-        return self._config.compression_config["weight_quantization"]["shared_parameters"]["enabled"]
+        return self._config.compression_config["weight_quantization"]["shared_parameters"][
+            "enabled"
+        ]
 
     def random_ltd_config(self) -> Any:
         return self._config.data_efficiency_config["data_routing"]["random_ltd"]
@@ -285,7 +298,7 @@ class ConfigAccessors(Counters):
         return _of(self._config.zero_config.offload_optimizer, "super_offload", False)
 
     def swap_tensor_config(self) -> Any:
-        return self._config.swap_tensor_config
+        return None
 
     def tensor_parallel_config(self) -> Any:
         return self._config.tensor_parallel_config
@@ -441,7 +454,11 @@ class ConfigAccessors(Counters):
 
     def get_batch_info(self) -> tuple[Any, Any, Any]:
         """The three getters of the batch triad, as bound methods."""
-        return self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps
+        return (
+            self.train_batch_size,
+            self.train_micro_batch_size_per_gpu,
+            self.gradient_accumulation_steps,
+        )
 
     def get_data_parallel_rank(self) -> int:
         return self.mesh.data.rank
@@ -464,7 +481,13 @@ class ConfigAccessors(Counters):
 
     def get_mom(self) -> list[Any]:
         """Momentum of each group (`betas` unless the optimizer is SGD or RMSprop)."""
-        momentum = isinstance(get_torch_optimizer(self.basic_optimizer), (torch.optim.SGD, torch.optim.RMSprop)) if self.basic_optimizer else False
+        momentum = (
+            isinstance(
+                get_torch_optimizer(self.basic_optimizer), (torch.optim.SGD, torch.optim.RMSprop)
+            )
+            if self.basic_optimizer
+            else False
+        )
         return self._group_values("momentum" if momentum else "betas")
 
     def get_pld_theta(self) -> Any:
@@ -481,7 +504,9 @@ class ConfigAccessors(Counters):
 
     def get_wall_clock_timers(self) -> dict[str, float]:
         """Milliseconds by timer name."""
-        return {name: timer.elapsed(reset=False) for name, timer in self.timers.get_timers().items()}
+        return {
+            name: timer.elapsed(reset=False) for name, timer in self.timers.get_timers().items()
+        }
 
     def _group_values(self, key: str) -> list[Any]:
         groups = self.basic_optimizer.param_groups if self.basic_optimizer is not None else []

@@ -26,7 +26,11 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """See `deepspeed.initialize`."""
     if model is None:
-        raise AssertionError(explain("deepspeed.initialize requires a model", got="model=None", expected="a torch module"))
+        raise AssertionError(
+            explain(
+                "deepspeed.initialize requires a model", got="model=None", expected="a torch module"
+            )
+        )
     config = find_config(args, config)
     dist.init_distributed(
         dist_backend=None,
@@ -36,7 +40,9 @@ def initialize(
     mpu = engine_arguments["mpu"]
     mesh_device = None
     if mesh_param is not None:
-        mesh_device = dist.initialize_mesh_device(mesh_param, ("data_parallel", "sequence_parallel"))
+        mesh_device = dist.initialize_mesh_device(
+            mesh_param, ("data_parallel", "sequence_parallel")
+        )
     engine = DeepSpeedEngine(
         args,
         model,

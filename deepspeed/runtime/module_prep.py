@@ -71,7 +71,11 @@ def take_device(args: Any, local_rank: int, model: torch.nn.Module, keep: bool) 
 
 
 def prepare_module(
-    model: torch.nn.Module, precision: Precision, mesh: Mesh, device: torch.device, keep_device: bool
+    model: torch.nn.Module,
+    precision: Precision,
+    mesh: Mesh,
+    device: torch.device,
+    keep_device: bool,
 ) -> torch.nn.Module:
     """Cast parameters, move the module to its device, and give all ranks the weights of the first.
 
@@ -136,7 +140,11 @@ def check_loss(loss: Any, optimizer: Any) -> None:
         )
     if not isinstance(loss, torch.Tensor):
         raise AssertionError(
-            explain("backward needs the loss as a tensor", got=type(loss).__name__, expected="torch.Tensor")
+            explain(
+                "backward needs the loss as a tensor",
+                got=type(loss).__name__,
+                expected="torch.Tensor",
+            )
         )
     if loss.numel() != 1:
         raise AssertionError(
@@ -159,7 +167,11 @@ def check_loss(loss: Any, optimizer: Any) -> None:
 
 
 def compile_module(
-    module: torch.nn.Module, backend: str | None, options: dict[str, Any], schedule: Any, autograd: bool
+    module: torch.nn.Module,
+    backend: str | None,
+    options: dict[str, Any],
+    schedule: Any,
+    autograd: bool,
 ) -> None:
     """Compile a module in place.
 

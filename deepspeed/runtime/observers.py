@@ -58,7 +58,9 @@ class Observers:
 
     def __init__(self, breakdown: bool, steps_per_print: float | None, memory: bool) -> None:
         self.breakdown, self.memory = breakdown, memory
-        self.steps_per_print = steps_per_print if steps_per_print and math.isfinite(steps_per_print) else None
+        self.steps_per_print = (
+            steps_per_print if steps_per_print and math.isfinite(steps_per_print) else None
+        )
 
     def during(self, event: str, engine: Any) -> contextlib.AbstractContextManager:
         """The extent of one event: "forward", "backward" or "step"."""
@@ -114,7 +116,9 @@ def _events(engine: Any) -> list[tuple[str, Any, int]]:
     rates = engine.get_lr()
     events = [("Train/Samples/lr", rates[0], at)] if rates else []
     if engine.fp16_enabled():
-        events.append(("Train/Samples/loss_scale", getattr(engine.optimizer, "loss_scale", 1.0), at))
+        events.append(
+            ("Train/Samples/loss_scale", getattr(engine.optimizer, "loss_scale", 1.0), at)
+        )
     if engine.wall_clock_breakdown():
         for event in ("forward", "backward", "step"):
             elapsed = engine.timers(_MICRO[event]).elapsed(reset=False)

@@ -13,7 +13,9 @@ from deepspeed.utils.errors import explain
 
 from .zero.utils import ZeRORuntimeException, is_zero_supported_optimizer
 
-DeepSpeedOptimizerCallable = Callable[[list[torch.nn.Parameter] | list[dict[str, Any]]], torch.optim.Optimizer]
+DeepSpeedOptimizerCallable = Callable[
+    [list[torch.nn.Parameter] | list[dict[str, Any]]], torch.optim.Optimizer
+]
 DeepSpeedSchedulerCallable = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 NATIVE_NAMES = ("adam", "adamw", "adagrad", "lamb", "lion")
@@ -91,7 +93,11 @@ def _adam(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict[st
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     if _offloads(config):
-        return DeepSpeedCPUAdam, {**options, "adamw_mode": decoupled, "fp32_optimizer_states": fp32_states}
+        return DeepSpeedCPUAdam, {
+            **options,
+            "adamw_mode": decoupled,
+            "fp32_optimizer_states": fp32_states,
+        }
     return FusedAdam, {**options, "adam_w_mode": decoupled}
 
 
@@ -125,7 +131,12 @@ def check_served(config: Any, optimizer: torch.optim.Optimizer, is_client: bool)
     from deepspeed.ops.lion import DeepSpeedCPULion
 
     made_for_host = (DeepSpeedCPUAdam, DeepSpeedCPULion, DeepSpeedCPUAdagrad)
-    if is_client and _offloads(config) and config.zero_force_ds_cpu_optimizer and not isinstance(optimizer, made_for_host):
+    if (
+        is_client
+        and _offloads(config)
+        and config.zero_force_ds_cpu_optimizer
+        and not isinstance(optimizer, made_for_host)
+    ):
         raise ZeRORuntimeException(
             explain(
                 "You are using ZeRO-Offload with a client provided optimizer that was not made for CPU memory",

@@ -149,7 +149,10 @@ class UnguardedLossScaler(DynamicLossScaler):
 
     def __init__(self, init_scale: float, scale_window: int, min_scale: float) -> None:
         super().__init__(
-            init_scale, scale_window=scale_window, min_scale=min_scale, raise_error_at_min_scale=False
+            init_scale,
+            scale_window=scale_window,
+            min_scale=min_scale,
+            raise_error_at_min_scale=False,
         )
 
 
@@ -180,5 +183,7 @@ def report_overflow(before: float, scaler: LossScalerBase, hysteresis_before: in
     else:
         tail = f"reducing to {int(scaler.cur_scale)}"
     logger.info(
-        "[deepspeed] OVERFLOW! Rank 0 Skipping step. Attempted loss scale: %d, %s", int(before), tail
+        "[deepspeed] OVERFLOW! Rank 0 Skipping step. Attempted loss scale: %d, %s",
+        int(before),
+        tail,
     )

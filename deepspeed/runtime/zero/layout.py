@@ -111,14 +111,18 @@ class Layout:
 
     def segments(self, rank: int) -> list[Segment]:
         """The pieces of parameters in `rank`'s shard, by position in the shard. Empty pieces are left out."""
-        return list(self._per_param_segments(rank) if self.cut_per_param else self._range_segments(rank))
+        return list(
+            self._per_param_segments(rank) if self.cut_per_param else self._range_segments(rank)
+        )
 
     def param_segments(self, param: int) -> list[Segment]:
         """The pieces of one parameter on all ranks, by position in the parameter."""
         numel, start = self.numels[param], self.starts[param]
         if self.cut_per_param:
             piece = -(-numel // self.world)
-            cuts = ((rank, rank * piece, min(numel, (rank + 1) * piece)) for rank in range(self.world))
+            cuts = (
+                (rank, rank * piece, min(numel, (rank + 1) * piece)) for rank in range(self.world)
+            )
             return [Segment(param, lo, rank, start, hi - lo) for rank, lo, hi in cuts if lo < hi]
         found, done = [], 0
         while done < numel:
@@ -194,5 +198,11 @@ def _overlaps(sources: list[Segment], targets: list[Segment]) -> Iterator[Copy]:
         a_end, b_end = a.param_start + a.length, b.param_start + b.length
         hi = min(a_end, b_end)
         if lo < hi:
-            yield Copy(a.rank, a.shard_start + lo - a.param_start, b.rank, b.shard_start + lo - b.param_start, hi - lo)
+            yield Copy(
+                a.rank,
+                a.shard_start + lo - a.param_start,
+                b.rank,
+                b.shard_start + lo - b.param_start,
+                hi - lo,
+            )
         i, j = i + (a_end <= b_end), j + (b_end <= a_end)

@@ -90,7 +90,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 shard_axis, replica_axis = self._axes(expert)
                 groups.append(
                     ShardGroup(
-                        params, index, shard_axis, replica_axis, self.plan, self.precision, self.device
+                        params,
+                        index,
+                        shard_axis,
+                        replica_axis,
+                        self.plan,
+                        self.precision,
+                        self.device,
                     )
                 )
         if not groups:
@@ -171,7 +177,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self, state_dict_list: Any, load_optimizer_states: bool = True, **options: Any
     ) -> None:
         """Take over what `state_dict` gave (or the list of all ranks' such dicts)."""
-        state.load_state_dict(self, state_dict_list, load_optimizer_states=load_optimizer_states, **options)
+        state.load_state_dict(
+            self, state_dict_list, load_optimizer_states=load_optimizer_states, **options
+        )
 
     def refresh_fp32_params(self) -> None:
         """Take the model's current weights as master weights."""
@@ -188,7 +196,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     @property
     def loss_scale(self) -> float:
         """What the loss is multiplied by before the backward pass."""
-        return self.loss_scaler.loss_scale if self.external_loss_scale is None else self.external_loss_scale
+        return (
+            self.loss_scaler.loss_scale
+            if self.external_loss_scale is None
+            else self.external_loss_scale
+        )
 
     cur_scale = loss_scale
 
@@ -288,7 +300,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             for segment in group.layout.segments(group.shard_axis.rank):
                 for part, _, start, length in group.runs(segment.shard_start, segment.length):
                     if not group.grad_of(part).narrow(0, start, length).isfinite().all():
-                        names.append(self.param_names.get(group.params[segment.param], "an unnamed parameter"))
+                        names.append(
+                            self.param_names.get(
+                                group.params[segment.param], "an unnamed parameter"
+                            )
+                        )
         names = list(dict.fromkeys(names))
         more = len(names) - _NAMES_SHOWN
         return names[:_NAMES_SHOWN] + ([f"{more} more"] if more > 0 else [])
@@ -324,7 +340,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Step any torch optimizer: gradients in the masters' dtype, unscaled."""
         for group, part in self._parts():
             grad = group.grad_of(part)
-            part.master.grad = grad if grad.dtype == part.master.dtype else grad.to(part.master.dtype)
+            part.master.grad = (
+                grad if grad.dtype == part.master.dtype else grad.to(part.master.dtype)
+            )
             if grad_scale != 1.0:
                 part.master.grad.mul_(grad_scale)
         self.optimizer.step()
@@ -350,5 +368,3 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 def expert_group_name(param: torch.nn.Parameter) -> str | None:
     """The expert-parallel group of a parameter, None for one that all data-parallel ranks share."""
     return None if getattr(param, "allreduce", True) else getattr(param, "group_name", None)
-
-

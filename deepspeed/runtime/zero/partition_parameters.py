@@ -75,7 +75,10 @@ class Init:
             )
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Leave everything as it is."""
 
@@ -105,7 +108,10 @@ class GatheredParameters:
         """Everything is whole already."""
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Nothing was gathered."""
 
@@ -118,5 +124,9 @@ def register_external_parameter(module: torch.nn.Module, parameter: torch.nn.Par
     """
     if not isinstance(parameter, torch.nn.Parameter):
         raise RuntimeError(
-            explain("Parameter is not a torch.nn.Parameter", got=type(parameter).__name__, expected="torch.nn.Parameter")
+            explain(
+                "Parameter is not a torch.nn.Parameter",
+                got=type(parameter).__name__,
+                expected="torch.nn.Parameter",
+            )
         )

@@ -71,7 +71,12 @@ class Plan:
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"ZeRO has stages 0 to 3, got {stage!r}")
         placed = (Placement.REPLICATED, Placement.SHARDED)
-        return cls(stage=stage, params=placed[stage >= 3], grads=placed[stage >= 2], states=placed[stage >= 1])
+        return cls(
+            stage=stage,
+            params=placed[stage >= 3],
+            grads=placed[stage >= 2],
+            states=placed[stage >= 1],
+        )
 
     def on_host(self, ratio: float = 1.0, pin_memory: bool = True) -> Plan:
         """The same row with `ratio` of the states in host memory."""

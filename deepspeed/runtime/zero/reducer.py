@@ -87,7 +87,12 @@ def cut_buckets(group: ShardGroup, most: int) -> list[Bucket]:
 
 def _bucket(group: ShardGroup, first: int, last: int) -> Bucket:
     layout = group.layout
-    return Bucket(group, layout.starts[first], layout.starts[last - 1] + layout.numels[last - 1], range(first, last))
+    return Bucket(
+        group,
+        layout.starts[first],
+        layout.starts[last - 1] + layout.numels[last - 1],
+        range(first, last),
+    )
 
 
 class Reducer:
@@ -120,7 +125,9 @@ class Reducer:
             for bucket in cut_buckets(group, most)
         ]
         self._bucket_of = {
-            (id(bucket.group), index): bucket for bucket in self._buckets for index in bucket.indices
+            (id(bucket.group), index): bucket
+            for bucket in self._buckets
+            for index in bucket.indices
         }
         self._hooks = [
             param.register_post_accumulate_grad_hook(partial(self._on_grad, group, index))
@@ -257,7 +264,9 @@ class Reducer:
                 dtype=group.precision.reduce_dtype(group.dtype),
                 device=group.param_slab.flat.device,
             )
-        return bucket.buffer.narrow(0, group.layout.starts[index] - bucket.start, group.layout.numels[index])
+        return bucket.buffer.narrow(
+            0, group.layout.starts[index] - bucket.start, group.layout.numels[index]
+        )
 
     # - rounds of collectives
 
@@ -301,7 +310,9 @@ class Reducer:
         group = bucket.group
         bucket.buffer = values
         if group.shard_axis.size > 1:
-            pending = flat.reduce_to_owners(values, bucket.segments(), group.shard_axis, async_op=True)
+            pending = flat.reduce_to_owners(
+                values, bucket.segments(), group.shard_axis, async_op=True
+            )
             if group.replica_axis.size == 1:
                 return pending
             pending.wait()
@@ -354,7 +365,9 @@ class Reducer:
         return 1.0 / self.plan.predivide_factor, self.plan.predivide_factor / ranks
 
 
-def average_grads(params: Sequence[torch.nn.Parameter], axis: Axis, plan: Plan, dtype: torch.dtype | None) -> None:
+def average_grads(
+    params: Sequence[torch.nn.Parameter], axis: Axis, plan: Plan, dtype: torch.dtype | None
+) -> None:
     """Average `.grad` of `params` over `axis`, in buckets (stage 0 without slabs; every rank must call it).
 
     Args:
@@ -365,7 +378,11 @@ def average_grads(params: Sequence[torch.nn.Parameter], axis: Axis, plan: Plan, 
     """
     if axis.size == 1:
         return
-    before, after = (1.0, 1.0) if plan.gradient_op == "sum" else (1.0 / plan.predivide_factor, plan.predivide_factor / axis.size)
+    before, after = (
+        (1.0, 1.0)
+        if plan.gradient_op == "sum"
+        else (1.0 / plan.predivide_factor, plan.predivide_factor / axis.size)
+    )
     if plan.prescale and plan.gradient_op != "sum":
         before, after = 1.0 / axis.size, 1.0
     for bucket in _by_size(params, min(plan.reduce_bucket_numel, LARGEST_BUCKET_NUMEL)):
@@ -390,7 +407,11 @@ def _by_size(params: Sequence[torch.nn.Parameter], most: int) -> list[list[torch
     size = 0
     for param in params:
         kind = (param.dtype, param.device)
-        if not buckets or size + param.numel() > most or kind != (buckets[-1][0].dtype, buckets[-1][0].device):
+        if (
+            not buckets
+            or size + param.numel() > most
+            or kind != (buckets[-1][0].dtype, buckets[-1][0].device)
+        ):
             buckets.append([])
             size = 0
         buckets[-1].append(param)

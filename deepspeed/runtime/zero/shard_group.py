@@ -96,7 +96,9 @@ class ShardGroup:
         on_host = self.plan.state_tier is TierKind.HOST
         split = total - round(total * self.plan.host_ratio) if on_host else total
         cuts = [(0, split, False), (split, total - split, True)]
-        return [self._make_part(*cut, device) for cut in cuts if cut[1] > 0 or total == 0 and not cut[2]]
+        return [
+            self._make_part(*cut, device) for cut in cuts if cut[1] > 0 or total == 0 and not cut[2]
+        ]
 
     def _make_part(self, start: int, length: int, on_host: bool, device: torch.device) -> ShardPart:
         tier = tier_for(device, on_host, self.plan.pin_memory)
@@ -146,7 +148,9 @@ class ShardGroup:
     def add_shard_grad(self, shard_start: int, values: torch.Tensor, fresh: bool) -> None:
         """Add reduced gradients to this rank's shard, or overwrite what an earlier step left there."""
         for part, offset, start, length in self.runs(shard_start, values.numel()):
-            _store(self.grad_of(part).narrow(0, start, length), values.narrow(0, offset, length), fresh)
+            _store(
+                self.grad_of(part).narrow(0, start, length), values.narrow(0, offset, length), fresh
+            )
 
     def clear_unwritten(self) -> None:
         """Zero the gradients of parameters that took no part since the last step (shard axis of one rank)."""

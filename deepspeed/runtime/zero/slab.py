@@ -21,7 +21,9 @@ class Slab:
         tier: where the buffer is allocated.
     """
 
-    def __init__(self, layout: Layout, shapes: Sequence[torch.Size], dtype: torch.dtype, tier: Tier) -> None:
+    def __init__(
+        self, layout: Layout, shapes: Sequence[torch.Size], dtype: torch.dtype, tier: Tier
+    ) -> None:
         assert not layout.cut_per_param
         self.layout = layout
         self.shapes = tuple(shapes)

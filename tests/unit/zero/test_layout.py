@@ -35,7 +35,10 @@ def test_every_element_has_exactly_one_place(numels, world, cut):
 @given(sizes, worlds, cuts)
 def test_param_segments_are_the_same_map_read_by_param(numels, world, cut):
     layout = cut(numels, world)
-    by_rank = sorted((s for r in range(world) for s in layout.segments(r)), key=lambda s: (s.param, s.param_start))
+    by_rank = sorted(
+        (s for r in range(world) for s in layout.segments(r)),
+        key=lambda s: (s.param, s.param_start),
+    )
     by_param = [s for p in range(len(numels)) for s in layout.param_segments(p)]
     assert by_rank == by_param
 
@@ -46,7 +49,9 @@ def test_copies_turn_any_layout_into_any_other(numels, world, new_world, cut, ne
     source = shards_of(old)
     made: list[list] = [[None] * new.shard_numel for _ in range(new_world)]
     for c in old.copies_to(new):
-        made[c.dst_rank][c.dst_start : c.dst_start + c.length] = source[c.src_rank][c.src_start : c.src_start + c.length]
+        made[c.dst_rank][c.dst_start : c.dst_start + c.length] = source[c.src_rank][
+            c.src_start : c.src_start + c.length
+        ]
     assert made == shards_of(new)
 
 
@@ -86,7 +91,14 @@ def test_round_robin_gives_neighbours_to_different_ranks():
     assert round_robin_order(2, 4) == [0, 1]
 
 
-@pytest.mark.parametrize("call", [lambda: Layout.contiguous([1], 0), lambda: Layout.per_param([-1], 2), lambda: Layout.contiguous([1], 1, 0)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Layout.contiguous([1], 0),
+        lambda: Layout.per_param([-1], 2),
+        lambda: Layout.contiguous([1], 1, 0),
+    ],
+)
 def test_impossible_layouts_are_refused(call):
     with pytest.raises(ValueError, match="at least 1|negative"):
         call()
