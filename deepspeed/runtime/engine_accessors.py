@@ -53,7 +53,6 @@ class Counters:
 
 
 # What the getters below return is the configuration's own field, so the name says it all: no docstrings.
-# ruff: noqa: D102
 
 
 class ConfigAccessors(Counters):

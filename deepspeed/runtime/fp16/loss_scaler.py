@@ -156,7 +156,7 @@ class UnguardedLossScaler(DynamicLossScaler):
         )
 
 
-def CreateLossScaler(  # noqa: N802 - public name
+def CreateLossScaler(
     dtype: torch.dtype,
     static_loss_scale: float,
     dynamic_scaling: bool,

@@ -17,7 +17,7 @@ from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis, Mesh
 from deepspeed.ops.norms import squared_norm
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
-from deepspeed.runtime.fp16.loss_scaler import LossScaler, LossScalerBase, report_overflow
+from deepspeed.runtime.fp16.loss_scaler import LossScalerBase, report_overflow
 from deepspeed.runtime.precision import Precision
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger

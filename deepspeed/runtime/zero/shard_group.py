@@ -97,7 +97,7 @@ class ShardGroup:
         split = total - round(total * self.plan.host_ratio) if on_host else total
         cuts = [(0, split, False), (split, total - split, True)]
         return [
-            self._make_part(*cut, device) for cut in cuts if cut[1] > 0 or total == 0 and not cut[2]
+            self._make_part(*cut, device) for cut in cuts if cut[1] > 0 or (total == 0 and not cut[2])
         ]
 
     def _make_part(self, start: int, length: int, on_host: bool, device: torch.device) -> ShardPart:
