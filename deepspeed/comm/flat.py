@@ -33,6 +33,15 @@ _LOW = (torch.float16, torch.bfloat16)
 _SMALL = 1 << 14
 
 
+# torch 2.13 renamed these two and warns about the old names
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(
+    dist, "reduce_scatter_tensor", None
+)
+
+
 class Handle(Protocol):
     """What an asynchronous verb returns."""
 
@@ -158,14 +167,10 @@ def all_gather_into(
             out.detach().copy_(shard.detach())
         return DONE
     if not _through_bytes(axis, out):
-        work = dist.all_gather_into_tensor(
-            out.detach(), shard.detach(), group=axis.group, async_op=True
-        )
+        work = _all_gather(out.detach(), shard.detach(), group=axis.group, async_op=True)
         return _close(_Pending([work], keep=(out, shard)), async_op)
     source, target = _host(shard), _host(out, copy=False)
-    work = dist.all_gather_into_tensor(
-        _bytes(target), _bytes(source), group=axis.group, async_op=True
-    )
+    work = _all_gather(_bytes(target), _bytes(source), group=axis.group, async_op=True)
 
     def finish() -> None:
         if target.device != out.device:
@@ -206,9 +211,7 @@ def reduce_scatter_into(
             shard.detach().copy_(full.detach())
         return DONE
     if not _through_bytes(axis, full):
-        work = dist.reduce_scatter_tensor(
-            shard.detach(), full.detach(), group=axis.group, async_op=True
-        )
+        work = _reduce_scatter(shard.detach(), full.detach(), group=axis.group, async_op=True)
         return _close(_Pending([work], keep=(shard, full)), async_op)
     each = shard.numel()
     return _close(
@@ -275,7 +278,7 @@ def _reduce_native(flat: torch.Tensor, parts: Sequence[Segment], axis: Axis) -> 
     if list(parts) == regular:
         full = flat[parts[0][1] : parts[0][1] + each * axis.size]
         shard = full[axis.rank * each : (axis.rank + 1) * each]
-        work = dist.reduce_scatter_tensor(shard, full, group=axis.group, async_op=True)
+        work = _reduce_scatter(shard, full, group=axis.group, async_op=True)
         return _Pending([work], keep=flat)
     works = [
         dist.reduce(

@@ -136,7 +136,7 @@ class TorchBackend(Backend):
         async_op: bool = False,
     ) -> Any:
         if not _on_gloo(group):
-            return dist.reduce_scatter_tensor(
+            return flat._reduce_scatter(
                 output_tensor, tensor, op=_torch_op(op), group=group, async_op=async_op
             )
         name = _op_name(op)
@@ -211,9 +211,7 @@ class TorchBackend(Backend):
         async_op: bool = False,
     ) -> Any:
         return self._launch(
-            lambda ins, outs: dist.all_gather_into_tensor(
-                outs[0], ins[0], group=group, async_op=True
-            ),
+            lambda ins, outs: flat._all_gather(outs[0], ins[0], group=group, async_op=True),
             [tensor],
             [output_tensor],
             async_op,

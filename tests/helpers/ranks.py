@@ -14,7 +14,7 @@ them functions from then on. Tests take the pools of the session from fixtures (
         torch.testing.assert_close(first, torch.full((3,), 6.0))
 
 In a rank, torch.distributed has a gloo default group, the launcher's variables (RANK, LOCAL_RANK, WORLD_SIZE,
-...) are set, torch runs one thread and is seeded with 1234 before each function, and DS_ACCELERATOR is cpu.
+...) are set, torch runs one thread and is seeded with 1234 before each function, DS_ACCELERATOR is cpu, and warnings are errors.
 Arguments and results travel by pickle. State of modules (deepspeed's groups, for one) lives on from
 function to function, as the process does.
 
@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -254,7 +255,10 @@ def _answer(rank: int, message: bytes, stack: Any) -> bytes:
         fn, args, timeout = pickle.loads(message)
         faulthandler.dump_traceback_later(timeout, file=stack)
         torch.manual_seed(1234)
-        answer = pickle.dumps((True, fn(rank, *args)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = fn(rank, *args)
+        answer = pickle.dumps((True, result))
     except BaseException:  # SystemExit too: the test is to see it
         answer = pickle.dumps((False, traceback.format_exc()))
     finally:
