@@ -110,6 +110,29 @@ class Mesh:
         world = _join(rank, [tuple(range(world_size))])
         return Mesh(world=world, expert=experts, expert_data=expert_data, **axes)
 
+    def expert_axes(self, size: int, data_first: bool = False) -> tuple[Axis, Axis]:
+        """Make the axes of ``size`` ranks that share experts, and of those with the same experts.
+
+        Collective: every rank calls it.
+
+        Args:
+            size: number of ranks that share one set of experts.
+            data_first: put ranks with the same experts, not those that share a set, side by side.
+
+        Raises:
+            DeepSpeedCommError: ``size`` does not divide the ranks that see different samples.
+        """
+        world, rank = self.world.size, self.world.ranks[self.world.rank]
+        groups = grid(
+            world, sequence=self.sequence.size, tensor=self.tensor.size, pipe=self.pipe.size
+        )["sequence_data"]
+        if data_first:
+            width = len(groups[0])
+            across, within = expert_grid(groups, width // size if width % size == 0 else 0)
+        else:
+            within, across = expert_grid(groups, size)
+        return _join(rank, within), _join(rank, across)
+
 
 def grid(
     world_size: int, *, sequence: int = 1, tensor: int = 1, pipe: int = 1

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Old names of the process groups, over one current `Mesh`.
+
+Where an axis has one rank but the job has several, the getters return a real group of that one rank:
+torch takes None for "everybody".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from deepspeed.comm.mesh import Axis, Mesh, process_group
+
+from .errors import DeepSpeedCommError, explain
+from .exceptions import DeprecatedException
+
+mpu: Any = None
+"""The client's model-parallel unit, whose answers win over the mesh's."""
+
+mesh_device: Any = None
+"""torch's DeviceMesh, when the configuration makes one."""
+
+_mesh: Mesh | None = None
+_mesh_under: Any = None
+_expert_sizes: list[int] = []
+_solo: dict[Any, Any] = {}
+_clone: dict[Any, Any] = {}
+_tensor_override: dict[str, int] = {}
+
+
+# ------------------------------------------------------------------ the current mesh
+def _default_group() -> Any:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def current_mesh() -> Mesh:
+    """Return the mesh in force: all ranks data-parallel, until `set_mesh` says otherwise. Collective
+    at its first call."""
+    global _mesh, _mesh_under
+    world = _default_group()
+    if _mesh is None or _mesh_under is not world:
+        reset()
+        if world is None:
+            _mesh = Mesh.single()
+        else:
+            _mesh = Mesh.build(dist.get_world_size(), dist.get_rank())
+        _mesh_under = world
+    return _mesh
+
+
+def set_mesh(mesh: Mesh) -> None:
+    """Make ``mesh`` the one that the getters answer from."""
+    global _mesh, _mesh_under
+    reset()
+    _mesh, _mesh_under = mesh, _default_group()
+
+
+def reset() -> None:
+    """Forget the mesh, and everything made under it."""
+    global _mesh, _mesh_under, mesh_device
+    _mesh = _mesh_under = mesh_device = None
+    for cache in (_expert_sizes, _solo, _clone, _tensor_override):
+        cache.clear()  # type: ignore[attr-defined]
+
+
+def _group(axis: Axis) -> Any:
+    """Return a real process group for an axis; None where there is no torch.distributed."""
+    if axis.group is not None:
+        return axis.group
+    world = _default_group()
+    if world is None or dist.get_world_size() == 1:
+        return world
+    if "self" not in _solo:
+        # only its member takes part in making it, so it can be made at any time
+        _solo["self"] = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return _solo["self"]
+
+
+def _of_mpu(method: str) -> Any:
+    """Return the client's answer, or None when there is no mpu or it does not know."""
+    found = getattr(mpu, method, None)
+    return found() if callable(found) else None
+
+
+def initialize(ep_size: int = 1, mpu: Any = None) -> None:
+    """Raise: expert groups are made by the MoE layers.
+
+    Raises:
+        DeprecatedException: always.
+    """
+    raise DeprecatedException(
+        explain(
+            "groups.initialize() is not used any more", fix="Give ep_size to the MoE layer instead."
+        )
+    )
+
+
+# ------------------------------------------------------------------ data parallel
+def _get_data_parallel_group() -> Any:
+    found = _of_mpu("get_data_parallel_group")
+    return found if found is not None else _group(current_mesh().data)
+
+
+def _get_data_parallel_group_ranks() -> Any:
+    return dist.get_process_group_ranks(_get_data_parallel_group())
+
+
+def _get_data_parallel_world_size() -> int:
+    found = _of_mpu("get_data_parallel_world_size")
+    return current_mesh().data.size if found is None else found
+
+
+def _get_data_parallel_rank() -> int:
+    found = _of_mpu("get_data_parallel_rank")
+    return current_mesh().data.rank if found is None else found
+
+
+def _get_broadcast_src_rank() -> int:
+    return current_mesh().sequence_data.ranks[0]
+
+
+def _clone_world_group() -> Any:
+    """Return a second group of all ranks: its collectives do not mix with the first one's."""
+    world = _default_group()
+    if world is not None and "world" not in _clone:
+        _clone["world"] = dist.new_group(list(range(dist.get_world_size())))
+    return _clone.get("world")
+
+
+def _get_local_all_to_all_group() -> dict[str, Any]:
+    """Return the groups of the two-level all-to-all: one machine here, so all ranks are local."""
+    return {"local_0": _clone_world_group()}
+
+
+get_data_parallel_group = _get_data_parallel_group
+get_data_parallel_rank = _get_data_parallel_rank
+get_data_parallel_world_size = _get_data_parallel_world_size
+
+
+# ------------------------------------------------------------------ tensor (model) parallel
+def _create_model_parallel(model_parallel_size_: int) -> tuple[Any, Any]:
+    """Make adjacent ranks model-parallel; return the data- and the model-parallel group."""
+    set_mesh(Mesh.build(_world_size(), _world_rank(), tensor=model_parallel_size_))
+    return _get_data_parallel_group(), _get_model_parallel_group()
+
+
+def _init_tp_mesh_device(
+    tensor_model_parallel_size: int = 1, data_parallel_size: int | None = None
+) -> tuple[Any, Any]:
+    """Make adjacent ranks tensor-parallel; return the data- and the tensor-parallel group.
+
+    Raises:
+        DeepSpeedCommError: the sizes do not make up the number of processes.
+    """
+    world = _world_size()
+    if data_parallel_size is not None and data_parallel_size * tensor_model_parallel_size != world:
+        raise DeepSpeedCommError(
+            explain(
+                "tensor- and data-parallel sizes do not make up the job",
+                got=f"{tensor_model_parallel_size} x {data_parallel_size}",
+                expected=f"{world} processes",
+            )
+        )
+    if current_mesh().tensor.size != tensor_model_parallel_size:
+        set_mesh(Mesh.build(world, _world_rank(), tensor=tensor_model_parallel_size))
+    return get_data_parallel_group(), get_tensor_model_parallel_group()
+
+
+def get_tensor_model_parallel_group() -> Any:
+    """Return the group of ranks that share each layer's weights."""
+    for method in ("get_tensor_model_parallel_group", "get_model_parallel_group"):
+        found = _of_mpu(method)
+        if found is not None:
+            return found
+    return _group(current_mesh().tensor)
+
+
+def get_tensor_model_parallel_world_size() -> int:
+    """Return the number of ranks that share each layer's weights."""
+    if "size" in _tensor_override:
+        return _tensor_override["size"]
+    for method in ("get_tensor_model_parallel_world_size", "get_model_parallel_world_size"):
+        found = _of_mpu(method)
+        if found is not None:
+            return found
+    return current_mesh().tensor.size
+
+
+def get_tensor_model_parallel_rank() -> int:
+    """Return this process's index among the ranks that share each layer's weights."""
+    if "rank" in _tensor_override:
+        return _tensor_override["rank"]
+    for method in ("get_tensor_model_parallel_rank", "get_model_parallel_rank"):
+        found = _of_mpu(method)
+        if found is not None:
+            return found
+    return current_mesh().tensor.rank
+
+
+def get_tensor_model_parallel_src_rank() -> int:
+    """Return the global rank of the first of the ranks that share each layer's weights."""
+    return _world_rank() - get_tensor_model_parallel_rank()
+
+
+def set_tensor_model_parallel_world_size(world_size: int) -> None:
+    """Make the getter answer ``world_size``."""
+    _tensor_override["size"] = world_size
+
+
+def set_tensor_model_parallel_rank(rank: int) -> None:
+    """Make the getter answer ``rank``."""
+    _tensor_override["rank"] = rank
+
+
+_get_model_parallel_group = get_model_parallel_group = get_tensor_model_parallel_group
+_get_model_parallel_rank = get_model_parallel_rank = get_tensor_model_parallel_rank
+_get_model_parallel_world_size = get_tensor_model_parallel_world_size
+get_model_parallel_world_size = get_tensor_model_parallel_world_size
+
+
+# ------------------------------------------------------------------ sequence parallel
+def _get_sequence_parallel_world_size() -> int:
+    found = _of_mpu("get_sequence_parallel_world_size")
+    return current_mesh().sequence.size if found is None else found
+
+
+def _get_sequence_parallel_rank() -> int:
+    found = _of_mpu("get_sequence_parallel_rank")
+    return current_mesh().sequence.rank if found is None else found
+
+
+def _get_sequence_parallel_group() -> Any:
+    found = _of_mpu("get_sequence_parallel_group")
+    return found if found is not None else _group(current_mesh().sequence)
+
+
+def _get_sequence_data_parallel_world_size() -> int:
+    found = _of_mpu("get_sequence_data_parallel_world_size")
+    return current_mesh().sequence_data.size if found is None else found
+
+
+def _get_sequence_data_parallel_rank() -> int:
+    found = _of_mpu("get_sequence_data_parallel_rank")
+    return current_mesh().sequence_data.rank if found is None else found
+
+
+def _get_sequence_data_parallel_group() -> Any:
+    found = _of_mpu("get_sequence_data_parallel_group")
+    return found if found is not None else _group(current_mesh().sequence_data)
+
+
+# ------------------------------------------------------------------ expert parallel
+def _create_expert_and_data_parallel(
+    expert_parallel_size_: int,
+    mp_size: int | None = None,
+    pp_size: int | None = None,
+    mp_mode: str = "tp",
+    use_data_before_expert_parallel_: bool = False,
+    folding_spec: Any = None,
+) -> None:
+    """Make the groups ``ep_size_<n>`` of a number of ranks that share experts. Collective.
+
+    Args:
+        expert_parallel_size_: the number of ranks.
+        use_data_before_expert_parallel_: put ranks with the same experts on adjacent ranks.
+        mp_size, pp_size, mp_mode, folding_spec: not built yet; must be left alone.
+
+    Raises:
+        DeepSpeedCommError: the size does not divide the data-parallel ranks.
+        NotImplementedError: an argument that is not built yet was given.
+    """
+    if (mp_size or 1) > 1 or (pp_size or 1) > 1 or folding_spec is not None:
+        raise NotImplementedError(
+            explain(
+                "expert parallelism together with tensor or pipeline parallelism is not built yet"
+            )
+        )
+    from dataclasses import replace
+
+    mesh = current_mesh()
+    name = f"ep_size_{expert_parallel_size_}"
+    if name in mesh.expert:
+        return
+    within, across = mesh.expert_axes(expert_parallel_size_, use_data_before_expert_parallel_)
+    global _mesh
+    _mesh = replace(
+        mesh,
+        expert={**mesh.expert, name: within},
+        expert_data={**mesh.expert_data, name: across},
+    )
+    _expert_sizes.append(expert_parallel_size_)
+
+
+def _create_expert_data_and_model_parallel(
+    expert_parallel_size_: int, mpu: Any, use_data_before_expert_parallel_: bool = False
+) -> None:
+    """Make expert groups beside a client's tensor-parallel ones (of one rank, for now)."""
+    _create_expert_and_data_parallel(
+        expert_parallel_size_,
+        mp_size=mpu.get_model_parallel_world_size(),
+        use_data_before_expert_parallel_=use_data_before_expert_parallel_,
+    )
+
+
+def _expert(name: str) -> Axis:
+    mesh = current_mesh()
+    if name not in mesh.expert:
+        raise AssertionError(
+            explain(
+                "expert parallel group is not initialized",
+                got=name,
+                expected=f"one of {sorted(mesh.expert)}",
+            )
+        )
+    return mesh.expert[name]
+
+
+def _expert_data(name: str) -> Axis:
+    _expert(name)
+    return current_mesh().expert_data[name]
+
+
+def _get_max_expert_size() -> int:
+    if not _expert_sizes:
+        raise AssertionError(explain("no expert parallel group was made yet"))
+    return max(_expert_sizes)
+
+
+def _get_max_expert_size_name() -> str:
+    return f"ep_size_{_get_max_expert_size()}"
+
+
+def _get_max_expert_parallel_group() -> Any:
+    return _get_expert_parallel_group(_get_max_expert_size_name())
+
+
+def _get_expert_parallel_group(group_name: str) -> Any:
+    return _group(_expert(group_name))
+
+
+def _get_expert_parallel_group_ranks(group_name: str) -> list[int]:
+    return list(_expert(group_name).ranks)
+
+
+def _get_expert_parallel_group_dict() -> dict[str, Any]:
+    return {name: _group(axis) for name, axis in current_mesh().expert.items()}
+
+
+def _get_expert_parallel_world_size(group_name: str) -> int:
+    return _expert(group_name).size
+
+
+def _get_expert_parallel_rank(group_name: str) -> int:
+    return _expert(group_name).rank
+
+
+def _get_expert_parallel_src_rank(group_name: str) -> int:
+    return _expert(group_name).ranks[0]
+
+
+def _get_expert_data_parallel_group(group_name: str) -> Any:
+    return _group(_expert_data(group_name))
+
+
+def _get_expert_data_parallel_group_ranks(group_name: str) -> list[int]:
+    return list(_expert_data(group_name).ranks)
+
+
+def _get_expert_data_parallel_group_dict() -> dict[str, Any]:
+    return {name: _group(axis) for name, axis in current_mesh().expert_data.items()}
+
+
+def _get_expert_data_parallel_world_size(group_name: str) -> int:
+    return _expert_data(group_name).size
+
+
+def _get_expert_data_parallel_rank(group_name: str) -> int:
+    return _expert_data(group_name).rank
+
+
+def _get_expert_broadcast_src_rank(group_name: str) -> int:
+    return _expert_data(group_name).ranks[0]
+
+
+def _get_expert_model_parallel_world_size() -> int:
+    return 1
+
+
+# ------------------------------------------------------------------ a smaller axis for ZeRO's params
+_zero_param: dict[Any, Axis] = {}
+
+
+def _create_zero_param_parallel_group(group_size: int) -> None:
+    """Make groups of ``group_size`` adjacent ranks that hold a second copy of the params' shards.
+
+    Raises:
+        DeepSpeedCommError: the size does not divide the number of processes.
+    """
+    world, rank = _world_size(), _world_rank()
+    if group_size < 1 or world % group_size:
+        raise DeepSpeedCommError(
+            explain(
+                "zero_hpz_partition_size does not divide the number of processes",
+                got=group_size,
+                expected=f"a divisor of {world}",
+            )
+        )
+    own = Axis.alone(rank)
+    for start in range(0, world, group_size):
+        ranks = tuple(range(start, start + group_size))
+        group = process_group(ranks) if group_size > 1 else None
+        if rank in ranks:
+            own = Axis(group, group_size, rank - start, ranks)
+    _zero_param[_default_group()] = own
+
+
+def _zero_param_parallel_is_initialized() -> bool:
+    return _default_group() in _zero_param
+
+
+def _get_zero_param_intra_parallel_group() -> Any:
+    own = _zero_param.get(_default_group())
+    return None if own is None else _group(own)
+
+
+def _get_zero_param_intra_parallel_rank_in_mygroup() -> int:
+    return _zero_param[_default_group()].rank
+
+
+def _get_zero_param_intra_parallel_group_world_size() -> int:
+    return _zero_param[_default_group()].size
+
+
+def _get_zero_param_intra_parallel_group_ranks() -> list[int]:
+    return list(_zero_param[_default_group()].ranks)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if _default_group() is not None else 1
+
+
+def _world_rank() -> int:
+    return dist.get_rank() if _default_group() is not None else 0
