@@ -52,6 +52,8 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.dataloader": 4,
     "deepspeed.runtime.lr_schedules": 4,
     "deepspeed.runtime.lr_schedule_options": 4,
+    "deepspeed.runtime.progressive_layer_drop": 4,
+    "deepspeed.runtime.sparse_tensor": 4,
     "deepspeed.runtime.utils": 4,
     "deepspeed.checkpoint": 4,
     "deepspeed.utils.zero_to_fp32": 4,
