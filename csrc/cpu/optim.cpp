@@ -14,7 +14,7 @@ namespace {
 
 enum {
     kTile = 512,
-    kChunk = 128 * kTile,  // a thread's unit of work: 256 KiB of fp32
+    kChunk = 32 * kTile,  // a thread's unit of work: 256 KiB of fp32
 };
 
 struct Buffer {

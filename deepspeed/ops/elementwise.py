@@ -45,7 +45,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self.step_shard(group, param, param.grad)
+                    self._step_one(group, param, param.grad, None, 1.0)
         return loss
 
     def step_shard(
@@ -65,13 +65,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             low: also receives the new param, rounded to its dtype.
             grad_scale: the gradient used is ``grad * grad_scale``.
         """
-        state = self.state[param]
-        if not state:
-            self._init_state(param, state)
         with torch.no_grad():
-            self._apply(group, param, grad, state, low, grad_scale)
-        # Kernels write through plain pointers: tell autograd, as torch's own in-place steps do.
-        torch.autograd.graph.increment_version(param)
+            self._step_one(group, param, grad, low, grad_scale)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; the moments keep the dtype they were saved in.
@@ -94,6 +89,21 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                     self.state[param][name] = old[name].to(param.device)
             if isinstance(old.get("step"), Tensor):
                 self.state[param]["step"] = int(old["step"])
+
+    def _step_one(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        low: Tensor | None,
+        grad_scale: float,
+    ) -> None:
+        state = self.state[param]
+        if not state:
+            self._init_state(param, state)
+        self._apply(group, param, grad, state, low, grad_scale)
+        # Kernels write through plain pointers: tell autograd, as torch's own in-place steps do.
+        torch.autograd.graph.increment_version(param)
 
     def _apply(
         self,
