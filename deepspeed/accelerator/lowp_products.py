@@ -152,15 +152,31 @@ class _Recomputation:
 
 
 def _follow_recomputation(mode: _Mode) -> None:
-    """Where a non-reentrant checkpoint packs what is saved now, have its recomputation enter ``mode``."""
-    hooks = _top_hooks(False)
-    if hooks is None or not getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook."):
-        return
-    for cell in hooks[0].__closure__ or ():
+    """Where non-reentrant checkpoints are to save what is saved now, have their recomputations enter ``mode``.
+
+    torch shows only the innermost hooks; those of enclosing checkpoints are seen by lifting the inner ones off.
+    """
+    lifted = []
+    try:
+        while (hooks := _top_hooks(False)) is not None and _follow(hooks[0], mode):
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            lifted.append(hooks)
+    finally:
+        for hooks in reversed(lifted):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def _follow(pack: Callable[..., Any], mode: _Mode) -> bool:
+    """Have the checkpoint behind this hook follow ``mode``; say whether it was news."""
+    if not getattr(pack, "__qualname__", "").startswith("_checkpoint_hook."):
+        return False
+    for cell in pack.__closure__ or ():
         frame = cell.cell_contents
         recompute = getattr(frame, "recompute_fn", None)
         if recompute is not None and not isinstance(recompute, _Recomputation):
             frame.recompute_fn = _Recomputation(mode, recompute)
+            return True
+    return False
 
 
 # ------------------------------------------------------------------ ownership
