@@ -26,7 +26,7 @@ from ..utils.errors import DeepSpeedConfigError, explain
 from ..utils.logging import logger
 from .config_batch import complete_batch, data_parallel_size, distributed_rank_and_size
 from .config_errors import ConfigAssertionError, ConfigTypeError, ConfigValueError
-from .config_schema import KeyInfo, TopLevel, describe
+from .config_schema import BATCH_KEYS, KeyInfo, TopLevel, describe
 from .config_sections import (
     HybridEngineConfig,
     get_amp_params,
@@ -62,8 +62,6 @@ from .constants import (
 from .data_pipeline.config import get_curriculum_params_legacy, get_data_efficiency_config
 from .zero.config import read_zero_config
 
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
 
 def load_config(config: Any) -> dict[str, Any]:
     """Return a configuration as a dictionary.
@@ -90,23 +88,27 @@ def load_config(config: Any) -> dict[str, Any]:
         )
     path = Path(config)
     if _is_file(path):
-        return _parse_text(path.read_text(encoding="utf-8-sig"), f"config file {path}")
+        return _parse_text(_read_text(path), f"config file {path}")
     text = os.fspath(config)
+    cause: Exception | None
     try:
-        decoded = base64.urlsafe_b64decode(text).decode("utf-8")
-        return _parse_text(decoded, "base64 config")
-    except (binascii.Error, UnicodeDecodeError, ValueError) as error:
+        decoded = base64.b64decode(text.strip(), altchars=b"-_", validate=True).decode("utf-8")
+        if decoded.strip():
+            return _parse_text(decoded, "base64 config")
+        cause = None
+    except (binascii.Error, ValueError) as error:  # a UnicodeDecodeError is a ValueError
         if isinstance(error, ConfigValueError) and "Duplicate" in str(error):
             raise
-        shown = text if len(text) <= 200 else f"{text[:200]}..."
-        raise ConfigValueError(
-            explain(
-                "no configuration found",
-                got=repr(shown),
-                expected="the path of an existing JSON file, a dict, or base64 of a JSON text",
-                fix=f"Check the path; the current folder is {Path.cwd()}.",
-            )
-        ) from error
+        cause = error
+    shown = text if len(text) <= 200 else f"{text[:200]}..."
+    raise ConfigValueError(
+        explain(
+            "no configuration found",
+            got=repr(shown),
+            expected="the path of an existing JSON file, a dict, or base64 of a JSON text",
+            fix=f"Check the path; the current folder is {Path.cwd()}.",
+        )
+    ) from cause
 
 
 def _is_file(path: Path) -> bool:
@@ -114,6 +116,16 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a long base64 text is no legal file name
         return False
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(
+            encoding="utf-8-sig"
+        )  # editors on Windows put a byte-order mark first
+    except UnicodeDecodeError as error:
+        what = f"config file {path} is not UTF-8 text"
+        raise ConfigValueError(explain(what, got=str(error), fix="Save it as UTF-8.")) from error
 
 
 def _parse_text(text: str, source: str) -> dict[str, Any]:
@@ -153,8 +165,10 @@ class DeepSpeedConfig:
         sp_size = raw.get("sequence_parallel_size")
         self.global_rank, self.world_size = data_parallel_size(sp_size, mpu, mesh_device)
         self._apply_elasticity(raw)
-        legacy_zero = read_zero_config(raw.get("zero_optimization"), raw.get("allgather_size"))
-        keys = TopLevel(**{**raw, "zero_optimization": legacy_zero})
+        if raw.get("zero_optimization") is not None:
+            sharding = read_zero_config(raw["zero_optimization"], raw.get("allgather_size"))
+            raw["zero_optimization"] = sharding
+        keys = TopLevel(**raw)
         self._set_batch(keys)
         self._set_reporting(keys)
         self._set_gradients(keys)
@@ -256,9 +270,9 @@ class DeepSpeedConfig:
         self.torch_autocast_lower_precision_safe_modules = (
             keys.torch_autocast.lower_precision_safe_modules
         )
-        self.grad_accum_dtype = keys.data_types.grad_accum_dtype
-        self.param_dtype = keys.data_types.param_dtype
-        self.buffer_dtype = keys.data_types.buffer_dtype
+        self.grad_accum_dtype: torch.dtype | None = keys.data_types.grad_accum_dtype
+        self.param_dtype: torch.dtype | None = keys.data_types.param_dtype
+        self.buffer_dtype: torch.dtype | None = keys.data_types.buffer_dtype
         self.keep_in_fp32_modules = keys.data_types.keep_in_fp32_modules
 
     def _set_parallelism(self, keys: TopLevel, raw: dict[str, Any]) -> None:
@@ -352,16 +366,15 @@ class DeepSpeedConfig:
                     )
         if self.param_dtype is None:
             return
-        wanted = DtypeEnum.parse(self.param_dtype, "data_types.param_dtype")
         for mode, dtype in (
             (self.float16_config, torch.float16),
             (self.bfloat16_config, torch.bfloat16),
         ):
-            if mode.enabled and wanted != dtype:
+            if mode.enabled and self.param_dtype != dtype:
                 raise ConfigAssertionError(
                     explain(
                         "data_types.param_dtype contradicts the enabled precision",
-                        got=str(wanted),
+                        got=str(self.param_dtype),
                         expected=str(dtype),
                         fix="Remove it, or enable the other precision.",
                     )
@@ -396,6 +409,7 @@ class DeepSpeedConfig:
 
 
 __all__ = [
+    "BATCH_KEYS",
     "ADAGRAD_OPTIMIZER",
     "ADAMW_OPTIMIZER",
     "ADAM_OPTIMIZER",

@@ -54,6 +54,7 @@ from .swap_tensor.aio_config import AioConfig
 from .tensor_parallel.config import TPTrainingConfig
 from .zero.config import DeepSpeedZeroConfig
 
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 # What an integration would put in place of "auto", and which integration usually does.
@@ -243,21 +244,12 @@ class TopLevel(PlainSection):
         Sections are built one by one before the scalars, so that their errors keep their own types.
         """
         given = {key: value for key, value in data.items() if value is not None}
+        given |= {key: whole_number(given[key], key) for key in BATCH_KEYS if key in given}
         for name, field in type(self).model_fields.items():
             section = section_type(field)
             if section is not None and name in given and not isinstance(given[name], section):
                 given[name] = section(**_mapping(name, given[name]))
         super().__init__(**given)
-
-    @field_validator(
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        mode="before",
-    )
-    @classmethod
-    def _whole_number(cls, value: Any, info: ValidationInfo) -> Any:
-        return whole_number(value, info.field_name or "")
 
     @field_validator(
         "communication_data_type", "seq_parallel_communication_data_type", mode="before"
@@ -311,15 +303,13 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def whole_number(value: Any, key: str) -> int | None:
-    """Return one of the batch-size keys as an int; None means "derive it".
+def whole_number(value: Any, key: str) -> int:
+    """Return one of the batch-size keys as an int.
 
     Raises:
         TypeError: (as ``ConfigTypeError``) not a whole number, or an ``"auto"`` that nobody filled in.
         ValueError: (as ``ConfigValueError``) a number with a fraction.
     """
-    if value is None:
-        return None
     if is_auto(value):
         raise ConfigTypeError(
             explain(
@@ -398,4 +388,12 @@ def _type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation)).replace("typing.", "")
 
 
-__all__ = ["DtypeEnum", "KeyInfo", "TopLevel", "describe", "section_type", "whole_number"]
+__all__ = [
+    "BATCH_KEYS",
+    "DtypeEnum",
+    "KeyInfo",
+    "TopLevel",
+    "describe",
+    "section_type",
+    "whole_number",
+]

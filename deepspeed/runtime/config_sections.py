@@ -72,10 +72,8 @@ class DataTypesSection(PlainSection):
 
     @field_validator("grad_accum_dtype", "param_dtype", "buffer_dtype")
     @classmethod
-    def _known_dtype(cls, value: Any, info: Any) -> Any:
-        if value is not None:
-            DtypeEnum.parse(value, f"data_types.{info.field_name}")
-        return value
+    def _as_dtype(cls, value: Any, info: Any) -> Any:
+        return None if value is None else DtypeEnum.parse(value, f"data_types.{info.field_name}")
 
 
 class HybridEngineConfig(DeepSpeedConfigModel):
