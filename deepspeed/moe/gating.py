@@ -98,7 +98,7 @@ def gumbel_rsample(shape: Any, device: Any) -> Tensor:
 
 def queue_length(tokens: int, experts: int, factor: float, min_capacity: int) -> int:
     """C: the even share of an expert times `factor`, rounded up, and at least `min_capacity`."""
-    return max(math.ceil(tokens / experts * factor), int(min_capacity))
+    return _shared(max(math.ceil(tokens / experts * factor), int(min_capacity)))
 
 
 def _probabilities(logits: Tensor) -> Tensor:
@@ -120,14 +120,14 @@ def _balance_loss(gates: Tensor, mask: Tensor, chosen: int = 1) -> Tensor:
 def _longest_queue(exp_counts: Tensor, ep_group: Any) -> int:
     """C when nothing is dropped: the longest queue, on any rank of the group that exchanges them."""
     longest = exp_counts.max() if exp_counts.numel() else exp_counts.new_zeros(())
-    if ep_group is not None:
+    if ep_group is not None and torch.distributed.get_world_size(ep_group) > 1:
         from deepspeed import comm
 
         comm.all_reduce(longest, op=comm.ReduceOp.MAX, group=ep_group)
-    return _share_over_tensor_ranks(max(1, int(longest)))
+    return _shared(max(1, int(longest)))
 
 
-def _share_over_tensor_ranks(capacity: int) -> int:
+def _shared(capacity: int) -> int:
     """C rounded up, so that tensor-parallel ranks can share the places evenly."""
     from .mappings import tensor_parallel_size
 

@@ -110,8 +110,16 @@ class MoE(nn.Module):
             use_data_before_expert_parallel_: put data-parallel neighbours on adjacent ranks, not
                 expert-parallel ones.
         """
-        if self.ep_size == 1 and not torch.distributed.is_initialized():
-            return  # a single process needs no group
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            if self.ep_size == 1:
+                return  # a single process needs no group
+            raise RuntimeError(
+                explain(
+                    f"{self.ep_size} ranks share the experts, but torch.distributed is not set up",
+                    fix="Call deepspeed.init_distributed() or deepspeed.initialize() first.",
+                )
+            )
         from deepspeed.utils import groups
 
         if self.expert_group_name not in groups._get_expert_parallel_group_dict():
