@@ -243,11 +243,10 @@ class Products:
         return self._mode.dtypes if self._mode is not None else frozenset()
 
     def __enter__(self) -> Products:
-        mode = self._mode
-        fresh = mode is not None and not _entered() and not torch.compiler.is_compiling()
-        _entries.stack.append(fresh)
+        fresh = self._mode is not None and not _entered() and not torch.compiler.is_compiling()
         if fresh:
-            mode.__enter__()
+            self._mode.__enter__()
+        _entries.stack.append(fresh)
         return self
 
     def __exit__(self, *exception: Any) -> None:

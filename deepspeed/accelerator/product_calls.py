@@ -48,7 +48,7 @@ def _common(tensors: Iterable[Any]) -> torch.dtype | None:
     return dtype
 
 
-def _low(dtypes: Dtypes, *tensors: Tensor | None) -> list[Tensor | None] | None:
+def _low(dtypes: Dtypes, *tensors: Tensor | None) -> list[Any] | None:
     """Return the tensors as they are to be multiplied, or None where the call is not ours.
 
     With autocast on they are cast as it would.
@@ -57,7 +57,7 @@ def _low(dtypes: Dtypes, *tensors: Tensor | None) -> list[Tensor | None] | None:
         dtype = _autocast_dtype()
         if dtype not in dtypes:
             return None
-        tensors = tuple(t.to(dtype) if _castable(t) else t for t in tensors)
+        tensors = tuple(t.to(dtype) if t is not None and _castable(t) else t for t in tensors)
     return list(tensors) if _common(tensors) in dtypes else None
 
 
@@ -128,20 +128,21 @@ def _conv(dtypes: Dtypes, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
         *rest: Any,
         **more: Any,
     ) -> Any:
-        padding, *rest = rest or (more.pop("padding", 0),)
+        padding, *others = rest or (more.pop("padding", 0),)
         names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
         how = {
             "output_padding": 0,
             "groups": 1,
             "dilation": 1,
-            **dict(zip(names, rest, strict=False)),
+            **dict(zip(names, others, strict=False)),
             **more,
         }
         found = _low(dtypes, input, weight, bias)
         if found is None or isinstance(padding, str) or input.dim() != space + 2:
             return _widen(dtypes, func, args, kwargs)
         sizes = [spread(v) for v in (stride, padding, how["dilation"], how["output_padding"])]
-        return through.convolution(*found, (*sizes[:3], transposed, sizes[3], how["groups"]))
+        x, w, b = found
+        return through.convolution(x, w, b, (*sizes[:3], transposed, sizes[3], how["groups"]))
 
     return call(*args, **kwargs)
 
@@ -161,13 +162,14 @@ def _attention(dtypes: Dtypes, func: Any, args: tuple[Any, ...], kwargs: dict[st
         found = None if enable_gqa or dropout_p else _low(dtypes, query, key, value)
         if found is None or (attn_mask is not None and attn_mask.requires_grad):
             return _widen(dtypes, func, args, kwargs)
-        if torch._fused_sdp_choice(*found, attn_mask, 0.0, is_causal, scale=scale) != _FUSED:
+        q, k, v = found
+        if torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, is_causal, scale=scale) != _FUSED:
             return _widen(dtypes, func, args, kwargs)
         # torch's forward is slow in fp16 only, and copies of keys and values want a few rows to pay
         few = query.dtype is torch.bfloat16 or query.shape[-2] < through.ROWS_ALONE
-        if few and not through.recorded(*found):
+        if few and not through.recorded(q, k, v):
             return func(*args, **kwargs)
-        return through.attention(*found, attn_mask, is_causal, scale)
+        return through.attention(q, k, v, attn_mask, is_causal, scale)
 
     return call(*args, **kwargs)
 
