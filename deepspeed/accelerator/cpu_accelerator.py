@@ -4,38 +4,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
-import re
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from deepspeed.utils import env
+from deepspeed.utils import env, numa
 
 from .abstract_accelerator import DeepSpeedAccelerator, Index
-
-
-@functools.cache
-def _nodes_with_cores() -> int:
-    """Count the NUMA nodes that have processors; 1 where that cannot be found out."""
-    if sys.platform == "win32":
-        highest = ctypes.c_ulong(0)
-        found = ctypes.windll.kernel32.GetNumaHighestNodeNumber(ctypes.byref(highest))
-        return int(highest.value) + 1 if found else 1
-    nodes = 0
-    for folder in Path("/sys/devices/system/node").glob("node*"):
-        if re.fullmatch(r"node\d+", folder.name):
-            try:
-                nodes += bool((folder / "cpulist").read_text(encoding="utf-8").strip())
-            except OSError:
-                continue
-    return max(nodes, 1)
 
 
 class CPU_Accelerator(DeepSpeedAccelerator):
@@ -78,7 +56,7 @@ class CPU_Accelerator(DeepSpeedAccelerator):
 
     def device_count(self) -> int:
         """Return LOCAL_SIZE when a launcher set it, else the number of NUMA nodes with cores."""
-        return env.LOCAL_SIZE.get() or _nodes_with_cores()
+        return env.LOCAL_SIZE.get() or len(numa.get_numa_cores())
 
     def synchronize(self, device_index: Index = None) -> None:
         """Do nothing: the work is done when its call returns."""
