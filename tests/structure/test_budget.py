@@ -19,7 +19,7 @@ BUDGET = {
     "csrc": 4700,
     "deepspeed/__init__.py": 220,
     "deepspeed/git_version_info.py": 30,
-    "deepspeed/env_report.py": 300,
+    "deepspeed/env_report.py": 420,  # ten sections, each as text and as JSON, none able to break the rest
     "deepspeed/utils": 1650,
     "deepspeed/accelerator -deepspeed/accelerator/*product*": 800,
     # 16-bit products through fp32: the design counted on torch's own
