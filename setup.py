@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the native CPU library into the wheel; everything else is said in pyproject.toml.
+"""Builds the native CPU library into the wheel, with no torch in reach; the rest is in pyproject.toml.
 
-Runs under build isolation: needs neither torch nor ninja. Without a C++ compiler the package is built all the
-same, works on torch alone, and keeps the reason for ds_report.
+Without a C++ compiler the package works on torch alone, and keeps the reason for ds_report.
 """
 
 from __future__ import annotations
@@ -22,14 +21,7 @@ ROOT = Path(__file__).resolve().parent
 # A PEP 517 build does not put the project's own folder on the path.
 sys.path.insert(0, str(ROOT))
 
-from op_builder.build import (  # noqa: E402
-    LIBRARIES,
-    BuildError,
-    build,
-    find_compilers,
-    native_target,
-    target_of,
-)
+from op_builder import build as native  # noqa: E402
 
 
 class BuildWithLibrary(build_py):
@@ -40,15 +32,14 @@ class BuildWithLibrary(build_py):
         editable = getattr(self, "editable_mode", False)
         base = ROOT if editable else Path(self.build_lib)
         folder = (base / "deepspeed" / "ops" / "lib").resolve()
-        for name in LIBRARIES:
+        for name in native.LIBRARIES:
             # The source tree may hold a library of another platform or version.
             (folder / name).unlink(missing_ok=True)
-        wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
-        wanted = getattr(wheel, "plat_name", None)
-        target = target_of(wanted) if wanted else native_target()
+        wanted = getattr(self.distribution.get_command_obj("bdist_wheel"), "plat_name", None)
+        target = native.target_of(wanted) if wanted else native.native_target()
         try:
-            library = build(folder, target)
-        except BuildError as error:
+            library = native.build(folder, target)
+        except native.BuildError as error:
             print(f"warning: the package will work on torch alone: {error}", file=sys.stderr)
         else:
             print(f"built {library.name}")
@@ -60,7 +51,7 @@ class PlatformWheel(bdist_wheel):
     def run(self) -> None:
         self.run_command("build")
         folder = Path(self.get_finalized_command("build_py").build_lib) / "deepspeed/ops/lib"
-        self.root_is_pure = not any((folder / name).exists() for name in LIBRARIES)
+        self.root_is_pure = not any((folder / name).exists() for name in native.LIBRARIES)
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
@@ -72,13 +63,8 @@ class NativeDistribution(Distribution):
     """A platform's package wherever there is a compiler to make it one."""
 
     def has_ext_modules(self) -> bool:
-        return bool(find_compilers(native_target()))
+        return bool(native.find_compilers(native.native_target()))
 
 
-setup(
-    distclass=NativeDistribution,
-    cmdclass={
-        "build_py": BuildWithLibrary,
-        "bdist_wheel": PlatformWheel,
-    },
-)
+COMMANDS = {"build_py": BuildWithLibrary, "bdist_wheel": PlatformWheel}
+setup(distclass=NativeDistribution, cmdclass=COMMANDS)

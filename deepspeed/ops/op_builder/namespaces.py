@@ -48,23 +48,10 @@ def cpu_adam() -> SimpleNamespace:
             exp_avg: Tensor,
             exp_avg_sq: Tensor,
         ) -> int:
+            tensors = (params.detach(), exp_avg, exp_avg_sq, grads, None)
+            rule = (lr, beta1, beta2, eps, weight_decay, int(step), decoupled[optimizer_id])
             with torch.no_grad():
-                op(
-                    params.detach(),
-                    exp_avg,
-                    exp_avg_sq,
-                    grads,
-                    None,
-                    lr,
-                    beta1,
-                    beta2,
-                    eps,
-                    weight_decay,
-                    int(step),
-                    decoupled[optimizer_id],
-                    bool(bias_correction),
-                    1.0,
-                )
+                op(*tensors, *rule, bool(bias_correction), 1.0)
             return 0
 
         return update
