@@ -78,10 +78,14 @@ class SparseTensor:
             raise ValueError(
                 explain("sparse gradients of two shapes", got=f"{self.dense_size} + {b.dense_size}")
             )
+        own_rows, own_values = self._filled()
+        rows, values = b._filled()
+        self.indices = torch.cat((own_rows, rows))
+        self.values = torch.cat((own_values, values))
+
+    def _filled(self) -> tuple[Tensor, Tensor]:
         assert self.indices is not None and self.values is not None
-        assert b.indices is not None and b.values is not None
-        self.indices = torch.cat((self.indices, b.indices))
-        self.values = torch.cat((self.values, b.values))
+        return self.indices, self.values
 
     def __str__(self) -> str:
         stored, dense = self.sparse_size()

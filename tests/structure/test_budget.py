@@ -39,7 +39,7 @@ BUDGET = {
     "deepspeed/runtime/base_optimizer.py deepspeed/runtime/utils.py": 350,
     "deepspeed/runtime/zero": 4490,
     "deepspeed/checkpoint": 1400,
-    "deepspeed/moe": 900,
+    "deepspeed/moe": 1100,
     "deepspeed/monitor": 400,
     "deepspeed/elasticity": 400,
     # job objects, process groups and signals of two systems take more than the design's 1,050
