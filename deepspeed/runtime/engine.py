@@ -139,9 +139,15 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         if reducer is not None:
             reducer.before_first_grad = self.watch.on_stray_grad
         self._products = products_context(self.module, self.device)
+        self._module_hooks: list[Any] = []
+        self._hook_module(self._before_module, self._after_module)
+
+    def _hook_module(self, before: Any, after: Any) -> None:
+        for hook in self._module_hooks:
+            hook.remove()
         self._module_hooks = [
-            self.module.register_forward_pre_hook(self._before_module, with_kwargs=True),
-            self.module.register_forward_hook(self._after_module),
+            self.module.register_forward_pre_hook(before, with_kwargs=True),
+            self.module.register_forward_hook(after),
         ]
 
     def _log_configuration(self) -> None:
@@ -434,6 +440,10 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         """Compile the module in place with `torch.compile`; a second call does nothing."""
         if self._is_compiled:
             return
+        # The hooks look at autograd from outside; traced into the module they would break its graph and warn.
+        self._hook_module(
+            torch.compiler.disable(self._before_module), torch.compiler.disable(self._after_module)
+        )
         module_prep.compile_module(
             self.module, backend, compile_kwargs or {}, schedule, compiled_autograd_enabled
         )
@@ -447,6 +457,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
     def destroy(self) -> None:
         """Remove all hooks from the module and its parameters."""
         self.driver.destroy()
+        self._products.release()
         self.watch.remove_hooks()
         for hook in self._module_hooks:
             hook.remove()
