@@ -126,11 +126,9 @@ class Mesh:
         groups = grid(
             world, sequence=self.sequence.size, tensor=self.tensor.size, pipe=self.pipe.size
         )["sequence_data"]
+        within, across = expert_grid(groups, size)
         if data_first:
-            width = len(groups[0])
-            across, within = expert_grid(groups, width // size if width % size == 0 else 0)
-        else:
-            within, across = expert_grid(groups, size)
+            across, within = expert_grid(groups, len(groups[0]) // size)
         return _join(rank, within), _join(rank, across)
 
 

@@ -62,7 +62,7 @@ def reset() -> None:
     global _mesh, _mesh_under, mesh_device
     _mesh = _mesh_under = mesh_device = None
     for cache in (_expert_sizes, _solo, _clone, _tensor_override):
-        cache.clear()  # type: ignore[attr-defined]
+        cache.clear()
 
 
 def _group(axis: Axis) -> Any:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another name of `deepspeed.utils.module_utils`."""
+"""The public path of `module_utils`."""
 
-from .module_utils import recursive_getattr, recursive_setattr
-
-__all__ = ["recursive_getattr", "recursive_setattr"]
+from .module_utils import recursive_getattr as recursive_getattr
+from .module_utils import recursive_setattr as recursive_setattr

@@ -52,7 +52,7 @@ def trim_mean(data: Sequence[float], trim_percent: float) -> float:
     return sum(kept) / len(kept)
 
 
-class Timer:
+class StopWatch:
     """One named stop watch. Times are milliseconds."""
 
     def __init__(self, name: str) -> None:
@@ -140,12 +140,12 @@ class Timer:
 class SynchronizedWallClockTimer:
     """A set of timers by name: ``timers("fwd").start()``."""
 
-    Timer = Timer
+    Timer = StopWatch
 
     def __init__(self) -> None:
-        self.timers: dict[str, Timer] = {}
+        self.timers: dict[str, StopWatch] = {}
 
-    def get_timers(self) -> dict[str, Timer]:
+    def get_timers(self) -> dict[str, StopWatch]:
         """Return the timers by name."""
         return self.timers
 
@@ -153,9 +153,9 @@ class SynchronizedWallClockTimer:
         """Say whether a timer of this name exists."""
         return name in self.timers
 
-    def __call__(self, name: str) -> Timer:
+    def __call__(self, name: str) -> StopWatch:
         if name not in self.timers:
-            self.timers[name] = Timer(name)
+            self.timers[name] = StopWatch(name)
         return self.timers[name]
 
     @staticmethod
@@ -355,7 +355,8 @@ class ThroughputTimer:
             self.step_elapsed_time = 0.0
 
     def _due(self) -> bool:
-        return bool(self.steps_per_output) and self.global_step_count % self.steps_per_output == 0
+        every = self.steps_per_output
+        return every is not None and every > 0 and self.global_step_count % every == 0
 
     def _report(self) -> None:
         used, peak = _memory_gb()
