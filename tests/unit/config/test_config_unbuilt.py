@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that this version cannot fulfil are refused by key; harmless ones pass in silence."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.config_unbuilt import (
+    UNBUILT,
+    UNBUILT_OPTIMIZERS,
+    find_unbuilt,
+    find_unresolved_auto,
+    refuse_unbuilt,
+)
+
+
+def parse(**sections):
+    return DeepSpeedConfig({"train_batch_size": 1, **sections})
+
+
+def zero(stage, **keys):
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
+GROUP = {"g": {"params": {"start_bits": 8, "target_bits": 4}}}
+# key -> a configuration that asks for it
+ASKING = {
+    "zero_optimization.stage": zero(3),
+    "zero_optimization.offload_param": zero(3, offload_param={"device": "cpu"}),
+    "zero_optimization.mics_shard_size": zero(3, mics_shard_size=2),
+    "zero_optimization.zero_hpz_partition_size": zero(3, zero_hpz_partition_size=2),
+    "zero_optimization.zero_quantized_weights": zero(3, zero_quantized_weights=True),
+    "zero_optimization.zero_quantized_nontrainable_weights": zero(
+        3, zero_quantized_nontrainable_weights=True
+    ),
+    "zero_optimization.zero_quantized_gradients": zero(3, zero_quantized_gradients=True),
+    "zero_optimization.offload_optimizer.super_offload": zero(
+        3, offload_optimizer={"device": "cpu", "super_offload": True}
+    ),
+    "zero_optimization.offload_optimizer.device": zero(2, offload_optimizer={"device": "nvme"}),
+    "zero_optimization.zenflow": zero(2, zenflow={}),
+    "zero_optimization.legacy_stage1": zero(1, legacy_stage1=True),
+    "amp.enabled": {"amp": {"enabled": True}},
+    "sparse_gradients": {"sparse_gradients": True},
+    "graph_harvesting": {"graph_harvesting": True},
+    "data_types.keep_in_fp32_modules": {"data_types": {"keep_in_fp32_modules": ["norm"]}},
+    "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 2}},
+    "expert_parallel.enabled": {"expert_parallel": {"enabled": True}},
+    "sequence_parallel_size": {"sequence_parallel_size": 2},
+    "hybrid_engine.enabled": {"hybrid_engine": {"enabled": True}},
+    "compile.deepcompile": {"compile": {"deepcompile": True}},
+    "compression_training": {
+        "compression_training": {
+            "weight_quantization": {
+                "shared_parameters": {"enabled": True},
+                "different_groups": GROUP,
+            }
+        }
+    },
+    "weight_quantization": {"weight_quantization": {}},
+    "quantize_training.eigenvalue.enabled": {
+        "quantize_training": {"eigenvalue": {"enabled": True}}
+    },
+    "progressive_layer_drop.enabled": {"progressive_layer_drop": {"enabled": True}},
+    "curriculum_learning.enabled": {"curriculum_learning": {"enabled": True}},
+    "data_efficiency.enabled": {"data_efficiency": {"enabled": True}},
+    "autotuning.enabled": {"autotuning": {"enabled": True}},
+    "flops_profiler.enabled": {"flops_profiler": {"enabled": True}},
+    "comms_logger.enabled": {"comms_logger": {"enabled": True}},
+    "wandb.enabled": {"wandb": {"enabled": True}},
+    "comet.enabled": {"comet": {"enabled": True}},
+    "checkpoint.writer": {"checkpoint": {"writer": {"type": "FAST"}}},
+    "checkpoint.load_universal": {"checkpoint": {"load_universal": True}},
+    "aio.use_gds": {"aio": {"use_gds": True}},
+    "nebula.enabled": {"nebula": {"enabled": True}},
+    "datastates_ckpt": {"datastates_ckpt": {}},
+}
+
+
+@pytest.mark.parametrize("row", UNBUILT, ids=lambda row: row.key)
+def test_each_row_is_asked_for_by_its_key_and_refused_by_name(row):
+    config = parse(**ASKING[row.key])  # parsing never refuses
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        refuse_unbuilt(config)
+    line = next(text for text in str(caught.value).splitlines() if text.startswith(f"'{row.key}'"))
+    assert row.feature in line and "not available in this version" in line and row.instead in line
+
+
+def test_every_row_has_its_request_here_and_no_key_stands_twice():
+    keys = [row.key for row in UNBUILT]
+    assert len(keys) == len(set(keys))
+    assert set(keys) <= set(ASKING)
+
+
+def test_keys_of_the_table_exist():
+    from deepspeed.runtime.config import describe
+
+    known = {info.path for info in describe()}
+    assert {row.key for row in UNBUILT} <= known
+
+
+HARMLESS = {
+    "nothing": {},
+    "offload_param at stage 2": zero(2, offload_param={"device": "cpu"}),
+    "nvme params at stage 2": zero(2, offload_param={"device": "nvme", "nvme_path": None}),
+    "optimizer offload": zero(2, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+    "device none": zero(2, offload_optimizer={"device": "none"}),
+    "offload without zero": zero(0, offload_optimizer={"device": "nvme"}),
+    "stage 3 sizes at stage 2": zero(
+        2,
+        stage3_param_persistence_threshold=1e4,
+        stage3_max_live_parameters=3e7,
+        stage3_prefetch_bucket_size=3e7,
+        stage3_gather_16bit_weights_on_model_save=True,
+        memory_efficient_linear=False,
+        sub_group_size=1e9,
+        zero_hpz_partition_size=4,
+        zero_quantized_weights=True,
+        mics_shard_size=2,
+    ),
+    "old switches, off": zero(2, cpu_offload=False),
+    "old spelling of bf16": {"bfloat16": {"enabled": True}},
+    "hybrid engine, off": {"hybrid_engine": {"enabled": False, "max_out_tokens": 512}},
+    "monitors that are there": {"tensorboard": {"enabled": True}, "csv_monitor": {"enabled": True}},
+    "sizes of one": {"tensor_parallel": {"autotp_size": 1}, "sequence_parallel_size": 1},
+    "techniques, off": {
+        "amp": {"enabled": False},
+        "comms_logger": {"enabled": False, "prof_all": True},
+        "flops_profiler": {"enabled": False},
+        "progressive_layer_drop": {"enabled": False},
+        "curriculum_learning": {"enabled": False},
+        "data_efficiency": {"enabled": False, "data_sampling": {"enabled": True}},
+        "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}},
+        "autotuning": {"enabled": False},
+        "datastates_ckpt": False,
+        "nebula": {"enabled": False},
+    },
+    "recomputation": {"activation_checkpointing": {"partition_activations": True}},
+    "pipeline settings": {"pipeline": {"stages": "auto"}},
+    "aio": {"aio": {"block_size": 1, "thread_count": 4}},
+    "sparse attention, never consumed": {"sparse_attention": {"mode": "fixed"}},
+    "checkpoint": {"checkpoint": {"tag_validation": "Fail", "use_node_local_storage": True}},
+    "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_requests_pass(name):
+    refuse_unbuilt(parse(**HARMLESS[name]))
+
+
+def test_all_refused_keys_are_told_at_once():
+    config = parse(**zero(3), amp={"enabled": True}, comet={"enabled": True})
+    lines = find_unbuilt(config)
+    assert [line.split("'")[1] for line in lines] == [
+        "zero_optimization.stage",
+        "amp.enabled",
+        "comet.enabled",
+    ]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Lion", "Adagrad", "SGD", None])
+def test_optimizers_that_are_there(name):
+    refuse_unbuilt(parse(optimizer={"type": name} if name else {}))
+
+
+@pytest.mark.parametrize("name", ["OneBitAdam", "ZeroOneAdam", "OneBitLamb"])
+def test_optimizers_that_are_not_there_unless_the_caller_brings_one(monkeypatch, name):
+    monkeypatch.setitem(UNBUILT_OPTIMIZERS, name.lower(), "deepspeed.no.such.module")
+    config = parse(optimizer={"type": name})
+    with pytest.raises(DeepSpeedConfigError, match=rf"optimizer\.type.*{name.lower()}"):
+        refuse_unbuilt(config)
+    refuse_unbuilt(config, client_optimizer=True)
+
+
+def test_row_of_an_optimizer_goes_when_its_module_comes(monkeypatch):
+    monkeypatch.setitem(UNBUILT_OPTIMIZERS, "onebitadam", "deepspeed.runtime.config")
+    refuse_unbuilt(parse(optimizer={"type": "OneBitAdam"}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "keys"),
+    [
+        ({"gradient_clipping": "auto"}, ["gradient_clipping"]),
+        (
+            {"steps_per_print": "auto", "prescale_gradients": "auto"},
+            ["steps_per_print", "prescale_gradients"],
+        ),
+        ({"checkpoint": {"use_node_local_storage": "auto"}}, ["checkpoint.use_node_local_storage"]),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.99]}}},
+            ["optimizer.params.lr"],
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}},
+            ["scheduler.params.warmup_num_steps"],
+        ),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, []),
+        ({"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}, []),
+        ({"pipeline": {"stages": "auto"}}, []),
+        ({"expert_parallel": {"score_func": "auto", "top_k": "auto"}}, []),
+        ({"unknown": "auto"}, []),
+    ],
+)
+def test_auto_that_nobody_filled_in_is_found_where_it_has_no_meaning(sections, keys):
+    config = parse(**sections)  # parsing lets it pass: other programs fill it in later
+    assert find_unresolved_auto(config._param_dict) == keys
+    if keys:
+        with pytest.raises(TypeError, match="auto") as caught:
+            refuse_unbuilt(config)
+        assert all(key in str(caught.value) for key in keys)
+        assert isinstance(caught.value, DeepSpeedConfigError)
+    else:
+        refuse_unbuilt(config)
+
+
+def test_auto_in_sections_that_the_caller_replaces_is_no_matter():
+    config = parse(
+        optimizer={"type": "AdamW", "params": {"lr": "auto"}},
+        scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+    )
+    refuse_unbuilt(config, client_optimizer=True, client_scheduler=True)
+    with pytest.raises(TypeError, match=r"scheduler\.params"):
+        refuse_unbuilt(config, client_optimizer=True)
+
+
+def test_unresolved_auto_leaves_the_default_in_place():
+    assert parse(gradient_clipping="auto").gradient_clipping == 1.0
