@@ -259,11 +259,13 @@ def _beside(path: Path, suffix: str) -> Path:
 
 def _prepare(final: Path, partial: Path, needed: int) -> None:
     disk.make_folder(final.parent)
-    aside = _beside(final, REPLACED_SUFFIX)
-    if aside.is_dir() and not final.exists() and not (aside / PARTIAL_MARK).exists():
-        disk.replace(aside, final)
-    for leftover in sorted(final.parent.iterdir()):
-        if leftover.is_dir() and not leftover.is_symlink() and _is_leftover(leftover, partial):
+    folders = [path for path in sorted(final.parent.iterdir()) if path.is_dir() and not path.is_symlink()]
+    for folder in folders:
+        replaced = folder.with_name(folder.name.removesuffix(REPLACED_SUFFIX))
+        if folder != replaced and not replaced.exists() and _is_complete(folder):
+            disk.replace(folder, replaced)
+    for leftover in folders:
+        if leftover.exists() and _is_leftover(leftover, partial):
             logger.warning(f"removing {leftover}, left by a save that did not finish")
             disk.remove_tree(leftover)
     free = shutil.disk_usage(final.parent).free
@@ -279,6 +281,12 @@ def _prepare(final: Path, partial: Path, needed: int) -> None:
         )
     disk.make_folder(partial)
     write_small(partial / PARTIAL_MARK, f"{socket.gethostname()} {os.getpid()}".encode())
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder is a tag's whole content (and not a user's folder of some other kind)."""
+    held = [path.name for path in folder.iterdir()]
+    return PARTIAL_MARK not in held and any(map(is_own_file, held))
 
 
 def _is_leftover(folder: Path, partial: Path) -> bool:
