@@ -54,8 +54,11 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.lr_schedule_options": 4,
     "deepspeed.runtime.progressive_layer_drop": 4,
     "deepspeed.runtime.sparse_tensor": 4,
+    "deepspeed.runtime.compiler": 4,
+    "deepspeed.runtime.norms": 4,
     "deepspeed.runtime.utils": 4,
     "deepspeed.checkpoint": 4,
+    "deepspeed.utils.tensor_fragment": 4,
     "deepspeed.utils.zero_to_fp32": 4,
     # L3: one group of params, one step rule
     "deepspeed.runtime.zero.shard_group": 3,
