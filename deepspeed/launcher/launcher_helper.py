@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Under MPICH: name this rank as torch expects, then run the script in its place."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from deepspeed.launcher.arguments import ScriptParser
+from deepspeed.launcher.processes import exit_status
+
+_NAMES = {
+    "RANK": ("PMIX_RANK", "PMI_RANK"),
+    "LOCAL_RANK": ("PALS_LOCAL_RANKID", "MPI_LOCALRANKID"),
+}
+
+
+def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the line that `MPICHRunner` writes."""
+    parser = ScriptParser("user_script", "user_args", usage="%(prog)s [flags] script [args...]")
+    parser.add_argument("--launcher", default="mpich", help="who starts us")
+    parser.add_argument("--module", action="store_true", help="run the script as python -m does")
+    parser.add_argument("--no_python", action="store_true", help="run the script itself")
+    return parser.parse_args(args)
+
+
+def rank_environment() -> dict[str, str]:
+    """Return our environment with RANK and LOCAL_RANK in it.
+
+    Raises:
+        KeyError: MPI told neither.
+    """
+    env = dict(os.environ)
+    for ours, theirs in _NAMES.items():
+        found = [env[name] for name in theirs if name in env]
+        if not found:
+            raise KeyError(f"none of {', '.join(theirs)} is in the environment; start by mpirun")
+        env[ours] = found[0]
+    return env
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the script; exits with its status."""
+    words = parse_args(args)
+    python = [] if words.no_python else [sys.executable, "-u", *(["-m"] if words.module else [])]
+    command = [*python, words.user_script, *words.user_args]
+    sys.exit(exit_status(subprocess.run(command, env=rank_environment()).returncode))
+
+
+if __name__ == "__main__":
+    main()
