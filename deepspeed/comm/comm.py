@@ -90,6 +90,17 @@ def init_distributed(
         world = rendezvous.World(rank, world_size)
     else:
         world = rendezvous.discover(auto_mpi_discovery, distributed_port, verbose)
+    cdb = _join(world, dist_backend, timeout, init_method, verbose)
+
+
+def _join(
+    world: rendezvous.World,
+    dist_backend: str | None,
+    timeout: timedelta | None,
+    init_method: str | None,
+    verbose: bool,
+) -> Any:
+    """Return the backend of the job: torch's, or the one of a process that cannot have it."""
     if not torch.distributed.is_available():
         if world.size > 1:
             raise DeepSpeedCommError(
@@ -100,8 +111,7 @@ def init_distributed(
                     fix="Install a torch built with USE_DISTRIBUTED=1.",
                 )
             )
-        cdb = SingleBackend()
-        return
+        return SingleBackend()
     if dist_backend is None:
         from deepspeed.accelerator import get_accelerator
 
@@ -111,7 +121,7 @@ def init_distributed(
         logger.info("joining %d process(es) with %s", world.size, backend)
     from .torch import TorchBackend
 
-    cdb = TorchBackend(backend, timeout, init_method, world.rank, world.size)
+    return TorchBackend(backend, timeout, init_method, world.rank, world.size)
 
 
 def is_available() -> bool:

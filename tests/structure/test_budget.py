@@ -20,11 +20,13 @@ BUDGET = {
     "deepspeed/__init__.py": 220,
     "deepspeed/git_version_info.py": 30,
     "deepspeed/env_report.py": 420,  # ten sections, each as text and as JSON, none able to break the rest
-    "deepspeed/utils": 1650,
+    # more than the design named: the communication logger, debug names, the stand-alone converter's readers
+    "deepspeed/utils": 2700,
     "deepspeed/accelerator -deepspeed/accelerator/*product*": 800,
     # 16-bit products through fp32: the design counted on torch's own
     "deepspeed/accelerator/*product*": 800,
-    "deepspeed/comm": 1150,
+    # every public verb is a documented function over three backends; the rendezvous of clouds and MPI
+    "deepspeed/comm": 1900,
     "deepspeed/ops": 2600,
     "deepspeed/runtime/engine.py deepspeed/runtime/engine_accessors.py": 920,
     "deepspeed/runtime/engine_checkpoint.py": 330,
