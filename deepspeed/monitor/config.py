@@ -16,7 +16,7 @@ class TensorBoardConfig(DeepSpeedConfigModel):
 
     enabled: bool = Field(default=False, description="Write TensorBoard event files.")
     output_path: str = Field(
-        default="", description="Folder; empty means runs/ in the working folder."
+        default="", description="Folder; empty means the working folder."
     )
     job_name: str = Field(default="DeepSpeedJobName", description="Folder of this run inside it.")
 
@@ -26,7 +26,7 @@ class CSVConfig(DeepSpeedConfigModel):
 
     enabled: bool = Field(default=False, description="Write CSV files.")
     output_path: str = Field(
-        default="", description="Folder; empty means csv_monitor/ in the working one."
+        default="", description="Folder; empty means the working folder."
     )
     job_name: str = Field(default="DeepSpeedJobName", description="Folder of this run inside it.")
 
