@@ -80,6 +80,7 @@ def check_program(script: str, *, module: bool, no_python: bool) -> None:
                 fix="A module runs under Python: drop --no_python.",
             )
         )
+    found: object
     if module:
         found = importlib.machinery.PathFinder.find_spec(
             script.partition(".")[0], [os.getcwd(), *sys.path]

@@ -284,7 +284,9 @@ def _supervise(family: Family, signals: Signals) -> int:
     while running:
         if signals.received is not None:
             return _interrupted(family, signals)
-        for child in [c for c in running if c.poll() is not None]:
+        ended = [child for child in running if child.poll() is not None]
+        # of several, one that died of a signal is the cause: an exception may be its echo
+        for child in sorted(ended, key=lambda child: child.returncode):
             running.remove(child)
             if child.returncode != 0:
                 return _failed(family, child)

@@ -79,6 +79,17 @@ def test_a_windows_exception_code_reaches_the_caller(tmp_path):
     assert launch(tmp_path, body=body).returncode == 0xC0000005
 
 
+@pytest.mark.skipif(WINDOWS, reason="signals are POSIX's")
+def test_of_several_deaths_at_once_the_signal_is_reported():
+    family = Family()
+    for code in ("raise SystemExit(1)", "import os; os.kill(os.getpid(), 9)", ""):
+        family.start([sys.executable, "-c", code], environment())
+    for child in family.children:
+        child.wait()
+    with Signals() as signals:
+        assert door._supervise(family, signals) == 128 + signal.SIGKILL
+
+
 def test_a_failing_rank_ends_the_others_with_all_they_started(tmp_path):
     body = FAMILY + "wait_for_all()\nif rank == '1': os._exit(5)\ntime.sleep(120)\n"
     begun = time.monotonic()
