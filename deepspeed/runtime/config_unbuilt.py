@@ -216,18 +216,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         lambda config: config.comms_config.comms_logger.enabled,
         _OFF,
     ),
-    Unbuilt(
-        "wandb.enabled",
-        "the Weights & Biases monitor",
-        lambda config: config.monitor_config.wandb.enabled,
-        "Use 'tensorboard' or 'csv_monitor'.",
-    ),
-    Unbuilt(
-        "comet.enabled",
-        "the Comet monitor",
-        lambda config: config.monitor_config.comet.enabled,
-        "Use 'tensorboard' or 'csv_monitor'.",
-    ),
     # ------------------------------------------------------------------ checkpoints
     Unbuilt(
         "checkpoint.writer",

@@ -68,8 +68,6 @@ ASKING = {
     "autotuning.enabled": {"autotuning": {"enabled": True}},
     "flops_profiler.enabled": {"flops_profiler": {"enabled": True}},
     "comms_logger.enabled": {"comms_logger": {"enabled": True}},
-    "wandb.enabled": {"wandb": {"enabled": True}},
-    "comet.enabled": {"comet": {"enabled": True}},
     "checkpoint.writer": {"checkpoint": {"writer": {"type": "FAST"}}},
     "checkpoint.load_universal": {"checkpoint": {"load_universal": True}},
     "aio.use_gds": {"aio": {"use_gds": True}},
@@ -122,7 +120,12 @@ HARMLESS = {
     "old switches, off": zero(2, cpu_offload=False),
     "old spelling of bf16": {"bfloat16": {"enabled": True}},
     "hybrid engine, off": {"hybrid_engine": {"enabled": False, "max_out_tokens": 512}},
-    "monitors that are there": {"tensorboard": {"enabled": True}, "csv_monitor": {"enabled": True}},
+    "monitors": {
+        "tensorboard": {"enabled": True},
+        "csv_monitor": {"enabled": True},
+        "wandb": {"enabled": True},
+        "comet": {"enabled": True},
+    },
     "sizes of one": {"tensor_parallel": {"autotp_size": 1}, "sequence_parallel_size": 1},
     "techniques, off": {
         "amp": {"enabled": False},
@@ -151,12 +154,12 @@ def test_harmless_requests_pass(name):
 
 
 def test_all_refused_keys_are_told_at_once():
-    config = parse(**zero(3), amp={"enabled": True}, comet={"enabled": True})
+    config = parse(**zero(3), amp={"enabled": True}, nebula={"enabled": True})
     lines = find_unbuilt(config)
     assert [line.split("'")[1] for line in lines] == [
         "zero_optimization.stage",
         "amp.enabled",
-        "comet.enabled",
+        "nebula.enabled",
     ]
 
 

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Import paths that programs rely on: the built ones import, the others work or fail with an error that names them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deepspeed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# module -> names in it; all of it is there
+BUILT = {
+    "deepspeed": (
+        "__version__ version __version_major__ __version_minor__ __version_patch__ "
+        "__git_hash__ __git_branch__ git_hash git_branch initialize init_inference "
+        "init_distributed tp_model_init add_config_arguments default_inference_config "
+        "add_tuning_arguments DeepSpeedEngine DeepSpeedOptimizerCallable "
+        "DeepSpeedSchedulerCallable DeepSpeedOptimizer DeepSpeedDataLoader DeepSpeedConfig "
+        "DeepSpeedConfigError DeepSpeedInferenceConfig ADAM_OPTIMIZER LAMB_OPTIMIZER "
+        "MUON_OPTIMIZER TORCH_DISTRIBUTED_DEFAULT_PORT OnDevice logger log_dist "
+        "is_compile_supported zero ops get_accelerator HAS_TRITON dist comm moe monitor "
+        "profiling autotuning elasticity compression checkpoint nebula launcher inference "
+        "runtime utils accelerator constants git_version_info compile"
+    ),
+    "deepspeed.accelerator": "get_accelerator set_accelerator DeepSpeedAccelerator",
+    "deepspeed.autotuning": "",
+    "deepspeed.autotuning.config": "DeepSpeedAutotuningConfig",
+    "deepspeed.checkpoint": (
+        "get_layer_ckpt_name_for_rank get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank"
+    ),
+    "deepspeed.checkpoint.constants": "",
+    "deepspeed.checkpoint.utils": "clone_tensors_for_torch_save",
+    "deepspeed.comm": (
+        "configure is_initialized destroy_process_group new_group is_available broadcast "
+        "broadcast_object_list all_gather all_gather_object has_reduce_scatter_tensor "
+        "reduce_scatter_fn reduce_scatter_tensor all_gather_into_tensor "
+        "has_all_gather_into_tensor allgather_fn all_to_all_single all_to_all send recv isend "
+        "irecv gather scatter barrier monitored_barrier log_summary reset_log has_comm_data "
+        "get_comm_operation_count get_logged_comm_ops reduce reduce_scatter "
+        "has_all_reduce_coalesced has_coalescing_manager all_gather_coalesced all_reduce "
+        "inference_all_reduce all_reduce_coalesced get_world_group get_world_size get_rank "
+        "get_local_rank get_global_rank get_all_ranks_from_group initialize_mesh_device "
+        "enable_symm_mem_for_group mpi_discovery in_aml in_aws_sm in_dlts init_distributed "
+        "ProcessGroup ReduceOp"
+    ),
+    "deepspeed.comm.backend": "Backend",
+    "deepspeed.comm.ccl": "CCLBackend",
+    "deepspeed.comm.config": "CommsLoggerConfig DeepSpeedCommsConfig",
+    "deepspeed.comm.reduce_op": "ReduceOp",
+    "deepspeed.comm.torch": "TorchBackend",
+    "deepspeed.compression": "",
+    "deepspeed.compression.config": "get_compression_config",
+    "deepspeed.compression.helper": "recursive_getattr recursive_setattr",
+    "deepspeed.constants": (
+        "TORCH_DISTRIBUTED_DEFAULT_PORT INFERENCE_GENERIC_MODE INFERENCE_SPECIALIZED_MODE "
+        "CROSS_RANK CROSS_SIZE default_pg_timeout"
+    ),
+    "deepspeed.elasticity": (
+        "compute_elastic_config elasticity_enabled ensure_immutable_elastic_config "
+        "ElasticityError ElasticityConfigError ElasticityIncompatibleWorldSize"
+    ),
+    "deepspeed.env_report": "cli_main main",
+    "deepspeed.git_version_info": "version git_hash git_branch",
+    "deepspeed.inference.config": "DeepSpeedInferenceConfig",
+    "deepspeed.inference.v2": "",
+    "deepspeed.launcher.launch": "main",
+    "deepspeed.launcher.runner": "main DEEPSPEED_ENVIRONMENT_NAME",
+    "deepspeed.moe.experts": "Experts",
+    "deepspeed.moe.layer": "MoE",
+    "deepspeed.moe.mappings": "gather_tokens drop_tokens",
+    "deepspeed.moe.sharded_moe": (
+        "top1gating top2gating topkgating TopKGate MOELayer _AllToAll gumbel_rsample "
+        "multiplicative_jitter"
+    ),
+    "deepspeed.moe.utils": (
+        "has_moe_layers is_moe_param split_params_into_shared_and_expert_params "
+        "split_params_grads_into_shared_and_expert_params "
+        "split_params_into_different_moe_groups_for_optimizer is_moe_param_group "
+        "configure_moe_param_groups"
+    ),
+    "deepspeed.monitor.comet": "CometMonitor",
+    "deepspeed.monitor.config": "get_monitor_config TensorBoardConfig",
+    "deepspeed.monitor.csv_monitor": "csvMonitor",
+    "deepspeed.monitor.monitor": "MonitorMaster",
+    "deepspeed.monitor.tensorboard": "TensorBoardMonitor",
+    "deepspeed.monitor.wandb": "WandbMonitor",
+    "deepspeed.nebula.config": "DeepSpeedNebulaConfig",
+    "deepspeed.ops": "__compatible_ops__",
+    "deepspeed.ops.adagrad": "DeepSpeedCPUAdagrad",
+    "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam",
+    "deepspeed.ops.aio": "AsyncIOBuilder",
+    "deepspeed.ops.lamb": "FusedLamb",
+    "deepspeed.ops.lion": "DeepSpeedCPULion FusedLion",
+    "deepspeed.ops.op_builder": "CPUAdamBuilder FusedAdamBuilder AsyncIOBuilder",
+    "deepspeed.profiling.config": "DeepSpeedFlopsProfilerConfig",
+    "deepspeed.runtime.base_optimizer": "DeepSpeedOptimizer ZeROOptimizer",
+    "deepspeed.runtime.bf16_optimizer": "BF16_Optimizer",
+    "deepspeed.runtime.checkpoint_engine": "",
+    "deepspeed.runtime.checkpoint_engine.checkpoint_engine": "CheckpointEngine",
+    "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine": "TorchCheckpointEngine",
+    "deepspeed.runtime.compiler": (
+        "is_compile_supported disable enable is_compiling compiled_autograd"
+    ),
+    "deepspeed.runtime.config": (
+        "DeepSpeedConfig DeepSpeedConfigError ADAM_OPTIMIZER LAMB_OPTIMIZER MUON_OPTIMIZER "
+        "DEEPSPEED_OPTIMIZERS DtypeEnum"
+    ),
+    "deepspeed.runtime.config_utils": (
+        "DeepSpeedConfigModel dict_raise_error_on_duplicate_keys get_scalar_param "
+        "ScientificNotationEncoder pp_int"
+    ),
+    "deepspeed.runtime.constants": "ROUTE_TRAIN ROUTE_EVAL ROUTE_PREDICT",
+    "deepspeed.runtime.dataloader": "RepeatingLoader DeepSpeedDataLoader",
+    "deepspeed.runtime.engine": "DeepSpeedEngine",
+    "deepspeed.runtime.fp16.fused_optimizer": "FP16_Optimizer",
+    "deepspeed.runtime.fp16.loss_scaler": "LossScaler DynamicLossScaler CreateLossScaler",
+    "deepspeed.runtime.fp16.unfused_optimizer": "FP16_UnfusedOptimizer",
+    "deepspeed.runtime.lr_schedules": (
+        "LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR VALID_LR_SCHEDULES "
+        "add_tuning_arguments get_config_from_args get_lr_from_config override_params "
+        "update_lr get_torch_optimizer"
+    ),
+    "deepspeed.runtime.precision_config": "DeepSpeedFP16Config DeepSpeedBF16Config",
+    "deepspeed.runtime.progressive_layer_drop": "ProgressiveLayerDrop",
+    "deepspeed.runtime.sparse_tensor": "SparseTensor",
+    "deepspeed.runtime.swap_tensor": "",
+    "deepspeed.runtime.utils": (
+        "see_memory_usage memory_status clip_grad_norm_ get_global_norm CheckOverflow "
+        "set_random_seed move_to_device partition_uniform partition_balanced "
+        "PartitionedTensor DummyOptim noop_decorator required_torch_version empty_cache "
+        "ensure_directory_exists call_to_str get_weight_norm"
+    ),
+    "deepspeed.runtime.zenflow": "",
+    "deepspeed.runtime.zero": (
+        "ZeroParamType ZeroParamStatus Init GatheredParameters register_external_parameter"
+    ),
+    "deepspeed.runtime.zero.config": "DeepSpeedZeroConfig ZeroStageEnum",
+    "deepspeed.runtime.zero.offload_config": (
+        "OffloadDeviceEnum OffloadStateTypeEnum DeepSpeedZeroOffloadParamConfig "
+        "DeepSpeedZeroOffloadOptimizerConfig"
+    ),
+    "deepspeed.runtime.zero.partition_parameters": (
+        "ZeroParamType ZeroParamStatus Init GatheredParameters register_external_parameter"
+    ),
+    "deepspeed.runtime.zero.stage_1_and_2": "DeepSpeedZeroOptimizer",
+    "deepspeed.utils": (
+        "logger log_dist log_dist_once set_log_level_from_string get_caller_func OnDevice "
+        "groups instrument_w_nvtx tensor_fragment get_full_hp_param get_hp_fragment_mapping "
+        "fragment_address get_full_hp_grad safe_get_full_fp32_param "
+        "safe_get_full_optimizer_state safe_get_full_grad safe_set_full_fp32_param "
+        "safe_set_full_optimizer_state safe_set_full_grad safe_get_local_fp32_param "
+        "safe_get_local_grad safe_get_local_optimizer_state safe_set_local_fp32_param "
+        "safe_set_local_grad safe_set_local_optimizer_state safe_update_full_grad_vectorized "
+        "set_full_hp_param set_full_hp_grad RepeatingLoader get_numactl_cmd"
+    ),
+    "deepspeed.utils.bwc": (
+        "bwc_tensor_model_parallel_world_size bwc_tensor_model_parallel_rank "
+        "bwc_tensor_model_parallel_group"
+    ),
+    "deepspeed.utils.debug": "",
+    "deepspeed.utils.exceptions": "",
+    "deepspeed.utils.groups": (
+        "initialize get_tensor_model_parallel_group get_tensor_model_parallel_world_size "
+        "get_tensor_model_parallel_rank set_tensor_model_parallel_world_size "
+        "set_tensor_model_parallel_rank get_model_parallel_group get_model_parallel_rank "
+        "get_model_parallel_world_size get_data_parallel_group get_data_parallel_rank "
+        "get_data_parallel_world_size get_tensor_model_parallel_src_rank "
+        "_create_model_parallel _create_expert_and_data_parallel "
+        "_create_expert_data_and_model_parallel _get_max_expert_size "
+        "_get_max_expert_size_name _get_expert_parallel_group _get_expert_parallel_group_dict "
+        "_get_expert_parallel_world_size _get_expert_parallel_rank "
+        "_get_expert_parallel_src_rank _get_expert_data_parallel_group "
+        "_get_expert_data_parallel_group_dict _get_expert_data_parallel_world_size "
+        "_get_expert_data_parallel_rank _clone_world_group _get_local_all_to_all_group "
+        "_get_data_parallel_group _get_data_parallel_group_ranks "
+        "_get_data_parallel_world_size _get_data_parallel_rank _get_broadcast_src_rank "
+        "_get_expert_broadcast_src_rank _get_model_parallel_world_size "
+        "_get_model_parallel_rank _get_model_parallel_group _get_sequence_parallel_world_size "
+        "_get_sequence_parallel_rank _get_sequence_parallel_group "
+        "_get_sequence_data_parallel_world_size _get_sequence_data_parallel_rank "
+        "_get_sequence_data_parallel_group _get_expert_model_parallel_world_size "
+        "_create_zero_param_parallel_group _get_zero_param_intra_parallel_group "
+        "_get_zero_param_intra_parallel_rank_in_mygroup "
+        "_get_zero_param_intra_parallel_group_world_size _init_tp_mesh_device mesh_device"
+    ),
+    "deepspeed.utils.logging": "logger log_dist print_dist print_json_dist",
+    "deepspeed.utils.module": "recursive_getattr recursive_setattr",
+    "deepspeed.utils.numa": "get_numactl_cmd",
+    "deepspeed.utils.tensor_fragment": "",
+    "deepspeed.utils.timer": (
+        "SynchronizedWallClockTimer NoopTimer ThroughputTimer FORWARD_GLOBAL_TIMER "
+        "BACKWARD_GLOBAL_TIMER STEP_GLOBAL_TIMER"
+    ),
+    "deepspeed.utils.torch": "required_torch_version",
+    "deepspeed.utils.zero_to_fp32": (
+        "get_fp32_state_dict_from_zero_checkpoint convert_zero_checkpoint_to_fp32_state_dict "
+        "load_state_dict_from_zero_checkpoint get_model_state_file get_optim_files"
+    ),
+}
+
+# module -> names that come with later work; a row moves up when it is built
+LATER = {
+    "deepspeed": (
+        "set_optimizer_flags PipelineEngine DeepSpeedHybridEngine InferenceEngine "
+        "PipelineModule checkpointing module_inject domino DeepSpeedTransformerLayer "
+        "DeepSpeedTransformerConfig replace_transformer_layer revert_transformer_layer "
+        "set_autotp_mode pipe linear sequence io nvme"
+    ),
+    "deepspeed.autotuning": "Autotuner ResourceManager",
+    "deepspeed.checkpoint": (
+        "reshape_meg_2d_parallel DeepSpeedCheckpoint merge_state model_3d_desc "
+        "get_model_3d_descriptor ZeROCheckpoint enable_universal_checkpoint SubparamShape"
+    ),
+    "deepspeed.checkpoint.ds_to_universal": "main",
+    "deepspeed.compression": "init_compression redundancy_clean",
+    "deepspeed.compression.compress": "init_compression redundancy_clean",
+    "deepspeed.compression.helper": "convert_conv1d_to_linear",
+    "deepspeed.elasticity": "DSElasticAgent",
+    "deepspeed.inference.engine": "InferenceEngine",
+    "deepspeed.inference.v2": "build_hf_engine InferenceEngineV2 RaggedInferenceEngineConfig",
+    "deepspeed.io": "FastFileWriter FastFileWriterConfig PyFileWriter MockFileWriter",
+    "deepspeed.linear": "OptimizedLinear LoRAConfig QuantizationConfig Init init_lora",
+    "deepspeed.module_inject": (
+        "replace_transformer_layer revert_transformer_layer LinearAllreduce LinearLayer "
+        "set_autotp_mode"
+    ),
+    "deepspeed.module_inject.auto_tp": "AutoTP",
+    "deepspeed.module_inject.layers": "GatherReplacedLayerParams LinearAllreduce LinearLayer",
+    "deepspeed.nvme": "",
+    "deepspeed.ops.adam": "ZenFlowCPUAdam ZenFlowSelectiveAdamW ZenFlowSelectiveAdamW_stage3",
+    "deepspeed.pipe": "PipelineModule LayerSpec TiedLayerSpec",
+    "deepspeed.profiling.flops_profiler": (
+        "get_model_profile FlopsProfiler number_to_string flops_to_string"
+    ),
+    "deepspeed.runtime.activation_checkpointing.checkpointing": (
+        "checkpoint non_reentrant_checkpoint configure is_configured reset "
+        "get_cuda_rng_tracker model_parallel_cuda_manual_seed "
+        "model_parallel_reconfigure_tp_seed partition_activations_in_checkpoint "
+        "set_num_layers CheckpointFunction"
+    ),
+    "deepspeed.runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
+    "deepspeed.runtime.data_pipeline.data_sampling.data_analyzer": (
+        "DataAnalyzer DistributedDataAnalyzer"
+    ),
+    "deepspeed.runtime.data_pipeline.data_sampling.data_sampler": "DeepSpeedDataSampler",
+    "deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset": (
+        "MMapIndexedDataset MMapIndexedDatasetBuilder IndexedDataset"
+    ),
+    "deepspeed.runtime.domino.transformer": "DominoTransformer DominoTransformerLayer",
+    "deepspeed.runtime.eigenvalue": "Eigenvalue",
+    "deepspeed.runtime.fp16.onebit.adam": "OnebitAdam",
+    "deepspeed.runtime.fp16.onebit.lamb": "OnebitLamb",
+    "deepspeed.runtime.fp16.onebit.zoadam": "ZeroOneAdam",
+    "deepspeed.runtime.hybrid_engine": "DeepSpeedHybridEngine",
+    "deepspeed.runtime.pipe.engine": "PipelineEngine",
+    "deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec",
+    "deepspeed.runtime.pipe.schedule": (
+        "PipeSchedule InferenceSchedule TrainSchedule DataParallelSchedule OptimizerStep "
+        "ReduceGrads ReduceTiedGrads LoadMicroBatch ForwardPass BackwardPass SendActivation "
+        "RecvActivation SendGrad RecvGrad"
+    ),
+    "deepspeed.runtime.pipe.topology": (
+        "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology "
+        "PipelineParallelGrid"
+    ),
+    "deepspeed.runtime.quantize": "Quantizer",
+    "deepspeed.runtime.rollout": (
+        "RolloutConfig SamplingConfig RolloutRequest RolloutBatch RolloutEngine HybridEngineRollout"
+    ),
+    "deepspeed.runtime.sequence_parallel.parallel_state_sp": "initialize_sequence_parallel",
+    "deepspeed.runtime.sequence_parallel.ulysses_sp": (
+        "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter SequenceTiledCompute TiledMLP "
+        "TiledFusedLogitsLoss TiledLoss AutogradComputeMLP UlyssesSPFwdLossBwdWithLogits"
+    ),
+    "deepspeed.runtime.state_dict_factory": "SDLoaderFactory",
+    "deepspeed.runtime.superoffload": "",
+    "deepspeed.runtime.weight_quantizer": "WeightQuantization",
+    "deepspeed.runtime.zero": (
+        "DeepSpeedZeRoOffload DeepSpeedTensorOverride TiledLinear TiledLinearReturnBias "
+        "MiCS_Init unwrap_model_for_generation"
+    ),
+    "deepspeed.runtime.zero.mics": "MiCS_Init",
+    "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
+    "deepspeed.runtime.zero.muon.original_muon": (
+        "Muon SingleDeviceMuon MuonWithAuxAdam SingleDeviceMuonWithAuxAdam"
+    ),
+    "deepspeed.runtime.zero.parameter_offload": "DeepSpeedZeRoOffload",
+    "deepspeed.runtime.zero.partition_parameters": (
+        "zero_wrapper_for_fp_tensor_constructor _orig_torch_arange get_accelerator"
+    ),
+    "deepspeed.runtime.zero.stage3": (
+        "DeepSpeedZeroOptimizer_Stage3 estimate_zero3_model_states_mem_needs "
+        "estimate_zero3_model_states_mem_needs_all_live "
+        "estimate_zero3_model_states_mem_needs_all_cold"
+    ),
+    "deepspeed.runtime.zero.stage_1_and_2": (
+        "estimate_zero2_model_states_mem_needs estimate_zero2_model_states_mem_needs_all_live "
+        "estimate_zero2_model_states_mem_needs_all_cold"
+    ),
+    "deepspeed.runtime.zero.tiling": "TiledLinear TiledLinearReturnBias",
+    "deepspeed.sequence.auto_sp": "auto_wrap_model_for_sp",
+    "deepspeed.sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",
+    "deepspeed.sequence.fpdt_layer": (
+        "FPDT_InputConstruct FPDT_Attention FPDT_FFN FPDT_LogitsLoss SequenceChunk"
+    ),
+    "deepspeed.sequence.layer": "DistributedAttention _SeqAllToAll single_all_to_all",
+    "deepspeed.utils": (
+        "get_z3_leaf_modules lazy_init_hp_params_optimizer_state link_hp_params "
+        "map_to_flat_opt_states set_z3_leaf_module set_z3_leaf_modules "
+        "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix unset_z3_leaf_modules "
+        "z3_leaf_module z3_leaf_parameter"
+    ),
+}
+
+
+@pytest.mark.parametrize("module", BUILT)
+def test_built_path_imports_with_its_names(module):
+    found = importlib.import_module(module)
+    missing = [name for name in BUILT[module].split() if not hasattr(found, name)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("module", LATER)
+def test_path_of_later_work_imports_or_says_what_is_missing(module):
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # the path itself is missing, or a package above it: not something it needs inside
+        assert error.name is not None and module.startswith(error.name)
+        return
+    for name in LATER[module].split():
+        try:
+            getattr(found, name)
+        except (AttributeError, ModuleNotFoundError) as error:
+            assert name in str(error) or str(error.name).startswith("deepspeed."), name
+
+
+@pytest.mark.parametrize("name", [n for n in LATER["deepspeed"].split() if n[0].isupper()])
+def test_public_name_of_later_work_says_so_when_reached_for(name):
+    try:
+        assert getattr(deepspeed, name) is not None
+    except AttributeError as error:
+        assert name in str(error)
+
+
+def test_no_name_is_listed_as_built_and_as_later():
+    for module in BUILT.keys() & LATER.keys():
+        assert not set(BUILT[module].split()) & set(LATER[module].split()), module
+
+
+def test_each_built_module_imports_alone():
+    """Each starts from nothing but the ops, which torch lets register only once per process."""
+    probe = (
+        "import importlib, json, sys\n"
+        "failed = {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    for loaded in [m for m in sys.modules if m.startswith('deepspeed') and '.ops' not in m]:\n"
+        "        del sys.modules[loaded]\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except Exception as error:\n"
+        "        failed[name] = repr(error)\n"
+        "print(json.dumps(failed))\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", probe, *BUILT],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert json.loads(out.stdout.splitlines()[-1]) == {}
