@@ -47,24 +47,28 @@ class FragmentRecord(Record):
     """A pickled `fragment_address`: attributes `numel` and `start`."""
 
 
+class _Refused(pickle.UnpicklingError):
+    """The pickle asks for more than data."""
+
+
 def _bytearray(*args: Any) -> bytearray:
     """`bytearray` of given bytes; refuses the form that allocates a size named in the file."""
     if args and isinstance(args[0], int):
-        raise pickle.UnpicklingError("bytearray of a declared size")
+        raise _Refused("bytearray of a declared size")
     return bytearray(*args)
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     """What `_codecs.encode` does for the one encoding that pickled bytes use."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r}")
+        raise _Refused(f"encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _rebuild_from_type(function: Any, kind: Any, arguments: tuple[Any, ...], state: Any) -> torch.Tensor:
     """A tensor that had attributes of its own: the tensor without them."""
     if function not in _rebuild_functions():
-        raise pickle.UnpicklingError(f"a tensor made by {function!r}")
+        raise _Refused(f"a tensor made by {function!r}")
     return function(*arguments)
 
 
@@ -148,14 +152,14 @@ def _look_up(module: str, name: str) -> Any:
     for table in (_allowed, trusted):
         if (module, name) in table:
             return table[module, name]
-    raise pickle.UnpicklingError(f"{module}.{name}")
+    raise _Refused(f"{module}.{name}")
 
 
 def is_readable_class(cls: type) -> bool:
     """Whether this reader accepts objects of a class (a writer asks, to warn in time)."""
     try:
         _look_up(cls.__module__, cls.__qualname__)
-    except pickle.UnpicklingError:
+    except _Refused:
         return False
     return True
 
@@ -168,7 +172,7 @@ class _Unpickler(pickle._Unpickler):  # the C one offers no way to guard its opc
     def find_class(self, module: str, name: str) -> Any:
         try:
             found = _look_up(module, name)
-        except pickle.UnpicklingError:
+        except _Refused:
             if not DS_TRUST_CHECKPOINTS.get():
                 raise
             found = super().find_class(module, name)
@@ -179,17 +183,17 @@ class _Unpickler(pickle._Unpickler):  # the C one offers no way to guard its opc
         function = self.stack[-2]
         named = id(function) in self.__dict__.get("_callable_ids", ())
         if not named and not DS_TRUST_CHECKPOINTS.get():
-            raise pickle.UnpicklingError(f"a call of {function!r}")
+            raise _Refused(f"a call of {function!r}")
         super().load_reduce()
 
     def load_build(self) -> None:
         target = self.stack[-2]
         if isinstance(target, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
-            raise pickle.UnpicklingError(f"a change of {target!r}")
+            raise _Refused(f"a change of {target!r}")
         super().load_build()
 
     def load_bytearray8(self) -> None:
-        raise pickle.UnpicklingError("bytearray of a declared size")
+        raise _Refused("bytearray of a declared size")
 
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.BUILD[0]] = load_build
@@ -235,7 +239,7 @@ def load_file(path: str | os.PathLike[str], map_location: Any = "cpu", *, mmap: 
             weights_only=False,
             mmap=mmap and is_zip,
         )
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise DeepSpeedCheckpointError(
             explain(
                 f"{path} is refused, because reading it would run more than data",
@@ -245,8 +249,10 @@ def load_file(path: str | os.PathLike[str], map_location: Any = "cpu", *, mmap: 
                 f"or set {DS_TRUST_CHECKPOINTS.name}=1 to allow everything.",
             )
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise damaged(path, str(error)) from error
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def damaged(path: Path, why: str) -> DeepSpeedCheckpointError:
@@ -271,8 +277,8 @@ def _check_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             items = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise damaged(path, str(error)) from error
+    except Exception as error:  # zipfile raises what it likes
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
     size = path.stat().st_size
     for item in items:
         inside = item.filename.partition("/")[2]

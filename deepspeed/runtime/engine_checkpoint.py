@@ -359,7 +359,9 @@ class _Load:
     def _open_optimizer(self) -> SavedState | None:
         if self.engine.optimizer is None and not self.is_zero3:
             return None
-        if self._shard_name(0) is not None:
+        if self.model.get(Model.PARAM_SHAPES) is not None:
+            if self._shard_name(0) is None and not self.with_states:
+                return None
             self._check_version()
             return from_shards(self._open_shard, self.model[Model.PARAM_SHAPES])
         inline = self._inline()
