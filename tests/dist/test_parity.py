@@ -7,13 +7,19 @@ import os
 
 import pytest
 
+from deepspeed.ops.registry import use_isa
+
 from tests.helpers.parity import Cell, Run, compare, engine_run, grid, plain_run
 
 
 def both(rank: int, cell: Cell, ranks: int) -> tuple[Run, Run]:
-    os.environ["DS_CPU_ISA"] = "reference"
     os.environ["DS_LOWP_PRODUCTS"] = "0"
-    return engine_run(cell, rank, ranks), plain_run(cell, rank, ranks)
+    use_isa("reference")
+    try:
+        return engine_run(cell, rank, ranks), plain_run(cell, rank, ranks)
+    finally:
+        use_isa("auto")
+        del os.environ["DS_LOWP_PRODUCTS"]
 
 
 @pytest.mark.parametrize("cell", grid(), ids=str)

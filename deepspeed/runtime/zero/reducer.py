@@ -164,11 +164,6 @@ class Reducer:
             return
         self._sync = True
         self._start_round()
-        for bucket in self._buckets:
-            for index in bucket.indices:
-                param = bucket.group.params[index]
-                if param.grad is not None or id(param) in self._held:
-                    self._collect(bucket, index, param)
         self._finish_round()
         self._sync = self._unreduced = False
 
@@ -344,10 +339,20 @@ class Reducer:
 
     def _fill_missing(self, bucket: Bucket) -> None:
         if bucket.group.shard_axis.size == 1:
+            for index in bucket.indices:
+                if bucket.group.params[index].grad is not None:  # an instalment that came too late
+                    self._keep_whole(bucket.group, index, bucket.group.params[index])
             bucket.group.clear_unwritten()
             return
         for index in bucket.indices:
-            if index not in bucket.arrived:
+            param = bucket.group.params[index]
+            if index in bucket.arrived:
+                continue
+            if param.grad is not None or id(param) in self._held:
+                self._collect(
+                    bucket, index, param
+                )  # from an earlier micro-batch; this one did not use it
+            else:
                 self._bucket_view(bucket, index).zero_()
 
     def _slab_run(self, bucket: Bucket) -> torch.Tensor:
