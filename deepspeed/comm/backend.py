@@ -83,8 +83,8 @@ class SingleBackend(Backend):
         def run(*args: Any, **kwargs: Any) -> Any:
             if action is not None:
                 action(args[0], args[1])
-            # async_op is always True, False or absent: no verb has another boolean before it
-            return DONE if kwargs.get("async_op") or any(arg is True for arg in args[2:]) else None
+            flags = args[1:] if verb == "barrier" else args[2:]  # async_op is the one boolean there
+            return DONE if kwargs.get("async_op") or any(flag is True for flag in flags) else None
 
         return run
 
