@@ -363,13 +363,12 @@ def test_step_shard_scales_the_gradient_and_fills_the_copy(path, optimizer, low)
 
 
 @pytest.mark.parametrize("optimizer", ELEMENTWISE)
-def test_autograd_notices_the_change_of_a_saved_param(path, optimizer):
-    param = torch.nn.Parameter(torch.randn(3))
-    loss = (param * param).sum()
+def test_autograd_can_notice_the_change_of_a_saved_param(path, optimizer):
+    (param,) = params_of([(3,)])
+    before = param._version
     param.grad = torch.ones(3)
     optimizer([param]).step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    assert param._version > before
 
 
 @pytest.mark.parametrize("optimizer", [DeepSpeedCPUAdam, DeepSpeedCPULion, DeepSpeedCPUAdagrad])
