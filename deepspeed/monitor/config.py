@@ -15,9 +15,7 @@ class TensorBoardConfig(DeepSpeedConfigModel):
     """``tensorboard``: event files for TensorBoard."""
 
     enabled: bool = Field(default=False, description="Write TensorBoard event files.")
-    output_path: str = Field(
-        default="", description="Folder; empty means the working folder."
-    )
+    output_path: str = Field(default="", description="Folder; empty means the working folder.")
     job_name: str = Field(default="DeepSpeedJobName", description="Folder of this run inside it.")
 
 
@@ -25,9 +23,7 @@ class CSVConfig(DeepSpeedConfigModel):
     """``csv_monitor``: one CSV file a metric."""
 
     enabled: bool = Field(default=False, description="Write CSV files.")
-    output_path: str = Field(
-        default="", description="Folder; empty means the working folder."
-    )
+    output_path: str = Field(default="", description="Folder; empty means the working folder.")
     job_name: str = Field(default="DeepSpeedJobName", description="Folder of this run inside it.")
 
 

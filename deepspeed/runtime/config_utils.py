@@ -129,19 +129,25 @@ class DeepSpeedConfigModel(BaseModel):
 def _with_hints(cls: type[DeepSpeedConfigModel], error: ValidationError) -> ValidationError:
     """Name the nearest known key beside each unknown one. Nested models have done so themselves."""
     problems = error.errors(include_url=False)
-    if not any(p["type"] == "extra_forbidden" and len(p["loc"]) == 1 for p in problems):
+    if not any(_is_bare(problem) for problem in problems):
         return error
     details = []
     for problem in problems:
         text = problem["msg"]
-        if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+        if _is_bare(problem):
             key = str(problem["loc"][0])
             guess = nearest(key, cls.known_keys())
             hint = f"did you mean '{guess}'?" if guess else "no such key; remove it."
-            text = f"Extra inputs are not permitted: unknown key '{key}', {hint}"
+            text = f"{text}: unknown key '{key}', {hint}"
         kind = PydanticCustomError(problem["type"], _verbatim(text))
         details.append(InitErrorDetails(type=kind, loc=problem["loc"], input=problem["input"]))
     return ValidationError.from_exception_data(error.title, details)
+
+
+def _is_bare(problem: Any) -> bool:
+    """Tell whether pydantic itself reports an unknown key of this very model."""
+    own = problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1
+    return own and "unknown key" not in problem["msg"]
 
 
 def _verbatim(text: str) -> Any:

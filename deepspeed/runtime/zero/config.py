@@ -150,7 +150,7 @@ class DeepSpeedZeroConfig(DeepSpeedConfigModel):
         description="Params smaller than this stay whole on every rank (stage 3).",
     )
     model_persistence_threshold: int = Field(
-        default=pp_int(sys.maxsize, "sys.maxsize"),
+        default=sys.maxsize,
         ge=0,
         alias="stage3_model_persistence_threshold",
         description="At most so many elements stay whole (stage 3).",
