@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deepspeed.accelerator import product_functions as through
+from tests.helpers.launching import UNDER_WINE
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -240,6 +241,7 @@ def test_backward_runs_twice_over_a_kept_graph() -> None:
     assert torch.equal(x.grad, 2 * once)
 
 
+@pytest.mark.skipif(UNDER_WINE, reason="an error inside backward ends the process under Wine")
 def test_a_weight_changed_before_backward_is_an_error() -> None:
     w = torch.randn(4, 16).half().requires_grad_()
     out = through.linear(torch.randn(8, 16).half().requires_grad_(), w)
