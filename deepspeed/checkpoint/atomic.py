@@ -132,7 +132,9 @@ class Crew:
         errors = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(told) if text]
         if errors:
             raise DeepSpeedCheckpointError(
-                explain("the checkpoint was not completed, other ranks failed", got="; ".join(errors))
+                explain(
+                    "the checkpoint was not completed, other ranks failed", got="; ".join(errors)
+                )
             )
         return [value for _, value in told]
 
@@ -198,7 +200,13 @@ def checked_tag(tag: object) -> str:
     """
     text = str(tag)
     if problem := tag_problem(text):
-        raise ValueError(explain(f"unusable checkpoint tag, {problem}", got=repr(text), expected="a plain folder name"))
+        raise ValueError(
+            explain(
+                f"unusable checkpoint tag, {problem}",
+                got=repr(text),
+                expected="a plain folder name",
+            )
+        )
     return text
 
 
@@ -240,7 +248,9 @@ def publish(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     entries = [Entry(**fields) for fields_of_rank in written for fields in fields_of_rank]
-    crew.together(lambda: _publish(save_dir, tag, final, partial, entries, latest) if crew.leads else None)
+    crew.together(
+        lambda: _publish(save_dir, tag, final, partial, entries, latest) if crew.leads else None
+    )
     return final
 
 
@@ -259,7 +269,9 @@ def _beside(path: Path, suffix: str) -> Path:
 
 def _prepare(final: Path, partial: Path, needed: int) -> None:
     disk.make_folder(final.parent)
-    folders = [path for path in sorted(final.parent.iterdir()) if path.is_dir() and not path.is_symlink()]
+    folders = [
+        path for path in sorted(final.parent.iterdir()) if path.is_dir() and not path.is_symlink()
+    ]
     for folder in folders:
         replaced = folder.with_name(folder.name.removesuffix(REPLACED_SUFFIX))
         if folder != replaced and not replaced.exists() and _is_complete(folder):
@@ -280,7 +292,7 @@ def _prepare(final: Path, partial: Path, needed: int) -> None:
             ),
         )
     disk.make_folder(partial)
-    write_small(partial / PARTIAL_MARK, f"{socket.gethostname()} {os.getpid()}".encode())
+    write_small(partial / PARTIAL_MARK, f"{socket.gethostname()} {os.getpid()}\n".encode())
 
 
 def _is_complete(folder: Path) -> bool:
@@ -292,7 +304,9 @@ def _is_complete(folder: Path) -> bool:
 def _is_leftover(folder: Path, partial: Path) -> bool:
     if folder.name.endswith(REPLACED_SUFFIX):
         replaced_by = folder.with_name(folder.name.removesuffix(REPLACED_SUFFIX))
-        return (folder / PARTIAL_MARK).exists() or (replaced_by / MANIFEST).exists() and (folder / MANIFEST).exists()
+        return (folder / PARTIAL_MARK).exists() or (
+            (replaced_by / MANIFEST).exists() and (folder / MANIFEST).exists()
+        )
     if not folder.name.endswith(PARTIAL_SUFFIX):
         return False
     mark = folder / PARTIAL_MARK
@@ -303,9 +317,12 @@ def _is_leftover(folder: Path, partial: Path) -> bool:
 def _is_being_written(mark: Path) -> bool:
     """Whether the process that made a partial folder may still be at work on it."""
     try:
-        host, pid = mark.read_text(encoding="utf-8").split()
+        text = mark.read_text(encoding="utf-8")
+        host, pid = text.split()
         age = time.time() - mark.stat().st_mtime
     except (OSError, ValueError):
+        return False
+    if not text.endswith("\n"):  # killed while it wrote this
         return False
     if host != socket.gethostname():
         return age < _FOREIGN_PARTIAL_SECONDS
@@ -315,9 +332,16 @@ def _is_being_written(mark: Path) -> bool:
 
 
 def _publish(
-    save_dir: Path, tag: str, final: Path, partial: Path, entries: Sequence[Entry], latest: str | None
+    save_dir: Path,
+    tag: str,
+    final: Path,
+    partial: Path,
+    entries: Sequence[Entry],
+    latest: str | None,
 ) -> None:
-    files = {e.name: {"size": e.size, "sha256": e.sha256} for e in entries if (partial / e.name).exists()}
+    files = {
+        e.name: {"size": e.size, "sha256": e.sha256} for e in entries if (partial / e.name).exists()
+    }
     manifest = {"format": 1, "tag": tag, "files": dict(sorted(files.items()))}
     write_small(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
     disk.remove(partial / PARTIAL_MARK)
@@ -352,7 +376,10 @@ def _persist(action: Callable[[], object]) -> None:
             action()
             return
         except OSError as error:
-            if getattr(error, "winerror", None) not in _SHARING_ERRORS or time.monotonic() > deadline:
+            if (
+                getattr(error, "winerror", None) not in _SHARING_ERRORS
+                or time.monotonic() > deadline
+            ):
                 raise
         time.sleep(pause)
         pause = min(2 * pause, 0.5)

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-_EXPERT_KEY = re.compile(r"(?P<layer>.+)\.deepspeed_moe\.experts\.deepspeed_experts\.(?P<expert>\d+)\.(?P<param>.+)")
+_EXPERT_KEY = re.compile(
+    r"(?P<layer>.+)\.deepspeed_moe\.experts\.deepspeed_experts\.(?P<expert>\d+)\.(?P<param>.+)"
+)
 
 
 def module_state(
@@ -84,12 +86,18 @@ def split_experts(
     return rest, experts
 
 
-def local_expert_state(state: Mapping[str, Any], first_expert: Callable[[str], int]) -> OrderedDict[str, Any]:
+def local_expert_state(
+    state: Mapping[str, Any], first_expert: Callable[[str], int]
+) -> OrderedDict[str, Any]:
     """The state of an expert's file with local numbers in its keys."""
     local: OrderedDict[str, Any] = OrderedDict()
     for key, value in state.items():
         match = _EXPERT_KEY.fullmatch(key)
-        local[_renumbered(match, int(match["expert"]) - first_expert(match["layer"])) if match else key] = value
+        local[
+            _renumbered(match, int(match["expert"]) - first_expert(match["layer"]))
+            if match
+            else key
+        ] = value
     return local
 
 

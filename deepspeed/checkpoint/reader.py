@@ -20,7 +20,7 @@ import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -65,7 +65,9 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _rebuild_from_type(function: Any, kind: Any, arguments: tuple[Any, ...], state: Any) -> torch.Tensor:
+def _rebuild_from_type(
+    function: Any, kind: Any, arguments: tuple[Any, ...], state: Any
+) -> torch.Tensor:
     """A tensor that had attributes of its own: the tensor without them."""
     if function not in _rebuild_functions():
         raise _Refused(f"a tensor made by {function!r}")
@@ -73,7 +75,12 @@ def _rebuild_from_type(function: Any, kind: Any, arguments: tuple[Any, ...], sta
 
 
 def _rebuild_functions() -> tuple[Any, ...]:
-    names = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_sparse_tensor")
+    names = (
+        "_rebuild_tensor",
+        "_rebuild_tensor_v2",
+        "_rebuild_parameter",
+        "_rebuild_sparse_tensor",
+    )
     return tuple(getattr(torch._utils, name) for name in names)
 
 
@@ -102,7 +109,20 @@ def _harmless() -> dict[tuple[str, str], Any]:
         ("deepspeed.checkpoint.universal_checkpoint", "SubparamShape"): Record,
     }
     for module in ("builtins", "__builtin__"):
-        for kind in (set, frozenset, complex, list, dict, tuple, int, float, bool, str, slice, range):
+        for kind in (
+            set,
+            frozenset,
+            complex,
+            list,
+            dict,
+            tuple,
+            int,
+            float,
+            bool,
+            str,
+            slice,
+            range,
+        ):
             table[module, kind.__name__] = kind
         table[module, "bytearray"] = _bytearray
     table |= {("torch._utils", function.__name__): function for function in _rebuild_functions()}
@@ -119,7 +139,10 @@ def _numpy_names() -> dict[tuple[str, str], Any]:
 
     core = getattr(numpy, "_core", None) or numpy.core
     named = {"_reconstruct": core.multiarray._reconstruct, "scalar": core.multiarray.scalar}
-    table: dict[tuple[str, str], Any] = {("numpy", "ndarray"): numpy.ndarray, ("numpy", "dtype"): numpy.dtype}
+    table: dict[tuple[str, str], Any] = {
+        ("numpy", "ndarray"): numpy.ndarray,
+        ("numpy", "dtype"): numpy.dtype,
+    }
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         table |= {(module, name): value for name, value in named.items()}
     if frombuffer := getattr(core.numeric, "_frombuffer", None):
@@ -167,7 +190,7 @@ def is_readable_class(cls: type) -> bool:
 class _Unpickler(pickle._Unpickler):  # the C one offers no way to guard its opcodes
     """Executes a pickle whose globals are all harmless."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -188,7 +211,9 @@ class _Unpickler(pickle._Unpickler):  # the C one offers no way to guard its opc
 
     def load_build(self) -> None:
         target = self.stack[-2]
-        if isinstance(target, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
+        if isinstance(
+            target, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+        ):
             raise _Refused(f"a change of {target!r}")
         super().load_build()
 
@@ -338,7 +363,9 @@ class Folder:
         if not path.is_file():
             raise damaged(path, "no such file, but the manifest lists it")
         if path.stat().st_size != entry["size"]:
-            raise damaged(path, f"{path.stat().st_size} bytes where the manifest says {entry['size']}")
+            raise damaged(
+                path, f"{path.stat().st_size} bytes where the manifest says {entry['size']}"
+            )
         if _sha256(path) != entry["sha256"]:
             raise damaged(path, "content that differs from what was saved (its hash is another)")
         self._checked.add(name)
@@ -349,7 +376,9 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {str(n): {"size": int(e["size"]), "sha256": str(e["sha256"])} for n, e in files.items()}
+        return {
+            str(n): {"size": int(e["size"]), "sha256": str(e["sha256"])} for n, e in files.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, str(error)) from error
 

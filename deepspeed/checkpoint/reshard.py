@@ -142,11 +142,15 @@ def from_shards(
         scaler=scaler_numbers(head),
         stage=stage,
         world=layouts[0].world,
-        open_shard=lambda rank: _shard_slots(open_dict(rank), [layout.shard_numel for layout in layouts]),
+        open_shard=lambda rank: _shard_slots(
+            open_dict(rank), [layout.shard_numel for layout in layouts]
+        ),
     )
 
 
-def from_inline(saved: Mapping[str, Any], names: Sequence[Sequence[str]], shapes: Mapping[str, torch.Size]) -> SavedState:
+def from_inline(
+    saved: Mapping[str, Any], names: Sequence[Sequence[str]], shapes: Mapping[str, torch.Size]
+) -> SavedState:
     """See the optimizer that a stage 0 model file carries as one state.
 
     Args:
@@ -177,7 +181,9 @@ def scaler_numbers(saved: Mapping[str, Any]) -> dict[str, Any]:
         kept = vars(saved[Zero.LOSS_SCALER])
     if kept is None:
         kept = {"dynamic": saved.get(Zero.DYNAMIC_LOSS_SCALE, False), **saved}
-    return {key: kept[key] for key in SCALER_FIELDS if isinstance(kept.get(key), (bool, int, float))}
+    return {
+        key: kept[key] for key in SCALER_FIELDS if isinstance(kept.get(key), (bool, int, float))
+    }
 
 
 def _zero12_layouts(
@@ -190,7 +196,9 @@ def _zero12_layouts(
     if not len(worlds) == len(masters) == len(shapes):
         raise _contradiction(f"{len(masters)} flat groups", f"{len(shapes)} groups of shapes")
     layouts, names = [], []
-    for group, world, padding, master, tail in zip(shapes, worlds, paddings, masters, tails, strict=True):
+    for group, world, padding, master, tail in zip(
+        shapes, worlds, paddings, masters, tails, strict=True
+    ):
         numels, in_order = _padded(group, padding)
         layout = Layout.contiguous(numels, world)
         held = master.numel()
@@ -224,17 +232,27 @@ def _zero3_layouts(
     world = max(world) if isinstance(world, list) else world
     pairs = [(name, torch.Size(shape).numel()) for group in shapes for name, shape in group.items()]
     layouts, names = [], []
-    for flat in flats:  # sub-groups are cut from the parameters in order, wherever their sizes add up
+    for (
+        flat
+    ) in flats:  # sub-groups are cut from the parameters in order, wherever their sizes add up
         held, taken = 0, []
-        while pairs and held + -(-pairs[0][1] // world) <= flat.numel() and (held < flat.numel() or pairs[0][1] == 0):
+        while (
+            pairs
+            and held + -(-pairs[0][1] // world) <= flat.numel()
+            and (held < flat.numel() or pairs[0][1] == 0)
+        ):
             taken.append(pairs.pop(0))
             held += -(-taken[-1][1] // world)
         if held != flat.numel():
-            raise _contradiction(f"a sub-group of {flat.numel()} elements", f"{held} of whole parameters")
+            raise _contradiction(
+                f"a sub-group of {flat.numel()} elements", f"{held} of whole parameters"
+            )
         layouts.append(Layout.per_param([numel for _, numel in taken], world))
         names.append([name for name, _ in taken])
     if pairs:
-        raise _contradiction(f"shapes for {len(pairs)} more parameters", "as many as the shards hold")
+        raise _contradiction(
+            f"shapes for {len(pairs)} more parameters", "as many as the shards hold"
+        )
     return layouts, names
 
 
@@ -261,11 +279,15 @@ def _hyper_by_name(
     `params` of a saved group are indices of flat groups, or with `by_param` of single parameters in group order.
     """
     groups = inner.get("param_groups", []) if isinstance(inner, Mapping) else []
-    units: list[Sequence[str]] = [[name] for group in names for name in group] if by_param else list(names)
+    units: list[Sequence[str]] = (
+        [[name] for group in names for name in group] if by_param else list(names)
+    )
     found = {}
     for number, group in enumerate(groups):
         options = {key: value for key, value in group.items() if key != "params"}
-        indices = [i for i in group.get("params", [number]) if isinstance(i, int) and i < len(units)]
+        indices = [
+            i for i in group.get("params", [number]) if isinstance(i, int) and i < len(units)
+        ]
         found.update((name, options) for i in indices for name in units[i])
     return found
 
@@ -290,7 +312,9 @@ def _slot(state: Mapping[str, Any], *flat_numels: int) -> Slot:
     """Tell the element-wise entries of a torch optimizer's state from the numbers."""
     slot = Slot({})
     for key, value in state.items():
-        element_wise = isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() in flat_numels
+        element_wise = (
+            isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() in flat_numels
+        )
         if element_wise:
             slot.tensors[key] = value.detach().reshape(-1)
         else:

@@ -15,7 +15,19 @@ from ..utils.logging import logger
 from .atomic import Entry, HashedFile
 from .reader import is_readable_class
 
-_LEAVES = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device, torch.Size)
+_LEAVES = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
 _SLACK = 0.9
 """A tensor is copied out of its storage before writing when the file's tensors cover less than this share of it."""
 
@@ -102,7 +114,9 @@ def _walk(value: Any) -> Iterator[Any]:
         for item in value:
             yield from _walk(item)
     elif not isinstance(value, (torch.Tensor, type)) and type(value) not in _LEAVES:
-        yield from (part for item in getattr(value, "__dict__", {}).values() for part in _walk(item))
+        yield from (
+            part for item in getattr(value, "__dict__", {}).values() for part in _walk(item)
+        )
 
 
 def tensor_bytes(value: Any) -> int:

@@ -12,7 +12,7 @@ import torch
 from deepspeed.accelerator.lowp_products import products_context
 from deepspeed.utils.logging import set_log_level_from_string
 
-from . import build, engine_checkpoint, module_prep
+from . import build, engine_checkpoint, engine_load, module_prep
 from .backward import BackwardWatch
 from .clock import AccumulationClock
 from .engine_accessors import ConfigAccessors
@@ -55,8 +55,8 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         dont_change_device: bool = False,
     ) -> None:
         super().__init__()
-        self._config = build.accept(config_class)
-        self.config = config
+        self._config = build.accept(config_class, optimizer, lr_scheduler)
+        self.config = config if isinstance(config, dict) else self._config._param_dict
         self.mpu, self.mesh_device = mpu, mesh_device
         self.client_optimizer, self.client_lr_scheduler = optimizer, lr_scheduler
         self.training_data, self.collate_fn = training_data, collate_fn
@@ -384,7 +384,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         custom_load_fn: Any = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Load what `save_checkpoint` saved; `(None, None)` where there is nothing."""
-        return engine_checkpoint.load_checkpoint(
+        return engine_load.load_checkpoint(
             self,
             load_dir,
             tag,
@@ -426,7 +426,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         self, checkpoint: dict[str, Any], strict: bool = True, **options: Any
     ) -> None:
         """Load `checkpoint['module']` into the module."""
-        engine_checkpoint.load_module_state_dict(self, checkpoint, strict=strict, **options)
+        engine_load.load_module_state_dict(self, checkpoint, strict=strict, **options)
 
     # - compilation and lifetime
 

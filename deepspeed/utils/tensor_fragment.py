@@ -19,7 +19,7 @@ from .errors import explain
 
 
 @dataclass
-class fragment_address:  # noqa: N801 - public name
+class fragment_address:
     """A run of a flat tensor."""
 
     numel: int
@@ -27,7 +27,7 @@ class fragment_address:  # noqa: N801 - public name
 
 
 @dataclass
-class tensor_fragment:  # noqa: N801 - public name
+class tensor_fragment:
     """This rank's part of one parameter.
 
     Attributes:
@@ -79,7 +79,9 @@ def _own_runs(group: Any, param: torch.Tensor) -> Iterator[_Run]:
                 yield _Run(part, start, segment.param_start + offset, length)
 
 
-def _gathered(param: torch.Tensor, group: Any, values: Callable[[Any], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _gathered(
+    param: torch.Tensor, group: Any, values: Callable[[Any], torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
     """The whole of a state of `param`, on every rank: what each rank holds, zero elsewhere, summed."""
     whole = torch.zeros(param.numel(), dtype=dtype, device=param.device)
     for run in _own_runs(group, param):
@@ -90,11 +92,17 @@ def _gathered(param: torch.Tensor, group: Any, values: Callable[[Any], torch.Ten
 
 
 @torch.no_grad()
-def _scatter(param: torch.Tensor, group: Any, values: Callable[[Any], torch.Tensor], value: torch.Tensor) -> None:
+def _scatter(
+    param: torch.Tensor, group: Any, values: Callable[[Any], torch.Tensor], value: torch.Tensor
+) -> None:
     """Write the elements of `value` that this rank holds."""
     if value.shape != param.shape:
         raise ValueError(
-            explain("a value of another shape", got=tuple(value.shape), expected=f"the parameter's {tuple(param.shape)}")
+            explain(
+                "a value of another shape",
+                got=tuple(value.shape),
+                expected=f"the parameter's {tuple(param.shape)}",
+            )
         )
     source = value.detach().reshape(-1)
     for run in _own_runs(group, param):
@@ -168,7 +176,9 @@ def safe_set_full_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> 
         param.data.copy_(value)
 
 
-def safe_set_full_optimizer_state(param: torch.nn.Parameter, value: torch.Tensor, optim_state_key: str) -> None:
+def safe_set_full_optimizer_state(
+    param: torch.nn.Parameter, value: torch.Tensor, optim_state_key: str
+) -> None:
     """Set an optimizer state of the parameter; every rank gives the same whole tensor.
 
     Raises:
@@ -179,7 +189,11 @@ def safe_set_full_optimizer_state(param: torch.nn.Parameter, value: torch.Tensor
         return
     values = _state_of(param, group, optim_state_key)
     if values is None:
-        raise KeyError(explain("the optimizer keeps no such state", got=optim_state_key, fix="Take a step first."))
+        raise KeyError(
+            explain(
+                "the optimizer keeps no such state", got=optim_state_key, fix="Take a step first."
+            )
+        )
     _scatter(param, group, values, value)
 
 
@@ -216,7 +230,9 @@ def safe_get_local_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     return _of_stage3(param, "get_local_fp32_grad_for_param")
 
 
-def safe_get_local_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
+def safe_get_local_optimizer_state(
+    param: torch.nn.Parameter, optim_state_key: str
+) -> torch.Tensor | None:
     """This rank's shard of an optimizer state under ZeRO-3; None below."""
     return _of_stage3(param, "get_local_fp32_param", optim_state_key)
 
@@ -231,7 +247,9 @@ def safe_set_local_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     _of_stage3(param, "set_local_grad_for_param", value)
 
 
-def safe_set_local_optimizer_state(param: torch.nn.Parameter, value: torch.Tensor, optim_state_key: str) -> None:
+def safe_set_local_optimizer_state(
+    param: torch.nn.Parameter, value: torch.Tensor, optim_state_key: str
+) -> None:
     """Set this rank's shard of an optimizer state under ZeRO-3; nothing below."""
     _of_stage3(param, "set_local_hp_param", value, optim_state_key)
 
@@ -268,7 +286,11 @@ def get_hp_fragment_mapping(param: torch.nn.Parameter) -> tensor_fragment | None
 
 def get_full_hp_param(self: torch.nn.Parameter, optim_state_key: str | None = None) -> Any:
     """The master weight, or an optimizer state; bound to parameters by `link_hp_params`."""
-    return safe_get_full_fp32_param(self) if optim_state_key is None else safe_get_full_optimizer_state(self, optim_state_key)
+    return (
+        safe_get_full_fp32_param(self)
+        if optim_state_key is None
+        else safe_get_full_optimizer_state(self, optim_state_key)
+    )
 
 
 def get_full_hp_grad(self: torch.nn.Parameter) -> torch.Tensor | None:
@@ -276,7 +298,9 @@ def get_full_hp_grad(self: torch.nn.Parameter) -> torch.Tensor | None:
     return safe_get_full_grad(self)
 
 
-def set_full_hp_param(self: torch.nn.Parameter, value: torch.Tensor, optim_state_key: str | None = None) -> None:
+def set_full_hp_param(
+    self: torch.nn.Parameter, value: torch.Tensor, optim_state_key: str | None = None
+) -> None:
     """Set the master weight, or an optimizer state; bound to parameters by `link_hp_params`."""
     if optim_state_key is None:
         safe_set_full_fp32_param(self, value)

@@ -69,11 +69,17 @@ class _Unpickler(pickle.Unpickler):
             return int
         if (module, name) in _INERT:
             return _Inert
-        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"):
+        if module == "torch._utils" and name in (
+            "_rebuild_tensor",
+            "_rebuild_tensor_v2",
+            "_rebuild_parameter",
+        ):
             return getattr(torch._utils, name)
         if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
             return _rebuild
-        if module == "torch" and (name in ("Size", "device") or isinstance(getattr(torch, name, None), torch.dtype)):
+        if module == "torch" and (
+            name in ("Size", "device") or isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return getattr(torch, name)
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
@@ -96,7 +102,11 @@ _PLAIN: dict[tuple[str, str], Any] = {
 
 
 def _rebuild(function: Any, kind: Any, arguments: Any, state: Any) -> torch.Tensor:
-    if function not in (torch._utils._rebuild_tensor, torch._utils._rebuild_tensor_v2, torch._utils._rebuild_parameter):
+    if function not in (
+        torch._utils._rebuild_tensor,
+        torch._utils._rebuild_tensor_v2,
+        torch._utils._rebuild_parameter,
+    ):
         raise pickle.UnpicklingError(f"a tensor made by {function!r}")
     return function(*arguments)
 
@@ -110,12 +120,18 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError:
         pass  # written by a version that pickled objects of its own
     module = types.SimpleNamespace(
-        __name__="zero_to_fp32", Unpickler=_Unpickler, load=lambda file, **options: _Unpickler(file, **options).load()
+        __name__="zero_to_fp32",
+        Unpickler=_Unpickler,
+        load=lambda file, **options: _Unpickler(file, **options).load(),
     )
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=False, pickle_module=module, mmap=is_zip)
+        return torch.load(
+            str(path), map_location="cpu", weights_only=False, pickle_module=module, mmap=is_zip
+        )
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: it holds more than tensors and plain containers ({error})") from error
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors and plain containers ({error})"
+        ) from error
 
 
 def _check_manifest(folder: Path, files: list[Path]) -> None:
@@ -135,7 +151,9 @@ def _check_manifest(folder: Path, files: list[Path]) -> None:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
         if file.stat().st_size != entry["size"] or digest.hexdigest() != entry["sha256"]:
-            raise ValueError(f"{file} is damaged: its size or content differs from what was saved; use another tag")
+            raise ValueError(
+                f"{file} is damaged: its size or content differs from what was saved; use another tag"
+            )
 
 
 def natural_keys(text: str) -> list[int | str]:
@@ -171,7 +189,11 @@ def get_model_state_file(checkpoint_dir: str | os.PathLike[str], zero_stage: int
     Raises:
         FileNotFoundError: there is none.
     """
-    name = "mp_rank_00_model_states.pt" if int(zero_stage) <= 2 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    name = (
+        "mp_rank_00_model_states.pt"
+        if int(zero_stage) <= 2
+        else "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    )
     path = Path(checkpoint_dir) / name
     if not path.exists():
         raise FileNotFoundError(f"can't find the model states '{path}'")
@@ -203,10 +225,14 @@ class Weight:
         whole = torch.empty(self.numel(), dtype=torch.float32)
         done = 0
         for source, start, length in self._runs:
-            whole.narrow(0, done, length).copy_(source.detach().reshape(-1).narrow(0, start, length))
+            whole.narrow(0, done, length).copy_(
+                source.detach().reshape(-1).narrow(0, start, length)
+            )
             done += length
         if done != whole.numel():
-            raise ValueError(f"{done} elements saved where a shape of {tuple(self.shape)} needs {whole.numel()}")
+            raise ValueError(
+                f"{done} elements saved where a shape of {tuple(self.shape)} needs {whole.numel()}"
+            )
         return whole.view(self.shape)
 
 
@@ -218,7 +244,12 @@ def _tag_folder(checkpoint_dir: str | os.PathLike[str], tag: str | None) -> Path
             raise ValueError(f"Unable to find '{LATEST}' file at {latest}; pass tag")
         tag = latest.read_text(encoding="utf-8").strip()
     folder = root / tag
-    if not tag or ".." in Path(tag).parts or folder.is_absolute() != root.is_absolute() or root not in folder.parents:
+    if (
+        not tag
+        or ".." in Path(tag).parts
+        or folder.is_absolute() != root.is_absolute()
+        or root not in folder.parents
+    ):
         raise ValueError(f"the tag {tag!r} does not name a folder in {root}")
     aside = folder.with_name(folder.name + REPLACED_SUFFIX)
     if not folder.is_dir() and aside.is_dir():
@@ -240,7 +271,9 @@ def _weights(folder: Path, exclude_frozen: bool) -> OrderedDict[str, Weight]:
     count = shards[0][PARTITION_COUNT]
     world = max(count) if isinstance(count, list) else count
     if world != len(shards):
-        raise ValueError(f"Expected {world} of '*_optim_states.pt' under '{folder}' but found {len(shards)} files.")
+        raise ValueError(
+            f"Expected {world} of '*_optim_states.pt' under '{folder}' but found {len(shards)} files."
+        )
     models = [_load(file) for file in (model_files if stage == 3 else model_files[:1])]
     weights: OrderedDict[str, Weight] = OrderedDict()
     for name in models[0][BUFFER_NAMES]:
@@ -255,7 +288,7 @@ def _weights(folder: Path, exclude_frozen: bool) -> OrderedDict[str, Weight]:
         for name, value in models[0][MODULE].items():
             if name not in weights and name not in shared:
                 weights[name] = _of_tensor(value)
-    for alias, name in (shared.items() if isinstance(shared, Mapping) else shared):
+    for alias, name in shared.items() if isinstance(shared, Mapping) else shared:
         if name in weights:
             weights[alias] = weights[name]
     return weights
@@ -288,7 +321,9 @@ def _split_flat(shapes: list[Mapping[str, Any]], shards: list[Any]) -> Iterator[
         for rank, flat in enumerate(flats[:world]):
             needed = max(0, min(piece, total - rank * piece))
             if not needed <= flat.numel() <= piece:
-                raise ValueError(f"group {group}, rank {rank}: {flat.numel()} elements where {needed} are needed")
+                raise ValueError(
+                    f"group {group}, rank {rank}: {flat.numel()} elements where {needed} are needed"
+                )
         start = 0
         for (name, shape), gap in zip(names.items(), gaps, strict=True):
             numel = torch.Size(shape).numel()
@@ -296,7 +331,9 @@ def _split_flat(shapes: list[Mapping[str, Any]], shards: list[Any]) -> Iterator[
             start += numel + gap
 
 
-def _cut(flats: list[torch.Tensor], piece: int, start: int, numel: int) -> Iterator[tuple[torch.Tensor, int, int]]:
+def _cut(
+    flats: list[torch.Tensor], piece: int, start: int, numel: int
+) -> Iterator[tuple[torch.Tensor, int, int]]:
     end = start + numel
     while start < end:
         rank, offset = divmod(start, piece)
@@ -329,7 +366,9 @@ def _split_each(shapes: list[Mapping[str, Any]], shards: list[Any]) -> Iterator[
     held = sum(sizes)
     wanted = sum(-(-torch.Size(s).numel() // world) for names in shapes for s in names.values())
     if held != wanted:
-        raise ValueError(f"consumed {wanted * world} numels out of {held * world} - something is wrong")
+        raise ValueError(
+            f"consumed {wanted * world} numels out of {held * world} - something is wrong"
+        )
 
 
 # - the public functions
@@ -472,13 +511,23 @@ def _write_safetensors(path: Path, weights: Mapping[str, Weight]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Turn the shards of a ZeRO checkpoint into fp32 weights.")
-    parser.add_argument("checkpoint_dir", help="folder with the file 'latest', e.g. path/checkpoint-12")
+    parser = argparse.ArgumentParser(
+        description="Turn the shards of a ZeRO checkpoint into fp32 weights."
+    )
+    parser.add_argument(
+        "checkpoint_dir", help="folder with the file 'latest', e.g. path/checkpoint-12"
+    )
     parser.add_argument("output_dir", help="folder that receives the weights")
-    parser.add_argument("--max_shard_size", default="5GB", help="split the output above this size (default 5GB)")
+    parser.add_argument(
+        "--max_shard_size", default="5GB", help="split the output above this size (default 5GB)"
+    )
     parser.add_argument("--safe_serialization", action="store_true", help="write safetensors")
-    parser.add_argument("-t", "--tag", default=None, help="tag to use instead of the one that 'latest' names")
-    parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave frozen parameters out")
+    parser.add_argument(
+        "-t", "--tag", default=None, help="tag to use instead of the one that 'latest' names"
+    )
+    parser.add_argument(
+        "--exclude_frozen_parameters", action="store_true", help="leave frozen parameters out"
+    )
     parser.add_argument("-d", "--debug", action="store_true", help="show where an error came from")
     options = parser.parse_args(arguments)
     try:

@@ -36,7 +36,9 @@ class Net(torch.nn.Module):
         return torch.nn.functional.cross_entropy(self.out(self.head(hidden)).float(), y)
 
 
-def config(stage: int, dtype: str, zero: dict[str, Any] | None = None, adam: dict[str, Any] | None = None) -> dict[str, Any]:
+def config(
+    stage: int, dtype: str, zero: dict[str, Any] | None = None, adam: dict[str, Any] | None = None
+) -> dict[str, Any]:
     made: dict[str, Any] = {
         "train_batch_size": 8,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, **(adam or {"torch_adam": True})}},
@@ -66,7 +68,9 @@ def engine(stage: int, dtype: str, *, seed: int = 0, frozen: bool = False, **opt
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return deepspeed.initialize(model=model, model_parameters=groups, config=config(stage, dtype, **options))[0]
+    return deepspeed.initialize(
+        model=model, model_parameters=groups, config=config(stage, dtype, **options)
+    )[0]
 
 
 def train(engine: Any, first: int, last: int, rank: int = 0, ranks: int = 1) -> list[float]:
@@ -86,7 +90,10 @@ def train(engine: Any, first: int, last: int, rank: int = 0, ranks: int = 1) -> 
 
 def state_of(engine: Any) -> dict[str, torch.Tensor]:
     """Weights, masters and moments by name, whole (collective)."""
-    from deepspeed.utils.tensor_fragment import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils.tensor_fragment import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+    )
 
     found = {}
     for param, name in engine.param_names.items():
@@ -96,8 +103,14 @@ def state_of(engine: Any) -> dict[str, torch.Tensor]:
             states = engine.optimizer.state.get(param, {})
         else:
             found[f"{name}.master"] = master
-            states = {key: safe_get_full_optimizer_state(param, key) for key in ("exp_avg", "exp_avg_sq")}
-        found.update((f"{name}.{key}", value.clone()) for key, value in states.items() if key.startswith("exp_avg"))
+            states = {
+                key: safe_get_full_optimizer_state(param, key) for key in ("exp_avg", "exp_avg_sq")
+            }
+        found.update(
+            (f"{name}.{key}", value.clone())
+            for key, value in states.items()
+            if key.startswith("exp_avg")
+        )
     return found
 
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 # over 500 lines, never over 700
-LONG_FILES: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {
+    "deepspeed/utils/zero_to_fp32.py": "stands alone beside checkpoints, so it can import nothing of ours",
+}
 
 # over 60 lines, never over 90
 LONG_FUNCTIONS: dict[str, str] = {}
@@ -15,10 +17,14 @@ WIDE_CLASSES: dict[str, str] = {
     "deepspeed/accelerator/cpu_accelerator.py:CPU_Accelerator": "the public interface",
     "deepspeed/accelerator/cuda_accelerator.py:CUDA_Accelerator": "the public interface",
     "deepspeed/comm/torch.py:TorchBackend": "one method for each public verb",
+    "deepspeed/runtime/engine.py:DeepSpeedEngine": "the public engine",
+    "deepspeed/runtime/engine_accessors.py:ConfigAccessors": "the public engine's getters",
 }
 
 # over 8 params: signatures that the public contract or torch fixes
 WIDE_SIGNATURES: dict[str, str] = {
+    "deepspeed/__init__.py:initialize": "public signature",
+    "deepspeed/runtime/engine.py:DeepSpeedEngine.__init__": "public constructor",
     "deepspeed/comm/comm.py:init_distributed": "public signature",
     "deepspeed/moe/gating.py:top1gating": "public signature",
     "deepspeed/moe/layer.py:MoE.__init__": "public constructor",

@@ -29,8 +29,10 @@ BUDGET = {
     "deepspeed/comm": 1900,
     "deepspeed/ops": 2600,
     "deepspeed/runtime/engine.py deepspeed/runtime/engine_accessors.py": 920,
-    "deepspeed/runtime/engine_checkpoint.py": 330,
-    "deepspeed/runtime/build.py deepspeed/runtime/optimizers.py": 450,
+    # every rule of loading: three stages, two wrappers, older names, experts, any number of ranks
+    "deepspeed/runtime/engine_checkpoint.py deepspeed/runtime/engine_load.py": 620,
+    # requests are refused here, in words: more than half of it is messages
+    "deepspeed/runtime/build.py deepspeed/runtime/optimizers.py": 560,
     "deepspeed/runtime/clock.py deepspeed/runtime/observers.py": 320,
     "deepspeed/runtime/backward.py deepspeed/runtime/drivers.py deepspeed/runtime/module_prep.py": 500,
     "deepspeed/runtime/precision.py deepspeed/runtime/fp16": 414,
@@ -40,13 +42,15 @@ BUDGET = {
     "deepspeed/runtime/dataloader.py": 200,
     "deepspeed/runtime/base_optimizer.py deepspeed/runtime/utils.py": 350,
     "deepspeed/runtime/zero": 4490,
-    "deepspeed/checkpoint": 1400,
+    # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned
+    "deepspeed/checkpoint": 2000,
     "deepspeed/moe": 1100,
     "deepspeed/monitor": 400,
     "deepspeed/elasticity": 400,
     # job objects, process groups and signals of two systems take more than the design's 1,050
     "deepspeed/launcher": 1700,  # with process families, Windows jobs and six backends of several nodes
-    "tests": 9000,
+    # tables of facts for every key, rule and op; the design counted the first wave only
+    "tests": 20000,
 }
 HEADROOM = 1.2
 SUFFIXES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".c", ".toml", ".md", ".bat", ""}

@@ -45,7 +45,8 @@ def state_dict(optimizer: ZeroOptimizer) -> dict[str, Any]:
     masters = [_joined([part.master for part in group.parts]) for group in groups]
     if not keep_padding:
         masters = [
-            flat[: flat.numel() - group.padding] for flat, group in zip(masters, groups, strict=True)
+            flat[: flat.numel() - group.padding]
+            for flat, group in zip(masters, groups, strict=True)
         ]
     return {
         Zero.LOSS_SCALER_STATE: _scaler_state(optimizer),
@@ -90,7 +91,8 @@ def _wrapper_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
     else:
         saved[Zero.INNER] = _inner_state_by_param(optimizer)
         saved[Zero.WRAPPER_LISTS] = [
-            _split(group, _joined([part.master for part in group.parts])) for group in optimizer.groups
+            _split(group, _joined([part.master for part in group.parts]))
+            for group in optimizer.groups
         ]
     return saved
 
@@ -123,7 +125,9 @@ def _group_state(optimizer: ZeroOptimizer, group: ShardGroup) -> dict[str, Any]:
     saved = {}
     for key, value in states[0].items():
         values = [state[key] for state in states]
-        saved[key] = _joined(values) if _is_element_wise(value, group.parts[0].length) else plain(value)
+        saved[key] = (
+            _joined(values) if _is_element_wise(value, group.parts[0].length) else plain(value)
+        )
     return saved
 
 
@@ -160,14 +164,20 @@ def _inner_state_by_param(optimizer: ZeroOptimizer) -> dict[str, Any]:
         if whole:
             for i in range(len(group.params)):
                 states[first + i] = {
-                    key: value[i] if isinstance(value, list) else value for key, value in pieces.items()
+                    key: value[i] if isinstance(value, list) else value
+                    for key, value in pieces.items()
                 }
     return {"state": states, "param_groups": _saved_param_groups(optimizer, units)}
 
 
-def _saved_param_groups(optimizer: ZeroOptimizer, units: Sequence[list[int]]) -> list[dict[str, Any]]:
+def _saved_param_groups(
+    optimizer: ZeroOptimizer, units: Sequence[list[int]]
+) -> list[dict[str, Any]]:
     return [
-        {**{key: plain(value) for key, value in group.items() if key != "params"}, "params": indices}
+        {
+            **{key: plain(value) for key, value in group.items() if key != "params"},
+            "params": indices,
+        }
         for group, indices in zip(optimizer.param_groups, units, strict=True)
     ]
 
@@ -266,7 +276,9 @@ def _check_fits(optimizer: ZeroOptimizer, saved: SavedState) -> None:
 
 def _holds_masters(saved: SavedState) -> bool:
     return any(
-        FP32 in slot.tensors for name in saved.pieces if (slot := saved.first_slot(name)) is not None
+        FP32 in slot.tensors
+        for name in saved.pieces
+        if (slot := saved.first_slot(name)) is not None
     )
 
 
@@ -287,7 +299,11 @@ def _start_states(
     """Make the inner states of a group's parts, zero, with the saved numbers in place."""
     inner = optimizer.optimizer
     slot = _first_slot(optimizer, group, saved)
-    prepare = getattr(inner, "_init_state", None) if type(inner).__module__.startswith("deepspeed.") else None
+    prepare = (
+        getattr(inner, "_init_state", None)
+        if type(inner).__module__.startswith("deepspeed.")
+        else None
+    )
     for part in group.parts:
         old = inner.state.pop(part.master, {})
         if slot is None or not (slot.numbers or len(slot.tensors) > 1):
@@ -302,26 +318,40 @@ def _start_states(
                 state[key] = torch.zeros(part.length, dtype=dtype, device=part.master.device)
         options = optimizer.param_groups[group.param_group_index]
         for key, value in slot.numbers.items():
-            state[key] = _number(value, inner, options, part, counted=isinstance(state.get(key), int))
+            state[key] = _number(
+                value, inner, options, part, counted=isinstance(state.get(key), int)
+            )
 
 
 def _number(
-    value: Any, inner: torch.optim.Optimizer, options: Mapping[str, Any], part: ShardPart, counted: bool
+    value: Any,
+    inner: torch.optim.Optimizer,
+    options: Mapping[str, Any],
+    part: ShardPart,
+    counted: bool,
 ) -> Any:
     """A one-value state in the type that the optimizer keeps it in (torch's own count steps in a tensor)."""
-    is_number = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    is_number = isinstance(value, (int, float)) or (
+        isinstance(value, torch.Tensor) and value.numel() == 1
+    )
     if is_number and counted:
         return int(value)
     if is_number and type(inner).__module__.startswith("torch.optim"):
         on_device = options.get("capturable") or options.get("fused")
         dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float32
-        return torch.tensor(float(value), dtype=dtype, device=part.master.device if on_device else "cpu")
+        return torch.tensor(
+            float(value), dtype=dtype, device=part.master.device if on_device else "cpu"
+        )
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 @torch.no_grad()
 def _copy_runs(
-    optimizer: ZeroOptimizer, group: ShardGroup, saved: SavedState, keys: Sequence[str], masters: bool
+    optimizer: ZeroOptimizer,
+    group: ShardGroup,
+    saved: SavedState,
+    keys: Sequence[str],
+    masters: bool,
 ) -> None:
     """Copy what this rank owns of a group, run by run."""
     state = optimizer.optimizer.state
@@ -343,7 +373,9 @@ def _load_options(optimizer: ZeroOptimizer, saved: SavedState) -> None:
     for group in optimizer.groups:
         options = saved.hyper.get(optimizer.param_names[group.params[0]], {})
         current = optimizer.param_groups[group.param_group_index]
-        current.update((key, value) for key, value in options.items() if key not in _EXECUTION_OPTIONS)
+        current.update(
+            (key, value) for key, value in options.items() if key not in _EXECUTION_OPTIONS
+        )
 
 
 def _load_scaler(optimizer: ZeroOptimizer, saved: SavedState) -> None:

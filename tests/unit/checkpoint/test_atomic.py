@@ -47,7 +47,16 @@ def _guard(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("create", "write", "sync", "sync_folder", "replace", "make_folder", "remove", "remove_tree"):
+for _name in (
+    "create",
+    "write",
+    "sync",
+    "sync_folder",
+    "replace",
+    "make_folder",
+    "remove",
+    "remove_tree",
+):
     setattr(Failing, _name, _guard(_name))
 
 
@@ -181,7 +190,12 @@ def test_one_failing_rank_raises_on_all(tmp_path: Path, bad: int) -> None:
 
 def test_the_manifest_lists_the_files_of_all_ranks(tmp_path: Path) -> None:
     def action(crew: Crew) -> Any:
-        return publish(tmp_path, "step", crew, lambda folder: [write_small(folder / f"file{crew.rank}", b"abc")])
+        return publish(
+            tmp_path,
+            "step",
+            crew,
+            lambda folder: [write_small(folder / f"file{crew.rank}", b"abc")],
+        )
 
     assert on_threads(3, action) == [tmp_path / "step"] * 3
     folder = Folder(tmp_path / "step")
@@ -217,7 +231,7 @@ def test_a_partial_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> N
     partial.mkdir()
     import socket
 
-    (partial / PARTIAL_MARK).write_text(f"{socket.gethostname()} {os.getppid()}", encoding="utf-8")
+    (partial / PARTIAL_MARK).write_text(f"{socket.gethostname()} {os.getppid()}\n", encoding="utf-8")
     save(tmp_path, "step", "new")
     assert partial.exists()
 
@@ -231,7 +245,9 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
 
 
 def test_latest_is_left_alone_if_so_asked(tmp_path: Path) -> None:
-    publish(tmp_path, "step", Crew(), lambda folder: [write_small(folder / "file", b"x")], latest=None)
+    publish(
+        tmp_path, "step", Crew(), lambda folder: [write_small(folder / "file", b"x")], latest=None
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["step"]
     assert sorted(p.name for p in (tmp_path / "step").iterdir()) == ["file", MANIFEST]
 

@@ -28,7 +28,9 @@ OFFLOADS: dict[str, dict[str, Any]] = {
 }
 
 
-def checkpoint(folder: Path, stage: int, dtype: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+def checkpoint(
+    folder: Path, stage: int, dtype: str, **options: Any
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """Train, save, and give the engine and its state at the save."""
     made = engine(stage, dtype, **options)
     train(made, 0, SAVE_AT)
@@ -39,7 +41,9 @@ def checkpoint(folder: Path, stage: int, dtype: str, **options: Any) -> tuple[An
 @pytest.mark.parametrize("where", OFFLOADS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_resumed_run_continues_bit_for_bit(stage: int, dtype: str, where: str, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_bit_for_bit(
+    stage: int, dtype: str, where: str, tmp_path: Path
+) -> None:
     options = OFFLOADS[where]
     if stage == 0 and where == "part":
         pytest.skip("a partial ratio needs a sharded optimizer")
@@ -54,7 +58,9 @@ def test_a_resumed_run_continues_bit_for_bit(stage: int, dtype: str, where: str,
     assert train(second, SAVE_AT, STEPS) == expected
     assert same(state_of(second), state_of(first)) == []
     assert second.get_lr() == first.get_lr()
-    assert getattr(second.optimizer, "loss_scale", None) == getattr(first.optimizer, "loss_scale", None)
+    assert getattr(second.optimizer, "loss_scale", None) == getattr(
+        first.optimizer, "loss_scale", None
+    )
 
 
 def test_a_loss_scale_and_its_hysteresis_are_resumed(tmp_path: Path) -> None:
@@ -70,7 +76,9 @@ def test_a_loss_scale_and_its_hysteresis_are_resumed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("after", [0, 1, 2])
 @pytest.mark.parametrize("before", [0, 1, 2])
-def test_any_stage_resumes_from_any_other(before: int, after: int, dtype: str, tmp_path: Path) -> None:
+def test_any_stage_resumes_from_any_other(
+    before: int, after: int, dtype: str, tmp_path: Path
+) -> None:
     first, at_save = checkpoint(tmp_path, before, dtype)
     expected = train(first, SAVE_AT, STEPS)
     second = engine(after, dtype, seed=9)
@@ -82,7 +90,9 @@ def test_any_stage_resumes_from_any_other(before: int, after: int, dtype: str, t
     # torch's AdamW rounds the last elements of a tensor otherwise than a whole vector: in fp32 stage 0 steps each
     # parameter by itself, the others one flat tensor, so bits may differ where those meet
     exact = dtype != "fp32" or (before == 0) == (after == 0)
-    torch.testing.assert_close(train(second, SAVE_AT, STEPS), expected, rtol=0 if exact else 1e-6, atol=0)
+    torch.testing.assert_close(
+        train(second, SAVE_AT, STEPS), expected, rtol=0 if exact else 1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("tiers", [("device", "part"), ("part", "cpu"), ("cpu", "native")])
@@ -94,7 +104,9 @@ def test_any_tier_resumes_from_any_other(tiers: tuple[str, str], tmp_path: Path)
     train(second, SAVE_AT, STEPS)
 
 
-@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16")]
+)
 def test_another_dtype_keeps_masters_and_moments(before: str, after: str, tmp_path: Path) -> None:
     _, at_save = checkpoint(tmp_path, 1, before)
     second = engine(1, after, seed=9)
@@ -116,7 +128,11 @@ def test_another_dtype_keeps_masters_and_moments(before: str, after: str, tmp_pa
         (0, "bf16", {"mp_rank_00_model_states.pt"}),
         (1, "fp32", {"mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"}),
         (2, "fp16", {"mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"}),
-        (2, "bf16", {"mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"}),
+        (
+            2,
+            "bf16",
+            {"mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"},
+        ),
     ],
 )
 def test_files_have_the_names_and_plain_content_of_the_format(
@@ -134,7 +150,11 @@ def keys_of(value: Any, depth: int = 0) -> Any:
     """Nested keys of a saved structure, to a depth at which golden files and ours are to agree."""
     if isinstance(value, dict) and depth < 3:
         return {key: keys_of(item, depth + 1) for key, item in value.items()}
-    return [keys_of(item, depth + 1) for item in value] if type(value) is list and depth < 3 else type(value).__name__
+    return (
+        [keys_of(item, depth + 1) for item in value]
+        if type(value) is list and depth < 3
+        else type(value).__name__
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,9 +168,20 @@ def test_model_states_have_every_key_of_the_recorded_ones(
     ours = load_file(tmp_path / "global_step3" / "mp_rank_00_model_states.pt")
     assert set(theirs) <= set(ours)
     assert set(theirs["optimizer"]) <= set(ours["optimizer"])
-    for key in ("module", "buffer_names", "param_shapes", "shared_params", "lr_scheduler", "mine", "global_samples"):
+    for key in (
+        "module",
+        "buffer_names",
+        "param_shapes",
+        "shared_params",
+        "lr_scheduler",
+        "mine",
+        "global_samples",
+    ):
         assert keys_of(ours[key]) == keys_of(theirs[key]), key
-    states = [value["optimizer"].get("optimizer_state_dict", value["optimizer"])["state"] for value in (ours, theirs)]
+    states = [
+        value["optimizer"].get("optimizer_state_dict", value["optimizer"])["state"]
+        for value in (ours, theirs)
+    ]
     assert keys_of(states[0]) == keys_of(states[1])
     for index, state in states[1].items():
         assert state["exp_avg"].shape == states[0][index]["exp_avg"].shape
@@ -178,27 +209,33 @@ def test_recorded_checkpoints_of_two_ranks_load_into_one(name: str, stage: int) 
 def test_recorded_runs_of_one_rank_continue_bit_for_bit(
     name: str, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DS_LOWP_PRODUCTS", "0")  # the recorded run computed bf16 products as torch does
+    monkeypatch.setenv(
+        "DS_LOWP_PRODUCTS", "0"
+    )  # the recorded run computed bf16 products as torch does
     dtype = name.split("_")[1]
     made = engine(stage, dtype, seed=9)
     made.load_checkpoint(GOLDEN / name)
     recorded = json.loads((GOLDEN / name / "losses.json").read_text(encoding="utf-8"))
     got = train(made, SAVE_AT, STEPS)
     # another build of torch, or another CPU, may order its sums differently
-    torch.testing.assert_close(got, recorded[SAVE_AT:], rtol=1e-5 if dtype == "fp32" else 2e-2, atol=0)
+    torch.testing.assert_close(
+        got, recorded[SAVE_AT:], rtol=1e-5 if dtype == "fp32" else 2e-2, atol=0
+    )
 
 
 # - what is loaded and what is not
 
 
 def test_weights_only(tmp_path: Path) -> None:
-    first, at_save = checkpoint(tmp_path, 2, "bf16")
+    _, at_save = checkpoint(tmp_path, 2, "bf16")
     second = engine(2, "bf16", seed=9)
     _, client_state = second.load_checkpoint(tmp_path, load_module_only=True)
     loaded = state_of_weights(second)
     assert all(torch.equal(loaded[name], at_save[name]) for name in loaded)
     assert second.global_steps == 0
-    assert {"mine", "global_steps", "lr_scheduler"} <= set(client_state) and "module" not in client_state
+    assert {"mine", "global_steps", "lr_scheduler"} <= set(
+        client_state
+    ) and "module" not in client_state
     for param, name in second.param_names.items():
         master = deepspeed.utils.safe_get_full_fp32_param(param)
         assert torch.equal(master, at_save[name].float()), "masters are the 16-bit weights"
@@ -209,12 +246,16 @@ def state_of_weights(made: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_without_optimizer_states_masters_stay_exact_and_moments_are_fresh(stage: int, tmp_path: Path) -> None:
+def test_without_optimizer_states_masters_stay_exact_and_moments_are_fresh(
+    stage: int, tmp_path: Path
+) -> None:
     _, at_save = checkpoint(tmp_path, stage, "bf16")
     second = engine(stage, "bf16", seed=9)
     second.load_checkpoint(tmp_path, load_optimizer_states=False)
     for param, name in second.param_names.items():
-        assert torch.equal(deepspeed.utils.safe_get_full_fp32_param(param), at_save[f"{name}.master"])
+        assert torch.equal(
+            deepspeed.utils.safe_get_full_fp32_param(param), at_save[f"{name}.master"]
+        )
         assert deepspeed.utils.safe_get_full_optimizer_state(param, "exp_avg") is None
     assert second.global_steps == 3
 
@@ -232,10 +273,24 @@ def test_without_the_scheduler_its_count_is_fresh(tmp_path: Path) -> None:
 def test_the_returned_client_state_has_the_promised_keys(stage: int, tmp_path: Path) -> None:
     checkpoint(tmp_path, stage, "fp32")
     _, client_state = engine(stage, "fp32", seed=9).load_checkpoint(tmp_path)
-    kept_back = {"module", "skipped_steps", "global_steps", "dp_world_size", "mp_world_size", "data_sampler"}
+    kept_back = {
+        "module",
+        "skipped_steps",
+        "global_steps",
+        "dp_world_size",
+        "mp_world_size",
+        "data_sampler",
+    }
     assert not kept_back & set(client_state)
     assert not {"random_ltd", "lr_scheduler", "sparse_tensor_module_names"} & set(client_state)
-    assert {"mine", "ds_config", "ds_version", "param_shapes", "buffer_names", "global_samples"} <= set(client_state)
+    assert {
+        "mine",
+        "ds_config",
+        "ds_version",
+        "param_shapes",
+        "buffer_names",
+        "global_samples",
+    } <= set(client_state)
     assert ("optimizer" in client_state) == (stage == 0)
 
 
@@ -251,7 +306,9 @@ class Opaque:
     pass
 
 
-def test_objects_in_client_state_are_warned_of_and_refused_on_load(tmp_path: Path, capsys: Any) -> None:
+def test_objects_in_client_state_are_warned_of_and_refused_on_load(
+    tmp_path: Path, capsys: Any
+) -> None:
     made = engine(0, "fp32")
     made.save_checkpoint(tmp_path, client_state={"a": [Opaque()]})
     assert "Opaque" in capsys.readouterr().out
@@ -293,7 +350,9 @@ def test_a_custom_function_loads_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16")])
-def test_an_outside_scheduler_goes_on_driving_the_optimizer(stage: int, dtype: str, tmp_path: Path) -> None:
+def test_an_outside_scheduler_goes_on_driving_the_optimizer(
+    stage: int, dtype: str, tmp_path: Path
+) -> None:
     model = Net()
     client = torch.optim.AdamW(model.parameters(), lr=1e-2)
     outside = torch.optim.lr_scheduler.LambdaLR(client, lambda step: 1.0 / (1 + step))
@@ -396,7 +455,10 @@ def test_weights_are_saved_as_one_file(stage: int, tmp_path: Path) -> None:
     assert torch.equal(saved["fc.weight"], made.module.fc.weight)
     made.save_16bit_model(tmp_path / "out", "trained.bin", exclude_frozen_parameters=True)
     assert "fc.weight" not in torch.load(tmp_path / "out" / "trained.bin", weights_only=True)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pytorch_model.bin", "trained.bin"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "pytorch_model.bin",
+        "trained.bin",
+    ]
 
 
 def test_state_dicts_take_torchs_arguments(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def test_every_name_the_format_makes_is_known_as_its_own() -> None:
         format.MANIFEST,
     ]
     assert all(map(format.is_own_file, made))
-    assert not any(map(format.is_own_file, ["pytorch_model.bin", "scheduler.pt", "rng_state_0.pth"]))
+    assert not any(
+        map(format.is_own_file, ["pytorch_model.bin", "scheduler.pt", "rng_state_0.pth"])
+    )
 
 
 def test_the_stand_alone_exporter_spells_the_same_names() -> None:
@@ -71,7 +73,17 @@ def test_scripts_beside_older_checkpoints_find_the_names_they_import() -> None:
 
 
 @pytest.mark.parametrize(
-    "tag", ["global_step10", "checkpoint", "pytorch_model_0", "best.loss=0.5", "a/b", "epoch 3", "v1.2", "é"]
+    "tag",
+    [
+        "global_step10",
+        "checkpoint",
+        "pytorch_model_0",
+        "best.loss=0.5",
+        "a/b",
+        "epoch 3",
+        "v1.2",
+        "é",
+    ],
 )
 def test_ordinary_tags_are_legal(tag: str) -> None:
     assert format.tag_problem(tag) is None

@@ -95,7 +95,11 @@ def opcodes(*parts: bytes) -> bytes:
 
 
 def test_a_class_or_function_cannot_be_changed(tmp_path: Path) -> None:
-    for target in (b"cargparse\nNamespace\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nTensor\n"):
+    for target in (
+        b"cargparse\nNamespace\n",
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        b"ctorch\nTensor\n",
+    ):
         attributes = b"(N}X\x01\x00\x00\x00zK\x01st"  # (None, {"z": 1}): set attributes by setattr
         path = with_pickle(tmp_path / "file.pt", opcodes(target, attributes, b"b"))
         with pytest.raises(DeepSpeedCheckpointError, match="a change of"):
@@ -111,10 +115,16 @@ def test_only_named_callables_are_called(tmp_path: Path) -> None:
 
 
 def test_dotted_names_do_not_reach_inside_allowed_modules(tmp_path: Path) -> None:
-    for module, name in (("torch", "os.system"), ("collections", "_sys.modules"), ("torch.serialization", "os")):
-        data = b"\x80\x04" + b"".join(
-            b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)
-        ) + b"\x93."
+    for module, name in (
+        ("torch", "os.system"),
+        ("collections", "_sys.modules"),
+        ("torch.serialization", "os"),
+    ):
+        data = (
+            b"\x80\x04"
+            + b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
+            + b"\x93."
+        )
         with pytest.raises(DeepSpeedCheckpointError, match="refused"):
             load_file(with_pickle(tmp_path / "file.pt", data))
 
@@ -158,8 +168,17 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
 
     class Huge:
         def __reduce__(self) -> Any:
-            view = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
-            return torch._utils._rebuild_tensor_v2, (view, 0, (1 << 40,), (1,), False, collections.OrderedDict())
+            view = torch.storage.TypedStorage(
+                wrap_storage=storage, dtype=torch.float32, _internal=True
+            )
+            return torch._utils._rebuild_tensor_v2, (
+                view,
+                0,
+                (1 << 40,),
+                (1,),
+                False,
+                collections.OrderedDict(),
+            )
 
     torch.save({"a": Huge()}, path)
     with pytest.raises(DeepSpeedCheckpointError, match="damaged"):
@@ -175,7 +194,12 @@ def test_a_truncated_file_is_said_to_be_damaged(keep: int, tmp_path: Path) -> No
 
 
 def test_every_flipped_bit_is_found_through_the_manifest(tmp_path: Path) -> None:
-    publish(tmp_path, "step", Crew(), lambda f: [save_file(f / "mp_rank_00_model_states.pt", {"a": torch.ones(2)})])
+    publish(
+        tmp_path,
+        "step",
+        Crew(),
+        lambda f: [save_file(f / "mp_rank_00_model_states.pt", {"a": torch.ones(2)})],
+    )
     path = tmp_path / "step" / "mp_rank_00_model_states.pt"
     good = path.read_bytes()
     assert torch.equal(Folder(path.parent).load(path.name)["a"], torch.ones(2))
@@ -193,7 +217,9 @@ def test_every_flipped_bit_is_found_through_the_manifest(tmp_path: Path) -> None
         Folder(path.parent).load(path.name)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"files": {"a": 1}}', '{"files": {"a": {"size": "x", "sha256": 1}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"files": {"a": 1}}', '{"files": {"a": {"size": "x", "sha256": 1}}}']
+)
 def test_a_damaged_manifest_is_said_to_be_damaged(text: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
     with pytest.raises(DeepSpeedCheckpointError, match="damaged"):
@@ -263,7 +289,9 @@ class Note:
         self.text = text
 
 
-def test_a_class_loads_after_it_was_declared_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_loads_after_it_was_declared_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reader, "_trusted", {})
     path = saved(tmp_path / "file.pt", {"note": Note("x")})
     with pytest.raises(DeepSpeedCheckpointError, match="Note"):
@@ -272,7 +300,9 @@ def test_a_class_loads_after_it_was_declared_safe(tmp_path: Path, monkeypatch: p
     assert load_file(path)["note"].text == "x"
 
 
-def test_everything_loads_where_the_user_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_loads_where_the_user_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = saved(tmp_path / "file.pt", {"note": Note("x"), "list": Calls(sorted, [2, 1])})
     monkeypatch.setenv("DS_TRUST_CHECKPOINTS", "1")
     back = load_file(path)
@@ -294,7 +324,9 @@ def test_mapped_tensors_can_be_copied_out_before_the_file_goes(tmp_path: Path) -
     path = saved(tmp_path / "file.pt", {"a": [torch.ones(3), {"b": torch.zeros(2)}]})
     kept = reader.own_memory(load_file(path))
     path.unlink()
-    assert torch.equal(kept["a"][0], torch.ones(3)) and torch.equal(kept["a"][1]["b"], torch.zeros(2))
+    assert torch.equal(kept["a"][0], torch.ones(3)) and torch.equal(
+        kept["a"][1]["b"], torch.zeros(2)
+    )
 
 
 def test_a_stream_of_random_bytes_never_does_more_than_fail(tmp_path: Path) -> None:

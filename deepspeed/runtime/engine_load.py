@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine takes over from a checkpoint: the engine's side of `load_checkpoint`.
+
+How files are read so that none does harm is `checkpoint.reader`; how a state of another number of ranks, another stage
+or another dtype is read is `checkpoint.reshard`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import format as names
+from ..checkpoint import model_states
+from ..checkpoint.atomic import resolve
+from ..checkpoint.format import Model, Optim, Zero
+from ..checkpoint.reader import Folder, own_memory, read_tag
+from ..checkpoint.reshard import SavedState, from_inline, from_shards
+from ..utils.env import DS_VERIFY_CHECKPOINTS
+from ..utils.errors import DeepSpeedCheckpointError, explain
+from ..utils.logging import logger
+from .engine_checkpoint import (
+    GRAD_SCALER,
+    crew_of,
+    first_expert,
+    has_shards,
+    mp_rank_of,
+    optimizer_names,
+)
+from .zero import state as zero_state
+from .zero.optimizer import ZeroOptimizer
+
+_OLDEST_STAGE1 = (0, 3, 17)
+
+
+def load_checkpoint(
+    engine: Any,
+    load_dir: Any,
+    tag: Any = None,
+    *,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    custom_load_fn: Any = None,
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Load into an engine collectively; see `DeepSpeedEngine.load_checkpoint`.
+
+    Raises:
+        AssertionError: the tag's folder holds no model states, or those of another model-parallel size.
+        DeepSpeedCheckpointError: files are damaged, refused, or do not fit; or another rank failed.
+    """
+    crew, root = crew_of(engine), Path(load_dir)
+    folder = crew.together(lambda: _find_tag(root, tag))[crew.rank]
+    if folder is None:
+        logger.warning(
+            f"there is no file '{names.LATEST}' in {root}, so nothing is loaded; to load a certain tag, pass tag=..."
+        )
+        return None, None
+    load = _Load(engine, folder, load_optimizer_states and not load_module_only)
+    try:
+        crew.together(load.open)
+        crew.together(lambda: load.module(load_module_strict, custom_load_fn))
+        if load_module_only:
+            crew.together(load.masters_from_weights)
+            return str(load.model_path), load.client_state({Model.MODULE})
+        crew.together(load.optimizer)
+        crew.together(lambda: load.counters(load_lr_scheduler_states))
+        own = set(names.KEYS_NOT_IN_CLIENT_STATE) | {GRAD_SCALER}
+        own |= {Model.LR_SCHEDULER} if load_lr_scheduler_states else set()
+        client_state = load.client_state(
+            own | ({Model.OPTIMIZER} if load_optimizer_states else set())
+        )
+        if load_optimizer_states and not has_shards(engine) and engine.optimizer is not None:
+            client_state[Model.OPTIMIZER] = engine.optimizer.state_dict()
+        return str(load.model_path), client_state
+    finally:
+        load.close()
+
+
+def _find_tag(root: Path, tag: Any) -> Path | None:
+    text = read_tag(root, names.LATEST) if tag is None else str(tag)
+    return None if text is None else resolve(root, text)
+
+
+class _Load:
+    """One load: opens and checks what this rank needs, then hands it out piece by piece.
+
+    Args:
+        engine: receives.
+        path: the tag's folder.
+        with_states: whether optimizer states are wanted.
+    """
+
+    def __init__(self, engine: Any, path: Path, with_states: bool) -> None:
+        self.engine, self.path, self.with_states = engine, path, with_states
+        self.model: dict[str, Any] = {}
+        self.saved: SavedState | None = None
+
+    # - opening
+
+    def open(self) -> None:
+        """Read the model states, and the parts of the optimizer that this rank is going to copy."""
+        self.folder = Folder(self.path, verify=DS_VERIFY_CHECKPOINTS.get())
+        mp_rank = mp_rank_of(self.engine)
+        choices = (names.model_file(mp_rank), names.zero3_model_file(0, mp_rank))
+        self.model_path = self.path / next(filter(self.folder.has, choices), choices[0])
+        files = self.folder.glob("mp_rank_*_model_states.pt") or self.folder.glob(
+            "zero_pp_rank_0_*_model_states.pt"
+        )
+        if not files:
+            raise AssertionError(
+                explain(
+                    f"there are no model states in {self.path}",
+                    got="a folder without *_model_states.pt"
+                    if self.path.is_dir()
+                    else "no such folder",
+                    expected=choices[0],
+                    fix="Check load_dir and tag.",
+                )
+            )
+        self.model = self.folder.load(self.model_path.name)
+        self._check_model(len(files))
+        if isinstance(self.engine.optimizer, ZeroOptimizer) or self.with_states:
+            self.saved = self._open_optimizer()
+        if self.saved is not None and isinstance(self.engine.optimizer, ZeroOptimizer):
+            zero_state.open_needed(self.engine.optimizer, self.saved)
+
+    def _check_model(self, files: int) -> None:
+        if lacking := names.missing_keys(
+            self.model, (Model.MODULE, Model.DP_WORLD_SIZE, Model.MP_WORLD_SIZE)
+        ):
+            raise DeepSpeedCheckpointError(
+                explain(
+                    f"{self.model_path} is no file of model states",
+                    got=f"no key {', '.join(lacking)}",
+                )
+            )
+        saved_mp = self.model[Model.MP_WORLD_SIZE]
+        if not files == saved_mp == self.engine.mp_world_size:
+            raise AssertionError(
+                explain(
+                    "the checkpoint is of another model-parallel size",
+                    got=f"{files} files of model states, saved by {saved_mp} model-parallel ranks",
+                    expected=f"{self.engine.mp_world_size} of both",
+                )
+            )
+        if self.model[Model.MODULE] is None:
+            raise DeepSpeedCheckpointError(
+                explain(
+                    "the checkpoint is of a pipeline",
+                    got="no weights in the model states",
+                    expected="a module's",
+                )
+            )
+
+    @property
+    def is_zero3(self) -> bool:
+        return self.model_path.name.startswith(names.zero3_model_file(0)[: len("zero_pp")])
+
+    def _open_optimizer(self) -> SavedState | None:
+        if self.engine.optimizer is None and not self.is_zero3:
+            return None
+        if self.model.get(Model.PARAM_SHAPES) is not None:
+            if self._shard_name(0) is None and not self.with_states:
+                return None
+            self._check_version()
+            return from_shards(self._open_shard, self.model[Model.PARAM_SHAPES])
+        inline = self._inline()
+        if inline is None:
+            return None
+        shapes = {name: p.shape for p, name in self.engine.param_names.items()}
+        return from_inline(inline, optimizer_names(self.engine), shapes)
+
+    def _inline(self) -> Mapping[str, Any] | None:
+        experts = names.expert_optim_file(0, mp_rank_of(self.engine))
+        if self.folder.has(experts):
+            return self.folder.load(experts)[Model.OPTIMIZER]
+        return self.model.get(Model.OPTIMIZER)
+
+    def _shard_name(self, rank: int) -> str | None:
+        choices = names.optim_file_candidates(
+            rank, mp_rank_of(self.engine), bf16=self.engine.bfloat16_enabled()
+        )
+        return next(filter(self.folder.has, choices), None)
+
+    def _open_shard(self, rank: int) -> Mapping[str, Any]:
+        name = self._shard_name(rank)
+        if name is None:
+            raise DeepSpeedCheckpointError(
+                explain(
+                    f"the optimizer shard of rank {rank} is missing in {self.path}",
+                    expected=names.optim_file(
+                        rank, mp_rank_of(self.engine), bf16=self.engine.bfloat16_enabled()
+                    ),
+                    fix="Bring all shards into one folder (with node-local storage each node holds its own), "
+                    "or pass load_optimizer_states=False.",
+                )
+            )
+        return self.folder.load(name)[Optim.STATE]
+
+    def _check_version(self) -> None:
+        text = self.model.get(Model.DS_VERSION)
+        digits = [int(part) for part in str(text).split("+")[0].split(".")[:3] if part.isdigit()]
+        if text is None or tuple(digits) < _OLDEST_STAGE1:
+            raise AssertionError(
+                explain(
+                    "the checkpoint's optimizer shards are of an unknown format",
+                    got="no ds_version" if text is None else f"ds_version {text}",
+                    expected="0.3.17 or newer",
+                    fix="Pass load_optimizer_states=False to load the weights only.",
+                )
+            )
+
+    # - handing out
+
+    def module(self, strict: bool, custom_load_fn: Any) -> None:
+        """Load the weights."""
+        if self.is_zero3 and self.saved is None:
+            self.saved = from_shards(self._open_shard, self.model[Model.PARAM_SHAPES])
+        weights = self._whole_weights() if self.is_zero3 else self.model[Model.MODULE]
+        weights = self._with_experts(weights)
+        load_module_state_dict(
+            self.engine, {Model.MODULE: weights}, strict=strict, custom_load_fn=custom_load_fn
+        )
+
+    def _whole_weights(self) -> dict[str, torch.Tensor]:
+        """The weights of a stage 3 checkpoint, put together from its shards."""
+        saved, weights = self.saved, OrderedDict(self.model[Model.MODULE])
+        assert saved is not None
+        dtypes = {name: p.dtype for p, name in self.engine.param_names.items()}
+        for group in self.model[Model.PARAM_SHAPES]:
+            for name, shape in group.items():
+                values = saved.full(name)
+                if values is not None:
+                    weights[name] = values.to(dtypes.get(name, values.dtype)).view(shape)
+        for name, shape in (self.model.get(Model.FROZEN_PARAM_SHAPES) or {}).items():
+            weights[name] = self._frozen(name, shape, saved.world)
+        for alias, name in (self.model.get(Model.SHARED_PARAMS) or {}).items():
+            weights[alias] = weights[name]
+        return weights
+
+    def _frozen(self, name: str, shape: torch.Size, world: int) -> torch.Tensor:
+        parts = []
+        for rank in range(world):
+            file = names.zero3_model_file(rank, mp_rank_of(self.engine))
+            parts.append(self.folder.load(file)[Model.FROZEN_PARAM_FRAGMENTS][name].flatten())
+        return torch.cat(parts)[: shape.numel()].view(shape)
+
+    def _with_experts(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self.engine.has_moe_layers or Model.NUM_EXPERTS not in self.model:
+            return weights
+        whole = OrderedDict(weights)
+        mp_rank = mp_rank_of(self.engine)
+        for pattern in (
+            f"layer_*_expert_*_mp_rank_{mp_rank:02d}_*.pt",
+            f"expert_*_mp_rank_{mp_rank:02d}_*.pt",
+        ):
+            for file in self.folder.glob(pattern):
+                part = self.folder.load(file)
+                whole.update(model_states.local_expert_state(part, first_expert(self.engine)))
+        return whole
+
+    def masters_from_weights(self) -> None:
+        """Make the optimizer's masters what the module's weights are."""
+        if isinstance(self.engine.optimizer, ZeroOptimizer):
+            self.engine.optimizer.refresh_fp32_params()
+
+    def optimizer(self) -> None:
+        """Load masters, and states if they are wanted."""
+        engine = self.engine
+        if isinstance(engine.optimizer, ZeroOptimizer):
+            self._sharded_optimizer(engine.optimizer)
+        elif engine.optimizer is not None and self.with_states:
+            self._plain_optimizer(engine.optimizer)
+        scaler = getattr(engine.driver, "scaler", None)
+        if scaler is not None and self.with_states and self.model.get(GRAD_SCALER):
+            scaler.load_state_dict(self.model[GRAD_SCALER])
+
+    def _sharded_optimizer(self, optimizer: ZeroOptimizer) -> None:
+        if self.saved is None:
+            if self.with_states:
+                logger.warning(
+                    f"{self.path} holds no optimizer states; masters are made from the weights"
+                )
+            optimizer.refresh_fp32_params()
+            return
+        optimizer.load_state_dict(
+            self.saved,
+            load_optimizer_states=self.with_states,
+            load_from_fp32_weights=self.engine.zero_load_from_fp32_weights(),
+        )
+
+    def _plain_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        inline, own = self._inline(), optimizer_names(self.engine)
+        as_torch = inline is not None and Zero.INNER not in inline
+        if as_torch and inline.get(Zero.WRAPPER_NAMES, own) == own:
+            zero_state.load_in_place(optimizer, own_memory(inline))
+        elif self.saved is not None:
+            zero_state.load_plain(optimizer, self.saved, own)
+        else:
+            logger.warning(f"{self.path} holds no optimizer states")
+
+    def counters(self, with_scheduler: bool) -> None:
+        """Load the counters, the scheduler and the samplers."""
+        engine, model = self.engine, self.model
+        engine.global_steps = model[Model.GLOBAL_STEPS]
+        engine.global_samples = model.get(
+            Model.GLOBAL_SAMPLES, engine.global_steps * engine.train_batch_size()
+        )
+        engine.skipped_steps = model.get(Model.SKIPPED_STEPS, 0)
+        engine.loaded_checkpoint_mp_world_size = model[Model.MP_WORLD_SIZE]
+        engine.loaded_checkpoint_dp_world_size = model[Model.DP_WORLD_SIZE]
+        engine.sparse_tensor_module_names = set(
+            model.get(Model.SPARSE_MODULES) or model.get(Model.SPARSE_MODULES_OLD) or ()
+        )
+        if with_scheduler:
+            _give_state(
+                engine.lr_scheduler, model.get(Model.LR_SCHEDULER), "learning-rate scheduler"
+            )
+        sampler = getattr(engine.training_dataloader, "data_sampler", None)
+        _give_state(sampler, model.get(Model.DATA_SAMPLER), "data sampler")
+        _give_state(
+            engine.random_ltd_scheduler, model.get(Model.RANDOM_LTD), "random-LTD scheduler"
+        )
+
+    def client_state(self, without: set[str]) -> dict[str, Any]:
+        """What belongs to the caller, in memory of its own."""
+        return {key: own_memory(value) for key, value in self.model.items() if key not in without}
+
+    def close(self) -> None:
+        """Let go of the files (Windows neither renames nor deletes mapped ones)."""
+        self.model = {}
+        if self.saved is not None:
+            self.saved.close()
+
+
+def _give_state(owner: Any, saved: Any, what: str) -> None:
+    if not hasattr(owner, "load_state_dict"):
+        return
+    if saved is None:
+        logger.warning(f"the checkpoint holds no state of a {what}; this run's starts afresh")
+        return
+    owner.load_state_dict(own_memory(saved))
+
+
+def load_module_state_dict(
+    engine: Any,
+    checkpoint: Mapping[str, Any],
+    strict: bool = True,
+    custom_load_fn: Any = None,
+    fetch_z3_params: bool = False,
+    z3_params_to_fetch: Any = None,
+    allowed_missing_keys: Any = None,
+) -> None:
+    """Load `checkpoint['module']` into the engine's module.
+
+    Args:
+        engine: receives.
+        checkpoint: a dict of model states.
+        strict: keys must match.
+        custom_load_fn: called as `custom_load_fn(src=state, dst=module)` instead.
+        fetch_z3_params, z3_params_to_fetch: for sharded parameters; there are none below stage 3.
+        allowed_missing_keys: names that may be absent though `strict`.
+
+    Raises:
+        RuntimeError: keys or shapes do not match.
+    """
+    weights = checkpoint[Model.MODULE]
+    if custom_load_fn is not None:
+        custom_load_fn(src=weights, dst=engine.module)
+        return
+    allowed = set(allowed_missing_keys or ())
+    missing, unexpected = engine.module.load_state_dict(weights, strict=strict and not allowed)
+    if strict and allowed and (unexpected or set(missing) - allowed):
+        raise RuntimeError(
+            explain(
+                "the saved weights do not match the module",
+                got=f"missing {sorted(set(missing) - allowed)}, unexpected {list(unexpected)}",
+            )
+        )
