@@ -113,17 +113,14 @@ def initialize(
     Args:
         args: namespace or dict that may carry `deepspeed_config` and `local_rank`.
         model: the module to train; it is cast, moved and, by ZeRO, re-housed in place.
-        optimizer: torch optimizer, or a callable from parameters to one; wins over the configuration's.
+        optimizer, lr_scheduler: object, or callable (from parameters, from the optimizer); win over the configuration's.
         model_parameters: parameters or param groups for an optimizer made here; None is all of the model's.
-        training_data: torch dataset for the third result.
-        lr_scheduler: scheduler, or a callable from the optimizer to one; wins over the configuration's.
+        training_data, collate_fn: torch dataset for the third result, and what makes its batches.
         distributed_port: port of the process group, where one has to be made.
         mpu: object that knows the caller's own model- and data-parallel groups.
         dist_init_required: whether to make the process group; None does so where there is none.
-        collate_fn: for the loader of `training_data`.
-        config: dict, path of a JSON or HJSON file, or its text in URL-safe base64.
+        config: dict, path of a JSON or HJSON file, or its text in URL-safe base64; `config_params` is its older name.
         mesh_param: `(data ranks, sequence ranks)`.
-        config_params: older name of `config`.
 
     Returns:
         `(engine, optimizer, dataloader, lr_scheduler)`; what does not exist is None. The optimizer is the wrapped one.

@@ -24,13 +24,17 @@ from .zero.plan import Plan
 # - what was asked for
 
 
-def accept(config: Any) -> Any:
+def accept(config: Any, optimizer: Any, lr_scheduler: Any) -> Any:
     """The parsed configuration, if everything that it asks for is built.
+
+    A client's optimizer or scheduler makes the configuration's section of that name idle.
 
     Raises:
         DeepSpeedConfigError: naming the key of what is not.
     """
-    refuse_unbuilt(config)
+    refuse_unbuilt(
+        config, client_optimizer=optimizer is not None, client_scheduler=lr_scheduler is not None
+    )
     return config
 
 

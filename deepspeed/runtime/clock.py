@@ -116,3 +116,45 @@ class AccumulationClock:
             yield
         finally:
             self.unsynchronized = False
+
+
+class Counters:
+    """The clock's counters as attributes of the engine, settable as checkpoint code and scripts expect."""
+
+    clock: AccumulationClock
+
+    @property
+    def global_steps(self) -> int:
+        return self.clock.global_steps
+
+    @global_steps.setter
+    def global_steps(self, value: int) -> None:
+        self.clock.global_steps = value
+
+    @property
+    def global_samples(self) -> int:
+        return self.clock.global_samples
+
+    @global_samples.setter
+    def global_samples(self, value: int) -> None:
+        self.clock.global_samples = value
+
+    @property
+    def micro_steps(self) -> int:
+        return self.clock.micro_steps
+
+    @micro_steps.setter
+    def micro_steps(self, value: int) -> None:
+        self.clock.micro_steps = value
+
+    @property
+    def skipped_steps(self) -> int:
+        return self.clock.skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self.clock.skipped_steps = value
+
+    @property
+    def gas_boundary_ctr(self) -> int:
+        return self.clock.global_steps

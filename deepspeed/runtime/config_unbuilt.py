@@ -210,12 +210,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         lambda config: config.flops_profiler_config.enabled,
         "Set it to false; 'wall_clock_breakdown' gives times.",
     ),
-    Unbuilt(
-        "comms_logger.enabled",
-        "the log of collectives",
-        lambda config: config.comms_config.comms_logger.enabled,
-        _OFF,
-    ),
     # ------------------------------------------------------------------ checkpoints
     Unbuilt(
         "checkpoint.writer",

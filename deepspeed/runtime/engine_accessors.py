@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's public getters: one line each, sorted, in three blocks (counters, configuration, state)."""
+"""The engine's public getters: one line each, sorted, the configuration's first, then those of its state."""
 
 from __future__ import annotations
 
@@ -7,49 +7,8 @@ from typing import Any
 
 import torch
 
+from .clock import Counters
 from .lr_schedules import get_torch_optimizer
-
-
-class Counters:
-    """The clock's counters as attributes of the engine, settable as checkpoint code and scripts expect."""
-
-    clock: Any
-
-    @property
-    def global_steps(self) -> int:
-        return self.clock.global_steps
-
-    @global_steps.setter
-    def global_steps(self, value: int) -> None:
-        self.clock.global_steps = value
-
-    @property
-    def global_samples(self) -> int:
-        return self.clock.global_samples
-
-    @global_samples.setter
-    def global_samples(self, value: int) -> None:
-        self.clock.global_samples = value
-
-    @property
-    def micro_steps(self) -> int:
-        return self.clock.micro_steps
-
-    @micro_steps.setter
-    def micro_steps(self, value: int) -> None:
-        self.clock.micro_steps = value
-
-    @property
-    def skipped_steps(self) -> int:
-        return self.clock.skipped_steps
-
-    @skipped_steps.setter
-    def skipped_steps(self, value: int) -> None:
-        self.clock.skipped_steps = value
-
-    @property
-    def gas_boundary_ctr(self) -> int:
-        return self.clock.global_steps
 
 
 # What the getters below return is the configuration's own field, so the name says it all: no docstrings.

@@ -43,11 +43,14 @@ def initialize(
         mesh_device = dist.initialize_mesh_device(
             mesh_param, ("data_parallel", "sequence_parallel")
         )
+    parsed = DeepSpeedConfig(config, mpu, mesh_device=mesh_device)
+    if parsed.comms_config.comms_logger_enabled:
+        dist.configure(parsed)
     engine = DeepSpeedEngine(
         args,
         model,
         config=config,
-        config_class=DeepSpeedConfig(config, mpu, mesh_device=mesh_device),
+        config_class=parsed,
         mesh_device=mesh_device,
         **engine_arguments,
     )

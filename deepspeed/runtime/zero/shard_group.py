@@ -17,7 +17,7 @@ from deepspeed.comm.mesh import Axis
 from deepspeed.runtime.precision import Precision
 
 from .layout import Layout, round_robin_order
-from .plan import Placement, Plan, TierKind
+from .plan import Plan, TierKind
 from .slab import Slab
 from .tiers import DeviceTier, Tier, tier_for
 
@@ -97,7 +97,9 @@ class ShardGroup:
         split = total - round(total * self.plan.host_ratio) if on_host else total
         cuts = [(0, split, False), (split, total - split, True)]
         return [
-            self._make_part(*cut, device) for cut in cuts if cut[1] > 0 or (total == 0 and not cut[2])
+            self._make_part(*cut, device)
+            for cut in cuts
+            if cut[1] > 0 or (total == 0 and not cut[2])
         ]
 
     def _make_part(self, start: int, length: int, on_host: bool, device: torch.device) -> ShardPart:
@@ -193,10 +195,6 @@ class ShardGroup:
     def padding(self) -> int:
         """Elements at the end of this rank's shard that belong to no parameter."""
         return self.layout.padding(self.shard_axis.rank)
-
-    @property
-    def states_sharded(self) -> bool:
-        return self.plan.states is Placement.SHARDED
 
 
 def _flat_param(values: torch.Tensor) -> torch.nn.Parameter:

@@ -33,10 +33,6 @@ class Slab:
             for start, numel, shape in zip(layout.starts, layout.numels, self.shapes, strict=True)
         ]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.flat.dtype
-
     def view(self, param: int) -> torch.Tensor:
         """The part of the buffer that holds parameter `param`, in its shape."""
         return self._views[param]

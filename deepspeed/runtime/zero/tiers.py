@@ -29,6 +29,7 @@ class DeviceTier:
     device: torch.device
 
     def alloc(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A 1-D buffer of zeros on the device."""
         return torch.zeros(numel, dtype=dtype, device=self.device)
 
 
@@ -40,9 +41,11 @@ class HostTier:
 
     @property
     def device(self) -> torch.device:
+        """The CPU."""
         return torch.device("cpu")
 
     def alloc(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A 1-D buffer of zeros, page-locked if asked for and possible."""
         if not self.pinned:
             return torch.zeros(numel, dtype=dtype)
         try:

@@ -67,7 +67,6 @@ ASKING = {
     "data_efficiency.enabled": {"data_efficiency": {"enabled": True}},
     "autotuning.enabled": {"autotuning": {"enabled": True}},
     "flops_profiler.enabled": {"flops_profiler": {"enabled": True}},
-    "comms_logger.enabled": {"comms_logger": {"enabled": True}},
     "checkpoint.writer": {"checkpoint": {"writer": {"type": "FAST"}}},
     "checkpoint.load_universal": {"checkpoint": {"load_universal": True}},
     "aio.use_gds": {"aio": {"use_gds": True}},
