@@ -279,6 +279,13 @@ def _memory_gb() -> tuple[float, float]:
     return used / _GB, _peak_rss / _GB
 
 
+def _swap_percent() -> float:
+    try:
+        return float(psutil.swap_memory().percent)
+    except (OSError, RuntimeError):  # Windows with its performance counters switched off
+        return float("nan")
+
+
 class ThroughputTimer:
     """Counts samples per second over steps and logs them now and then.
 
@@ -370,8 +377,9 @@ class ThroughputTimer:
             f"CurrSamplesPerSec={current}, MemAllocated={used:.2f}GB, MaxMemAllocated={peak:.2f}GB"
         )
         if self.monitor_memory:
-            virtual, swap = psutil.virtual_memory(), psutil.swap_memory()
-            self.logging(f"{where}, vm %: {virtual.percent}, swap %: {swap.percent}")
+            self.logging(
+                f"{where}, vm %: {psutil.virtual_memory().percent}, swap %: {_swap_percent()}"
+            )
 
     def avg_samples_per_sec(self) -> float:
         """Return samples per second over the counted steps; -inf before there are any."""
