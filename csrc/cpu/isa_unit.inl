@@ -23,154 +23,146 @@ enum { kAhead = 2048 };
 
 inline void fetch(const void *p) { prefetch((const char *)p + kAhead); }
 
-// Each kernel runs its body on whole vectors, then once on copies of the last elements, padded with zeros: one body
-// for both cases, what it makes of the padding is thrown away.
-struct AdamBody {
-    const Vec scale, l2, keep, rest1, beta2, rest2, root2, eps, size;
-    const bool l2_on, far;  // far: beta1 < 1/2, where lerp starts from the gradient (as torch's does)
+// How an element is kept in memory. The arithmetic is fp32 whatever it is.
+struct F32 {
+    typedef float Kept;
+    static inline Vec load(const float *p) { return Vec::load(p); }
+    static inline void store(Vec a, float *p) { a.store(p); }
+};
+struct Bf16 {
+    typedef uint16_t Kept;
+    static inline Vec load(const uint16_t *p) { return widen_bf16(p); }
+    static inline void store(Vec a, uint16_t *p) { narrow_bf16(a, p); }
+};
+struct F16 {
+    typedef uint16_t Kept;
+    static inline Vec load(const uint16_t *p) { return widen_f16(p); }
+    static inline void store(Vec a, uint16_t *p) { narrow_f16(a, p); }
+};
 
-    explicit AdamBody(const AdamConstants *c)
-        : scale(Vec::all(c->grad_scale)),
-          l2(Vec::all(c->l2)),
-          keep(Vec::all(c->keep)),
-          rest1(Vec::all(c->beta1_rest < 0.5f ? c->beta1_rest : c->beta1_rest - 1)),
-          beta2(Vec::all(c->beta2)),
-          rest2(Vec::all(c->beta2_rest)),
-          root2(Vec::all(c->inv_root_bias2)),
-          eps(Vec::all(c->eps)),
-          size(Vec::all(c->step_size)),
-          l2_on(c->l2 != 0),
-          far(c->beta1_rest >= 0.5f) {}
+// a + weight * (b - a), as torch's lerp: from the nearer end.
+struct Lerp {
+    const Vec weight;
+    const bool far;
 
-    inline void run(float *param, float *exp_avg, float *exp_avg_sq, const float *grad) const {
-        fetch(param);
-        fetch(exp_avg);
-        fetch(exp_avg_sq);
-        fetch(grad);
-        Vec p = Vec::load(param), m = Vec::load(exp_avg), v = Vec::load(exp_avg_sq);
-        Vec g = Vec::load(grad) * scale;
+    explicit Lerp(float w) : weight(Vec::all(w < 0.5f ? w : w - 1)), far(w >= 0.5f) {}
+    inline Vec operator()(Vec a, Vec b) const { return (far ? b : a) + weight * (b - a); }
+};
+
+struct Adam {
+    typedef AdamConstants Constants;
+    enum { moments = 2 };
+    const Vec scale, l2, keep, beta2, rest2, root2, eps, size;
+    const Lerp toward;
+    const bool l2_on;
+
+    explicit Adam(const Constants &c)
+        : scale(Vec::all(c.grad_scale)),
+          l2(Vec::all(c.l2)),
+          keep(Vec::all(c.keep)),
+          beta2(Vec::all(c.beta2)),
+          rest2(Vec::all(c.beta2_rest)),
+          root2(Vec::all(c.inv_root_bias2)),
+          eps(Vec::all(c.eps)),
+          size(Vec::all(c.step_size)),
+          toward(c.beta1_rest),
+          l2_on(c.l2 != 0) {}
+
+    inline void operator()(Vec &p, Vec &m, Vec &v, Vec g) const {
+        g = g * scale;
         if (l2_on) g = g + p * l2;
-        m = (far ? g : m) + rest1 * (g - m);      // first moment
-        v = v * beta2 + rest2 * g * g;            // second moment
-        const Vec spread = root(v) * root2 + eps;  // both with their bias corrected
+        m = toward(m, g);                          // first moment
+        v = v * beta2 + rest2 * g * g;             // second moment
+        const Vec spread = root(v) * root2 + eps;  // its root with the bias corrected
         p = p * keep - size * m / spread;
-        p.store(param);
-        m.store(exp_avg);
-        v.store(exp_avg_sq);
     }
 };
 
-void adam(float *param, float *exp_avg, float *exp_avg_sq, const float *grad, int64_t n,
-          const AdamConstants *c) {
-    const AdamBody body(c);
-    int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width)
-        body.run(param + i, exp_avg + i, exp_avg_sq + i, grad + i);
-    if (i == n) return;
-    float p[Vec::width] = {0}, m[Vec::width] = {0}, v[Vec::width] = {0}, g[Vec::width] = {0};
-    const int64_t rest = n - i;
-    for (int64_t k = 0; k < rest; ++k) {
-        p[k] = param[i + k];
-        m[k] = exp_avg[i + k];
-        v[k] = exp_avg_sq[i + k];
-        g[k] = grad[i + k];
-    }
-    body.run(p, m, v, g);
-    for (int64_t k = 0; k < rest; ++k) {
-        param[i + k] = p[k];
-        exp_avg[i + k] = m[k];
-        exp_avg_sq[i + k] = v[k];
-    }
-}
-
-struct AdagradBody {
+struct Adagrad {
+    typedef AdagradConstants Constants;
+    enum { moments = 1 };
     const Vec scale, l2, eps, lr;
     const bool l2_on;
 
-    explicit AdagradBody(const AdagradConstants *c)
-        : scale(Vec::all(c->grad_scale)),
-          l2(Vec::all(c->l2)),
-          eps(Vec::all(c->eps)),
-          lr(Vec::all(c->lr)),
-          l2_on(c->l2 != 0) {}
+    explicit Adagrad(const Constants &c)
+        : scale(Vec::all(c.grad_scale)),
+          l2(Vec::all(c.l2)),
+          eps(Vec::all(c.eps)),
+          lr(Vec::all(c.lr)),
+          l2_on(c.l2 != 0) {}
 
-    inline void run(float *param, float *exp_avg_sq, const float *grad) const {
-        fetch(param);
-        fetch(exp_avg_sq);
-        fetch(grad);
-        Vec p = Vec::load(param), v = Vec::load(exp_avg_sq);
-        Vec g = Vec::load(grad) * scale;
+    inline void operator()(Vec &p, Vec &v, Vec &, Vec g) const {
+        g = g * scale;
         if (l2_on) g = g + p * l2;
         v = v + g * g;  // sum of squares
         p = p - lr * g / (root(v) + eps);
-        p.store(param);
-        v.store(exp_avg_sq);
     }
 };
 
-void adagrad(float *param, float *exp_avg_sq, const float *grad, int64_t n,
-             const AdagradConstants *c) {
-    const AdagradBody body(c);
-    int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) body.run(param + i, exp_avg_sq + i, grad + i);
-    if (i == n) return;
-    float p[Vec::width] = {0}, v[Vec::width] = {0}, g[Vec::width] = {0};
-    const int64_t rest = n - i;
-    for (int64_t k = 0; k < rest; ++k) {
-        p[k] = param[i + k];
-        v[k] = exp_avg_sq[i + k];
-        g[k] = grad[i + k];
+struct Lion {
+    typedef LionConstants Constants;
+    enum { moments = 1 };
+    const Vec scale, keep, lr;
+    const Lerp direction, toward;
+
+    explicit Lion(const Constants &c)
+        : scale(Vec::all(c.grad_scale)),
+          keep(Vec::all(c.keep)),
+          lr(Vec::all(c.lr)),
+          direction(c.beta1_rest),
+          toward(c.beta2_rest) {}
+
+    inline void operator()(Vec &p, Vec &m, Vec &, Vec g) const {
+        g = g * scale;
+        p = p * keep - lr * sign(direction(m, g));
+        m = toward(m, g);  // momentum
     }
-    body.run(p, v, g);
-    for (int64_t k = 0; k < rest; ++k) {
-        param[i + k] = p[k];
-        exp_avg_sq[i + k] = v[k];
-    }
+};
+
+// One whole vector of each buffer through the rule.
+template <class Rule, class P, class S, class G>
+inline void apply(const Rule &rule, typename P::Kept *param, typename S::Kept *first,
+                  typename S::Kept *second, const typename G::Kept *grad) {
+    Vec p = P::load(param), m = S::load(first), v = m;
+    if (Rule::moments == 2) v = S::load(second);
+    rule(p, m, v, G::load(grad));
+    P::store(p, param);
+    S::store(m, first);
+    if (Rule::moments == 2) S::store(v, second);
 }
 
-struct LionBody {
-    const Vec scale, keep, rest1, rest2, lr;
-    const bool far1, far2;
-
-    explicit LionBody(const LionConstants *c)
-        : scale(Vec::all(c->grad_scale)),
-          keep(Vec::all(c->keep)),
-          rest1(Vec::all(c->beta1_rest < 0.5f ? c->beta1_rest : c->beta1_rest - 1)),
-          rest2(Vec::all(c->beta2_rest < 0.5f ? c->beta2_rest : c->beta2_rest - 1)),
-          lr(Vec::all(c->lr)),
-          far1(c->beta1_rest >= 0.5f),
-          far2(c->beta2_rest >= 0.5f) {}
-
-    inline void run(float *param, float *exp_avg, const float *grad) const {
-        fetch(param);
-        fetch(exp_avg);
-        fetch(grad);
-        Vec p = Vec::load(param), m = Vec::load(exp_avg);
-        const Vec g = Vec::load(grad) * scale;
-        const Vec direction = sign((far1 ? g : m) + rest1 * (g - m));
-        p = p * keep - lr * direction;
-        m = (far2 ? g : m) + rest2 * (g - m);  // momentum
-        p.store(param);
-        m.store(exp_avg);
-    }
-};
-
-void lion(float *param, float *exp_avg, const float *grad, int64_t n, const LionConstants *c) {
-    const LionBody body(c);
+// All whole vectors, then the last elements through copies that are padded with zeros: one body for both, what it
+// makes of the padding is thrown away.
+template <class Rule, class P, class S, class G>
+void sweep(void *param, void *first, void *second, const void *grad, int64_t n,
+           const void *constants) {
+    const Rule rule(*(const typename Rule::Constants *)constants);
+    typename P::Kept *p = (typename P::Kept *)param, last_p[Vec::width] = {0};
+    typename S::Kept *m = (typename S::Kept *)first, last_m[Vec::width] = {0};
+    typename S::Kept *v = (typename S::Kept *)second, last_v[Vec::width] = {0};
+    const typename G::Kept *g = (const typename G::Kept *)grad;
+    typename G::Kept last_g[Vec::width] = {0};
+    const bool two = Rule::moments == 2;
     int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) body.run(param + i, exp_avg + i, grad + i);
-    if (i == n) return;
-    float p[Vec::width] = {0}, m[Vec::width] = {0}, g[Vec::width] = {0};
-    const int64_t rest = n - i;
-    for (int64_t k = 0; k < rest; ++k) {
-        p[k] = param[i + k];
-        m[k] = exp_avg[i + k];
-        g[k] = grad[i + k];
+    for (; i + Vec::width <= n; i += Vec::width) {
+        fetch(p + i);
+        fetch(m + i);
+        if (two) fetch(v + i);
+        fetch(g + i);
+        apply<Rule, P, S, G>(rule, p + i, m + i, two ? v + i : m, g + i);
     }
-    body.run(p, m, g);
-    for (int64_t k = 0; k < rest; ++k) {
-        param[i + k] = p[k];
-        exp_avg[i + k] = m[k];
+    if (i == n) return;
+    for (int64_t k = 0; i + k < n; ++k) {
+        last_p[k] = p[i + k];
+        last_m[k] = m[i + k];
+        if (two) last_v[k] = v[i + k];
+        last_g[k] = g[i + k];
+    }
+    apply<Rule, P, S, G>(rule, last_p, last_m, last_v, last_g);
+    for (int64_t k = 0; i + k < n; ++k) {
+        p[i + k] = last_p[k];
+        m[i + k] = last_m[k];
+        if (two) v[i + k] = last_v[k];
     }
 }
 
@@ -227,7 +219,16 @@ DS_CONVERSION(to_f16, float, uint16_t, one_to_f16)
 
 }  // namespace
 
-#define DS_KERNELS(NAME)                                                                       \
-    extern "C" const Kernels ds_kernels_##NAME = {#NAME,       adam,      adagrad,  lion,       \
-                                                  squares,     squares_f64, from_bf16, from_f16, \
-                                                  to_bf16,     to_f16};
+#define DS_BY_GRAD(R, P, S) {sweep<R, P, S, F32>, sweep<R, P, S, Bf16>, sweep<R, P, S, F16>}
+#define DS_BY_STATE(R, P) {DS_BY_GRAD(R, P, F32), DS_BY_GRAD(R, P, Bf16), DS_BY_GRAD(R, P, F16)}
+#define DS_BY_PARAM(R) {DS_BY_STATE(R, F32), DS_BY_STATE(R, Bf16), DS_BY_STATE(R, F16)}
+#define DS_KERNELS(NAME)                                            \
+    extern "C" const Kernels ds_kernels_##NAME = {                  \
+        #NAME,                                                      \
+        {DS_BY_PARAM(Adam), DS_BY_PARAM(Adagrad), DS_BY_PARAM(Lion)}, \
+        squares,                                                    \
+        squares_f64,                                                \
+        from_bf16,                                                  \
+        from_f16,                                                   \
+        to_bf16,                                                    \
+        to_f16};

@@ -37,15 +37,18 @@ struct LionConstants {
 // Lanes of the sums of squares: the same in every instruction set, so that all give the same bits.
 enum { kNormLanes = 32 };
 
+// The optimizer rules, in the order of Kernels::sweep.
+enum { kAdam, kAdagrad, kLion, kRules };
+
+// Applies a rule to n elements; `second` is null for rules with one moment, `constants` is the rule's struct.
+typedef void (*Sweep)(void *param, void *first, void *second, const void *grad, int64_t n,
+                      const void *constants);
+
 struct Kernels {
     const char *name;
-    void (*adam)(float *param, float *exp_avg, float *exp_avg_sq, const float *grad, int64_t n,
-                 const AdamConstants *c);
-    void (*adagrad)(float *param, float *exp_avg_sq, const float *grad, int64_t n,
-                    const AdagradConstants *c);
-    void (*lion)(float *param, float *exp_avg, const float *grad, int64_t n,
-                 const LionConstants *c);
-    // lanes[i % kNormLanes] += x[i]^2
+    // by dtype code of the param, the moments and the gradient (see ds_dtype: fp32, bf16, fp16)
+    Sweep sweep[kRules][3][3][3];
+    // lanes[i % kNormLanes] is the sum of these x[i]^2
     void (*squares)(const float *x, int64_t n, double *lanes);
     void (*squares_f64)(const double *x, int64_t n, double *lanes);
     // 16-bit formats to fp32 and back, rounded to nearest even
