@@ -58,6 +58,7 @@ class SavedState:
         scaler: attributes of the loss scaler.
         stage: the ZeRO stage that wrote it.
         world: over how many ranks it is spread.
+        has_masters: whether it holds master weights.
         open_shard: gives the slots of a rank's shard (called for the ranks that are needed only).
     """
 
@@ -66,6 +67,7 @@ class SavedState:
     scaler: dict[str, Any]
     stage: int
     world: int
+    has_masters: bool
     open_shard: Callable[[int], list[Slot]]
     _shards: dict[int, list[Slot]] = field(default_factory=dict, repr=False)
 
@@ -109,18 +111,21 @@ class SavedState:
 
 
 def from_shards(
-    open_dict: Callable[[int], Mapping[str, Any]], shapes: Sequence[Mapping[str, torch.Size]]
+    open_dict: Callable[[int], Mapping[str, Any]],
+    shapes: Sequence[Mapping[str, torch.Size]],
+    near: int = 0,
 ) -> SavedState:
     """See the shard files of ZeRO stages 1, 2 or 3 as one state.
 
     Args:
         open_dict: gives the `optimizer_state_dict` of a rank's file.
         shapes: `param_shapes` of the model file: names and shapes in flat order, one mapping a group.
+        near: a rank whose file is certainly at hand; what all shards have in common is read from it.
 
     Raises:
         DeepSpeedCheckpointError: the shards and the shapes contradict each other.
     """
-    head = open_dict(0)
+    head = open_dict(near)
     # the bf16 wrapper of older versions writes shards without a stage; they are laid out as stage 1
     stage = int(head.get(Zero.STAGE, 1))
     if stage == 3:
@@ -142,6 +147,7 @@ def from_shards(
         scaler=scaler_numbers(head),
         stage=stage,
         world=layouts[0].world,
+        has_masters=True,
         open_shard=lambda rank: _shard_slots(
             open_dict(rank), [layout.shard_numel for layout in layouts]
         ),
@@ -170,6 +176,7 @@ def from_inline(
         scaler=scaler_numbers(saved),
         stage=0,
         world=1,
+        has_masters=Zero.WRAPPER_FLAT in saved or Zero.WRAPPER_LISTS in saved,
         open_shard=lambda rank: slots,
     )
 
@@ -202,7 +209,7 @@ def _zero12_layouts(
         numels, in_order = _padded(group, padding)
         layout = Layout.contiguous(numels, world)
         held = master.numel()
-        # rank 0 has tail padding only when it is the last rank with elements; the old bf16 wrapper keeps it in
+        # padding is left out at the end of the last ranks' shards; the bf16 wrapper keeps it in
         if layout.shard_numel not in (held, held + tail):
             raise _contradiction(f"a shard of {held} + {tail} elements", f"{layout.shard_numel}")
         layouts.append(layout)

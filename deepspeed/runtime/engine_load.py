@@ -166,15 +166,23 @@ class _Load:
         if self.engine.optimizer is None and not self.is_zero3:
             return None
         if self.model.get(Model.PARAM_SHAPES) is not None:
-            if self._shard_name(0) is None and not self.with_states:
+            if self._shard_name(self._near()) is None and not self.with_states:
                 return None
             self._check_version()
-            return from_shards(self._open_shard, self.model[Model.PARAM_SHAPES])
+            return self._from_shards()
         inline = self._inline()
         if inline is None:
             return None
         shapes = {name: p.shape for p, name in self.engine.param_names.items()}
         return from_inline(inline, optimizer_names(self.engine), shapes)
+
+    def _from_shards(self) -> SavedState:
+        return from_shards(self._open_shard, self.model[Model.PARAM_SHAPES], self._near())
+
+    def _near(self) -> int:
+        """A saved rank whose shard is here: with node-local storage perhaps this rank's only."""
+        rank = self.engine.mesh.data.rank
+        return rank if self._shard_name(rank) is not None else 0
 
     def _inline(self) -> Mapping[str, Any] | None:
         experts = names.expert_optim_file(0, mp_rank_of(self.engine))
@@ -221,7 +229,7 @@ class _Load:
     def module(self, strict: bool, custom_load_fn: Any) -> None:
         """Load the weights."""
         if self.is_zero3 and self.saved is None:
-            self.saved = from_shards(self._open_shard, self.model[Model.PARAM_SHAPES])
+            self.saved = self._from_shards()
         weights = self._whole_weights() if self.is_zero3 else self.model[Model.MODULE]
         weights = self._with_experts(weights)
         load_module_state_dict(

@@ -217,7 +217,7 @@ def load_state_dict(
     if not isinstance(saved, SavedState):
         saved = _as_saved_state(optimizer, saved)
     _check_fits(optimizer, saved)
-    if not load_from_fp32_weights or not _holds_masters(saved):
+    if not load_from_fp32_weights or not saved.has_masters:
         optimizer.refresh_fp32_params()
     for group in optimizer.groups:
         keys = _state_keys(optimizer, group, saved) if load_optimizer_states else []
@@ -274,14 +274,6 @@ def _check_fits(optimizer: ZeroOptimizer, saved: SavedState) -> None:
             )
 
 
-def _holds_masters(saved: SavedState) -> bool:
-    return any(
-        FP32 in slot.tensors
-        for name in saved.pieces
-        if (slot := saved.first_slot(name)) is not None
-    )
-
-
 def _state_keys(optimizer: ZeroOptimizer, group: ShardGroup, saved: SavedState) -> list[str]:
     """Element-wise states that were saved for a group."""
     slot = _first_slot(optimizer, group, saved)
@@ -289,6 +281,11 @@ def _state_keys(optimizer: ZeroOptimizer, group: ShardGroup, saved: SavedState) 
 
 
 def _first_slot(optimizer: ZeroOptimizer, group: ShardGroup, saved: SavedState) -> Any:
+    """A slot with states of a group, of a shard that this rank opens anyway if there is one."""
+    for segment in group.layout.segments(group.shard_axis.rank):
+        name = optimizer.param_names[group.params[segment.param]]
+        for _, slot, _, _ in saved.runs(name, segment.param_start, segment.length):
+            return slot
     slots = (saved.first_slot(optimizer.param_names[param]) for param in group.params)
     return next((slot for slot in slots if slot is not None), None)
 
