@@ -112,7 +112,7 @@ def initialize(
 
     Args:
         args: namespace or dict that may carry `deepspeed_config` and `local_rank`.
-        model: the module to train; it is cast, moved and, by ZeRO, re-housed in place.
+        model: module; it is cast, moved and, by ZeRO, re-housed in place.
         optimizer, lr_scheduler: object, or callable (from parameters, from the optimizer); win over the configuration's.
         model_parameters: parameters or param groups for an optimizer made here; None is all of the model's.
         training_data, collate_fn: torch dataset for the third result, and what makes its batches.
@@ -123,7 +123,7 @@ def initialize(
         mesh_param: `(data ranks, sequence ranks)`.
 
     Returns:
-        `(engine, optimizer, dataloader, lr_scheduler)`; what does not exist is None. The optimizer is the wrapped one.
+        `(engine, wrapped optimizer, dataloader, lr_scheduler)`; what does not exist is None.
 
     Raises:
         AssertionError: no model, no configuration, or two of them.
@@ -134,12 +134,10 @@ def initialize(
         >>> config = {"train_batch_size": 4, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2}}
         >>> engine, *_ = deepspeed.initialize(model=torch.nn.Linear(8, 8), config=config)
     """
+    global dist
+    from deepspeed import comm as dist
     from deepspeed.runtime import initialize as door
 
-    global dist
-    from deepspeed import comm
-
-    dist = comm
     return door.initialize(
         args,
         model,
