@@ -106,11 +106,9 @@ def state_of(engine: Any) -> dict[str, torch.Tensor]:
             states = {
                 key: safe_get_full_optimizer_state(param, key) for key in ("exp_avg", "exp_avg_sq")
             }
-        found.update(
-            (f"{name}.{key}", value.clone())
-            for key, value in states.items()
-            if key.startswith("exp_avg")
-        )
+        for key, value in states.items():
+            if key.startswith("exp_avg") and value is not None:
+                found[f"{name}.{key}"] = value.clone()
     return found
 
 

@@ -231,7 +231,9 @@ def test_a_partial_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> N
     partial.mkdir()
     import socket
 
-    (partial / PARTIAL_MARK).write_text(f"{socket.gethostname()} {os.getppid()}\n", encoding="utf-8")
+    (partial / PARTIAL_MARK).write_text(
+        f"{socket.gethostname()} {os.getppid()}\n", encoding="utf-8"
+    )
     save(tmp_path, "step", "new")
     assert partial.exists()
 
