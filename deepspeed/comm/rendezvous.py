@@ -72,6 +72,15 @@ def discover(auto_mpi_discovery: bool, port: int, verbose: bool) -> World:
             mpi_discovery(port, verbose)
         missing = [variable.name for variable in _REQUIRED if not variable.is_set()]
     size = env.WORLD_SIZE.get()
+    if size is None and env.RANK.get() is None and _mpi_launched():
+        raise DeepSpeedCommError(
+            explain(
+                "MPI started several processes, but nothing says which one this is",
+                got="auto_mpi_discovery=False and no RANK",
+                fix="Set RANK, WORLD_SIZE and the rest, or call init_distributed() with "
+                "auto_mpi_discovery=True (needs mpi4py).",
+            )
+        )
     if size == 1 or (size is None and env.RANK.get() is None):
         _alone(port, verbose)
         return World(0, 1)
