@@ -38,8 +38,9 @@ class Field(NamedTuple):
     doc: str
 
 
+_SIZE = Field("size", "u32", "sizeof of this struct, as the caller knows it")
 _HEAD = (
-    Field("size", "u32", "sizeof of this struct, as the caller knows it"),
+    _SIZE,
     Field("threads", "u32", "most threads to use, the calling one included"),
     Field("numel", "i64", "elements of each buffer"),
 )
@@ -115,6 +116,60 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
             Field("out", "out", "one double: the sum"),
             Field("x_dtype", "i32", "ds_dtype of x"),
             Field("reserved", "i32", "0"),
+        ),
+    ),
+    "ds_io_open_args": (
+        "A queue of reads and writes.",
+        (
+            _SIZE,
+            Field("backend", "i32", "ds_io_backend; the one in use is written here"),
+            Field("block_size", "i64", "bytes of one transfer, 512 to 2^30"),
+            Field("queue_depth", "i32", "transfers under way per worker"),
+            Field("workers", "i32", "threads; a request is cut into as many parts"),
+            Field("single_submit", "i32", "1: tell the system of each transfer by itself"),
+            Field("overlap_events", "i32", "1: replace each finished transfer at once"),
+            Field("direct", "i32", "1: bypass the page cache where possible"),
+            Field("reserved", "i32", "0"),
+            Field("queue", "out", "the queue is written here"),
+        ),
+    ),
+    "ds_io_submit_args": (
+        "One request.",
+        (
+            _SIZE,
+            Field("write", "i32", "1: write, 0: read"),
+            Field("queue", "out", "the queue"),
+            Field("path", "in", "bytes (POSIX) or UTF-16 (Windows), null-terminated; or null"),
+            Field("given", "i64", "without a path: a descriptor (POSIX) or HANDLE (Windows)"),
+            Field("offset", "i64", "first byte in the file"),
+            Field("bytes", "i64", "length"),
+            Field("memory", "out", "must stay until the request is over"),
+            Field("ticket", "i64", "the number to wait by is written here"),
+            Field("os_error", "i32", "the system's error is written here"),
+            Field("reserved", "i32", "0"),
+        ),
+    ),
+    "ds_io_wait_args": (
+        "The end of one request.",
+        (
+            _SIZE,
+            Field("timeout_ms", "i32", "at most so long; negative: until it is over"),
+            Field("queue", "out", "the queue"),
+            Field("ticket", "i64", "of ds_io_submit"),
+            Field("state", "i32", "ds_io_state is written here; any but pending ends the ticket"),
+            Field("os_error", "i32", "the system's error, when failed"),
+            Field("moved", "i64", "bytes transferred"),
+            Field("bad_offset", "i64", "of the transfer that failed"),
+            Field("bad_bytes", "i64", "of the transfer that failed"),
+        ),
+    ),
+    "ds_io_memory_args": (
+        "Page-aligned memory.",
+        (
+            _SIZE,
+            Field("locked", "i32", "1: keep it out of the swap file; whether it is, is written"),
+            Field("bytes", "i64", "length"),
+            Field("memory", "out", "the address is written here"),
         ),
     ),
 }

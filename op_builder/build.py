@@ -32,6 +32,17 @@ LIBRARIES = tuple(_NAMES.values())
 
 COMMON = ("api/error.cpp", "cpu/cpuid.cpp", "cpu/pool.cpp", "cpu/dispatch.cpp")
 ENTRIES = ("cpu/optim.cpp", "cpu/norm.cpp")
+FILES = (
+    "io/file_posix.cpp",
+    "io/file_windows.cpp",
+    "io/sync_engine.cpp",
+    "io/uring_engine.cpp",
+    "io/iocp_engine.cpp",
+    "io/worker.cpp",
+    "io/queue.cpp",
+    "io/memory.cpp",
+    "io/io_api.cpp",
+)
 # ISA unit -> (GCC and clang flags, MSVC flags), per machine. No -mfma: see [Note: same bits everywhere].
 UNITS = {
     "x86_64": {
@@ -188,7 +199,8 @@ def compile_unit(compiler: Compiler, target: Target, source: str, flags: tuple[s
 
 def _build_with(compiler: Compiler, target: Target, out: Path) -> Path:
     msvc = compiler.family == "msvc"
-    jobs: list[tuple[str, tuple[str, ...]]] = [(source, ()) for source in (*COMMON, *ENTRIES)]
+    sources = (*COMMON, *ENTRIES, *FILES)
+    jobs: list[tuple[str, tuple[str, ...]]] = [(source, ()) for source in sources]
     for unit, (gnu_flags, msvc_flags) in UNITS[target.machine].items():
         jobs.append((f"cpu/isa_{unit}.cpp", msvc_flags if msvc else gnu_flags))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as threads:

@@ -30,7 +30,18 @@ enum ds_status {
     DS_OK = 0,
     DS_BAD_STRUCT = 1, /* the struct's size is not ours: Python and library come from different versions */
     DS_BAD_VALUE = 2,  /* an argument is out of its range */
-    DS_NO_MEMORY = 3
+    DS_NO_MEMORY = 3,
+    DS_IO_FAILED = 4 /* the system refused; its error number is in the struct */
+};
+
+enum ds_io_backend { DS_IO_AUTO = 0, DS_IO_THREADS = 1, DS_IO_URING = 2, DS_IO_IOCP = 3 };
+
+enum ds_io_state {
+    DS_IO_PENDING = 0,
+    DS_IO_DONE = 1,
+    DS_IO_ERROR = 2,
+    DS_IO_END_OF_FILE = 3, /* the file ends before the read does */
+    DS_IO_CANCELLED = 4
 };
 
 enum ds_dtype { DS_F32 = 0, DS_BF16 = 1, DS_F16 = 2, DS_F64 = 3 };
@@ -112,6 +123,56 @@ typedef struct ds_norm_args {
     int32_t reserved; /* 0 */
 } ds_norm_args;
 
+/* A queue of reads and writes. */
+typedef struct ds_io_open_args {
+    uint32_t size;          /* sizeof of this struct, as the caller knows it */
+    int32_t backend;        /* ds_io_backend; the one in use is written here */
+    int64_t block_size;     /* bytes of one transfer, 512 to 2^30 */
+    int32_t queue_depth;    /* transfers under way per worker */
+    int32_t workers;        /* threads; a request is cut into as many parts */
+    int32_t single_submit;  /* 1: tell the system of each transfer by itself */
+    int32_t overlap_events; /* 1: replace each finished transfer at once */
+    int32_t direct;         /* 1: bypass the page cache where possible */
+    int32_t reserved;       /* 0 */
+    void *queue;            /* the queue is written here */
+} ds_io_open_args;
+
+/* One request. */
+typedef struct ds_io_submit_args {
+    uint32_t size;    /* sizeof of this struct, as the caller knows it */
+    int32_t write;    /* 1: write, 0: read */
+    void *queue;      /* the queue */
+    const void *path; /* bytes (POSIX) or UTF-16 (Windows), null-terminated; or null */
+    int64_t given;    /* without a path: a descriptor (POSIX) or HANDLE (Windows) */
+    int64_t offset;   /* first byte in the file */
+    int64_t bytes;    /* length */
+    void *memory;     /* must stay until the request is over */
+    int64_t ticket;   /* the number to wait by is written here */
+    int32_t os_error; /* the system's error is written here */
+    int32_t reserved; /* 0 */
+} ds_io_submit_args;
+
+/* The end of one request. */
+typedef struct ds_io_wait_args {
+    uint32_t size;      /* sizeof of this struct, as the caller knows it */
+    int32_t timeout_ms; /* at most so long; negative: until it is over */
+    void *queue;        /* the queue */
+    int64_t ticket;     /* of ds_io_submit */
+    int32_t state;      /* ds_io_state is written here; any but pending ends the ticket */
+    int32_t os_error;   /* the system's error, when failed */
+    int64_t moved;      /* bytes transferred */
+    int64_t bad_offset; /* of the transfer that failed */
+    int64_t bad_bytes;  /* of the transfer that failed */
+} ds_io_wait_args;
+
+/* Page-aligned memory. */
+typedef struct ds_io_memory_args {
+    uint32_t size;  /* sizeof of this struct, as the caller knows it */
+    int32_t locked; /* 1: keep it out of the swap file; whether it is, is written */
+    int64_t bytes;  /* length */
+    void *memory;   /* the address is written here */
+} ds_io_memory_args;
+
 /* ---- end of the written section ---- */
 
 /* One step of an optimizer on flat buffers; DS_F64 is not served. All arithmetic is fp32 without contraction, so
@@ -122,6 +183,21 @@ DS_EXPORT int ds_lion_step(const ds_lion_args *args);
 
 /* Sum of squares in double; the same bits for any number of threads and any instruction set. */
 DS_EXPORT int ds_squared_norm(const ds_norm_args *args);
+
+/* Files. A queue takes requests from any thread; they run side by side and in no order. ds_io_close drops what has not
+ * begun, waits for what has, and must be the last call on its queue: until a request is over its memory is in use. */
+DS_EXPORT int ds_io_open(ds_io_open_args *args);
+DS_EXPORT int ds_io_submit(ds_io_submit_args *args);
+DS_EXPORT int ds_io_wait(ds_io_wait_args *args);
+DS_EXPORT void ds_io_close(void *queue);
+
+/* The backends that work here, best first, as "io_uring threads". */
+DS_EXPORT const char *ds_io_backends(void);
+
+/* Memory for the fastest transfers; a limit on locked memory is no failure. */
+DS_EXPORT int ds_io_alloc(ds_io_memory_args *args);
+DS_EXPORT void ds_io_unlock(void *memory, int64_t bytes);
+DS_EXPORT void ds_io_free(void *memory);
 
 /* Message of the last failure on this thread ("" before any); valid until the next failure on it. */
 DS_EXPORT const char *ds_last_error(void);

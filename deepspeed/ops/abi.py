@@ -92,11 +92,77 @@ class NormArgs(ctypes.Structure):
     )
 
 
+class IoOpenArgs(ctypes.Structure):
+    """A queue of reads and writes."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("backend", ctypes.c_int32),
+        ("block_size", ctypes.c_int64),
+        ("queue_depth", ctypes.c_int32),
+        ("workers", ctypes.c_int32),
+        ("single_submit", ctypes.c_int32),
+        ("overlap_events", ctypes.c_int32),
+        ("direct", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("queue", ctypes.c_void_p),
+    )
+
+
+class IoSubmitArgs(ctypes.Structure):
+    """One request."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("write", ctypes.c_int32),
+        ("queue", ctypes.c_void_p),
+        ("path", ctypes.c_void_p),
+        ("given", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+        ("memory", ctypes.c_void_p),
+        ("ticket", ctypes.c_int64),
+        ("os_error", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+class IoWaitArgs(ctypes.Structure):
+    """The end of one request."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("timeout_ms", ctypes.c_int32),
+        ("queue", ctypes.c_void_p),
+        ("ticket", ctypes.c_int64),
+        ("state", ctypes.c_int32),
+        ("os_error", ctypes.c_int32),
+        ("moved", ctypes.c_int64),
+        ("bad_offset", ctypes.c_int64),
+        ("bad_bytes", ctypes.c_int64),
+    )
+
+
+class IoMemoryArgs(ctypes.Structure):
+    """Page-aligned memory."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("locked", ctypes.c_int32),
+        ("bytes", ctypes.c_int64),
+        ("memory", ctypes.c_void_p),
+    )
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ds_adam_args": AdamArgs,
     "ds_adagrad_args": AdagradArgs,
     "ds_lion_args": LionArgs,
     "ds_norm_args": NormArgs,
+    "ds_io_open_args": IoOpenArgs,
+    "ds_io_submit_args": IoSubmitArgs,
+    "ds_io_wait_args": IoWaitArgs,
+    "ds_io_memory_args": IoMemoryArgs,
 }
 
 # The same structs for struct.pack, which fills one several times faster than ctypes.
@@ -105,4 +171,8 @@ FORMATS: dict[str, struct.Struct] = {
     "ds_adagrad_args": struct.Struct("@IIqPPPPiiiidddd"),
     "ds_lion_args": struct.Struct("@IIqPPPPiiiiddddd"),
     "ds_norm_args": struct.Struct("@IIqPPii"),
+    "ds_io_open_args": struct.Struct("@IiqiiiiiiP"),
+    "ds_io_submit_args": struct.Struct("@IiPPqqqPqii"),
+    "ds_io_wait_args": struct.Struct("@IiPqiiqqq"),
+    "ds_io_memory_args": struct.Struct("@IiqP"),
 }
