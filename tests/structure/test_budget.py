@@ -26,7 +26,7 @@ BUDGET = {
     # 16-bit products through fp32: the design counted on torch's own
     "deepspeed/accelerator/*product*": 800,
     # every public verb is a documented function over three backends; the rendezvous of clouds and MPI
-    "deepspeed/comm": 1900,
+    "deepspeed/comm": 2000,
     "deepspeed/ops": 2600,
     "deepspeed/runtime/engine.py deepspeed/runtime/engine_accessors.py": 920,
     # every rule of loading: three stages, two wrappers, older names, experts, any number of ranks
