@@ -37,6 +37,7 @@ class Plan:
         stage: the number users know the row by.
         params, grads, states: placement over the data axis.
         state_tier: where master weights and optimizer states live.
+        param_tier: where the slices of sharded parameters live.
         host_ratio: share of each rank's states that goes to the host tier, 0 to 1; the rest stays on the device.
         pin_memory: whether host memory is page-locked where the device can use that.
         reduce_bucket_numel: most elements that one gradient collective carries (one parameter may exceed it).
@@ -52,6 +53,7 @@ class Plan:
     grads: Placement
     states: Placement
     state_tier: TierKind = TierKind.DEVICE
+    param_tier: TierKind = TierKind.DEVICE
     host_ratio: float = 1.0
     pin_memory: bool = True
     reduce_bucket_numel: int = 500_000_000

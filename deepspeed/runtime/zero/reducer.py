@@ -16,7 +16,6 @@ that is seen, the rest goes in a second round, and from then on buckets wait for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -24,6 +23,7 @@ import torch
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
 
+from .buckets import Bucket, cut_buckets, scale_factors
 from .plan import Plan
 from .shard_group import ShardGroup
 
@@ -31,68 +31,6 @@ from .shard_group import ShardGroup
 LARGEST_BUCKET_NUMEL = 32 * 1024 * 1024
 # Buckets whose reduction may be under way at once; bounds the memory of the bucket buffers.
 BUCKETS_IN_FLIGHT = 2
-
-
-@dataclass
-class Bucket:
-    """A run of a group's flat range whose gradients travel together.
-
-    Attributes:
-        group: the parameters' group.
-        start, end: run of the flat range; it begins and ends at parameter borders.
-        indices: the parameters inside.
-        missing: parameters whose gradient has not arrived in this round.
-        buffer: flat gradients on their way, in the reduce dtype; None while the bucket is empty.
-        arrived: parameters that are in `buffer`.
-    """
-
-    group: ShardGroup
-    start: int
-    end: int
-    indices: range
-    missing: int = 0
-    buffer: torch.Tensor | None = field(default=None, repr=False)
-    arrived: set[int] = field(default_factory=set, repr=False)
-    launched: bool = False
-    fresh: bool = True
-
-    def segments(self) -> list[tuple[int, int, int]]:
-        """Who owns what: `(rank in the shard axis, start in the buffer, length)`."""
-        shard = self.group.layout.shard_numel
-        owned, at = [], self.start
-        while at < self.end:
-            rank = at // shard
-            stop = min(self.end, (rank + 1) * shard)
-            owned.append((rank, at - self.start, stop - at))
-            at = stop
-        return owned
-
-
-def cut_buckets(group: ShardGroup, most: int) -> list[Bucket]:
-    """Cut a group's flat range at parameter borders into buckets of at most `most` elements, last parameters first."""
-    buckets: list[Bucket] = []
-    starts, numels = group.layout.starts, group.layout.numels
-    last = len(numels)
-    size = 0
-    for index in reversed(range(len(numels))):
-        if size and size + numels[index] > most:
-            buckets.append(_bucket(group, index + 1, last))
-            last, size = index + 1, 0
-        size += numels[index]
-    if last:
-        buckets.append(_bucket(group, 0, last))
-    assert not buckets or buckets[-1].start == starts[0]
-    return buckets
-
-
-def _bucket(group: ShardGroup, first: int, last: int) -> Bucket:
-    layout = group.layout
-    return Bucket(
-        group,
-        layout.starts[first],
-        layout.starts[last - 1] + layout.numels[last - 1],
-        range(first, last),
-    )
 
 
 class Reducer:
@@ -104,11 +42,13 @@ class Reducer:
 
     Attributes:
         before_first_grad: called when a gradient arrives outside `begin` … `finish` (a plain `loss.backward()`).
+        after_grad: called with a parameter whose gradient has been taken, so that nothing needs its values any more.
     """
 
     def __init__(self, groups: Sequence[ShardGroup], plan: Plan) -> None:
         self.groups, self.plan = list(groups), plan
         self.before_first_grad: Callable[[], None] | None = None
+        self.after_grad: Callable[[torch.nn.Parameter], None] | None = None
         self.active = False
         self._sync = False
         self._wait_for_end = False
@@ -121,8 +61,8 @@ class Reducer:
         self._buckets = [
             bucket
             for group in reversed(self.groups)
-            if self._travels(group)
-            for bucket in cut_buckets(group, most)
+            if group.shard_axis.size > 1 or group.replica_axis.size > 1
+            for bucket in cut_buckets(group, most, plan)
         ]
         self._bucket_of = {
             (id(bucket.group), index): bucket
@@ -162,7 +102,6 @@ class Reducer:
         """Reduce all that earlier backward passes left unreduced; a collective of all ranks."""
         if not self._buckets:
             return
-        self._sync = True
         self._start_round()
         self._finish_round()
         self._sync = self._unreduced = False
@@ -189,10 +128,6 @@ class Reducer:
 
     # - inside a pass
 
-    @staticmethod
-    def _travels(group: ShardGroup) -> bool:
-        return group.shard_axis.size > 1 or group.replica_axis.size > 1
-
     def _on_grad(self, group: ShardGroup, index: int, param: torch.nn.Parameter) -> None:
         if not getattr(param, "ds_grad_is_ready", True):
             return  # the module adds its gradient up in instalments and raises the flag with the last one
@@ -209,6 +144,8 @@ class Reducer:
             self._collect(bucket, index, param)
             if not self._wait_for_end:
                 self._launch_ready()
+        if self.after_grad is not None:
+            self.after_grad(param)
 
     @staticmethod
     def _keep_whole(group: ShardGroup, index: int, param: torch.nn.Parameter) -> None:
@@ -229,48 +166,21 @@ class Reducer:
             held.add_(param.grad)
         param.grad = None
 
-    def _collect(self, bucket: Bucket, index: int, param: torch.nn.Parameter) -> None:
-        """Put a gradient, and what was held of it, into its bucket."""
-        fresh = index not in bucket.arrived
-        bucket.arrived.add(index)
-        bucket.missing -= fresh
-        if bucket.group.shard_axis.size == 1:
-            self._keep_whole(bucket.group, index, param)
-            return
-        target = self._bucket_view(bucket, index)
-        for values in (self._held.pop(id(param), None), param.grad):
-            if values is not None:
-                self._put(target, values.reshape(-1), fresh)
-                fresh = False
+    def _collect(self, bucket: Bucket, index: int, param: torch.nn.Parameter) -> bool:
+        """Put a gradient, and what was held of it, into its bucket; False if there is none."""
+        found = [self._held.pop(id(param), None), param.grad]
+        gradients = [values for values in found if values is not None]
+        if gradients:
+            bucket.collect(index, gradients)
         param.grad = None
-
-    @staticmethod
-    def _put(target: torch.Tensor, values: torch.Tensor, fresh: bool) -> None:
-        if fresh:
-            target.copy_(values)
-        else:
-            target.add_(values)
-
-    def _bucket_view(self, bucket: Bucket, index: int) -> torch.Tensor:
-        group = bucket.group
-        if bucket.buffer is None:
-            bucket.buffer = torch.empty(
-                bucket.end - bucket.start,
-                dtype=group.precision.reduce_dtype(group.dtype),
-                device=group.param_slab.flat.device,
-            )
-        return bucket.buffer.narrow(
-            0, group.layout.starts[index] - bucket.start, group.layout.numels[index]
-        )
+        return bool(gradients)
 
     # - rounds of collectives
 
     def _start_round(self) -> None:
         self._next = 0
         for bucket in self._buckets:
-            bucket.missing = len(bucket.indices)
-            bucket.launched = False
-            bucket.arrived.clear()
+            bucket.restart()
 
     def _finish_round(self) -> None:
         while self._next < len(self._buckets):
@@ -285,89 +195,20 @@ class Reducer:
     def _launch(self) -> None:
         bucket = self._buckets[self._next]
         self._next += 1
+        for index in bucket.indices:
+            # An earlier micro-batch may have left a gradient that this one had no part in.
+            if index not in bucket.arrived and not self._collect(bucket, index, bucket.group.params[index]):
+                bucket.lack(index)
         bucket.launched = True
-        group = bucket.group
-        self._fill_missing(bucket)
-        values = bucket.buffer
-        if group.shard_axis.size == 1:
-            values = self._slab_run(bucket).to(group.precision.reduce_dtype(group.dtype))
-        assert values is not None
-        before, _ = self._factors(group)
-        if before != 1.0:
-            values.mul_(before)
-        pending = self._reduce(values, bucket)
-        self._flying.append((bucket, pending))
+        self._flying.append((bucket, bucket.launch()))
         most = BUCKETS_IN_FLIGHT if self.plan.overlap_reduce else 0
         while len(self._flying) > most:
             self._land()
 
-    def _reduce(self, values: torch.Tensor, bucket: Bucket) -> flat.Handle:
-        group = bucket.group
-        bucket.buffer = values
-        if group.shard_axis.size > 1:
-            pending = flat.reduce_to_owners(
-                values, bucket.segments(), group.shard_axis, async_op=True
-            )
-            if group.replica_axis.size == 1:
-                return pending
-            pending.wait()
-        return flat.all_reduce_(values, group.replica_axis, async_op=True)
-
     def _land(self) -> None:
         bucket, pending = self._flying.pop(0)
         pending.wait()
-        group, values = bucket.group, bucket.buffer
-        assert values is not None
-        bucket.buffer = None
-        _, after = self._factors(group)
-        if group.shard_axis.size == 1:
-            if after != 1.0:
-                values.mul_(after)
-            run = self._slab_run(bucket)
-            if values.data_ptr() != run.data_ptr():
-                run.copy_(values)
-            return
-        rank = group.shard_axis.rank
-        for owner, start, length in bucket.segments():
-            if owner == rank:
-                own = values.narrow(0, start, length)
-                if after != 1.0:
-                    own.mul_(after)
-                shard_start = bucket.start + start - rank * group.layout.shard_numel
-                group.add_shard_grad(shard_start, own, bucket.fresh)
-        bucket.fresh = False
-
-    def _fill_missing(self, bucket: Bucket) -> None:
-        if bucket.group.shard_axis.size == 1:
-            for index in bucket.indices:
-                if bucket.group.params[index].grad is not None:  # an instalment that came too late
-                    self._keep_whole(bucket.group, index, bucket.group.params[index])
-            bucket.group.clear_unwritten()
-            return
-        for index in bucket.indices:
-            param = bucket.group.params[index]
-            if index in bucket.arrived:
-                continue
-            if param.grad is not None or id(param) in self._held:
-                self._collect(
-                    bucket, index, param
-                )  # from an earlier micro-batch; this one did not use it
-            else:
-                self._bucket_view(bucket, index).zero_()
-
-    def _slab_run(self, bucket: Bucket) -> torch.Tensor:
-        """The bucket's run of an unsharded gradient slab."""
-        (part,) = bucket.group.parts
-        return bucket.group.grad_of(part).narrow(0, bucket.start, bucket.end - bucket.start)
-
-    def _factors(self, group: ShardGroup) -> tuple[float, float]:
-        """What gradients are multiplied by before and after the sum over the ranks."""
-        ranks = group.shard_axis.size * group.replica_axis.size
-        if self.plan.gradient_op == "sum":
-            return 1.0, 1.0
-        if self.plan.prescale or (self.plan.stage > 0 and self.plan.predivide_factor == 1.0):
-            return 1.0 / ranks, 1.0
-        return 1.0 / self.plan.predivide_factor, self.plan.predivide_factor / ranks
+        bucket.land()
 
 
 def average_grads(
@@ -383,20 +224,15 @@ def average_grads(
     """
     if axis.size == 1:
         return
-    before, after = (
-        (1.0, 1.0)
-        if plan.gradient_op == "sum"
-        else (1.0 / plan.predivide_factor, plan.predivide_factor / axis.size)
-    )
-    if plan.prescale and plan.gradient_op != "sum":
-        before, after = 1.0 / axis.size, 1.0
+    before, after = scale_factors(plan, axis.size)
     for bucket in _by_size(params, min(plan.reduce_bucket_numel, LARGEST_BUCKET_NUMEL)):
         wire = dtype or bucket[0].dtype
         values = torch.cat([_grad_or_zeros(p).reshape(-1).to(wire) for p in bucket])
         flat.all_reduce_(values.mul_(before) if before != 1.0 else values, axis)
         if after != 1.0:
             values.mul_(after)
-        for param, piece in zip(bucket, values.split([p.numel() for p in bucket]), strict=True):
+        pieces = values.split([p.numel() for p in bucket])
+        for param, piece in zip(bucket, pieces, strict=True):
             _grad_or_zeros(param).copy_(piece.view(param.shape))
 
 

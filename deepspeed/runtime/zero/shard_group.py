@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parameters that move and step together, with everything the optimizer keeps of them.
 
-A `ShardGroup` owns the flat param slab (the parameters are views of it), this rank's shard of master weights, and this
-rank's shard of gradients. Stage 0 is the group whose shard axis has one rank.
+A `ShardGroup` owns this rank's shard of parameters, of master weights and of gradients. Below stage 3 the shard of
+parameters is a slice of a slab that holds all of them (the parameters are views of it); at stage 3 it is all there is.
+Stage 0 is the group whose shard axis has one rank.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from deepspeed.comm.mesh import Axis
 from deepspeed.runtime.precision import Precision
 
 from .layout import Layout, round_robin_order
-from .plan import Plan, TierKind
+from .plan import Placement, Plan, TierKind
+from .sharded_param import hold, numel_of
 from .slab import Slab
 from .tiers import DeviceTier, Tier, tier_for
 
@@ -75,8 +77,12 @@ class ShardGroup:
         self.plan, self.precision = plan, precision
         self.dtype = self.params[0].dtype
         self.accumulate_dtype = precision.accumulate_dtype(self.dtype)
-        self.layout = Layout.contiguous([p.numel() for p in self.params], shard_axis.size)
-        self.param_slab = self._adopt_params(device)
+        self.params_sharded = plan.params is Placement.SHARDED
+        cut = Layout.per_param if self.params_sharded else Layout.contiguous
+        self.layout = cut([numel_of(p) for p in self.params], shard_axis.size)
+        self.device = device
+        self.param_slab: Slab | None = None if self.params_sharded else self._adopt_params(device)
+        self.own = self._adopt_slices() if self.param_slab is None else self.param_slab.shard(shard_axis.rank)
         self.parts = self._cut_parts(device)
         self._written = bytearray(len(self.params))
         self._targets = self._param_targets() if shard_axis.size == 1 else []
@@ -91,6 +97,16 @@ class ShardGroup:
             param.data = view
         return slab
 
+    def _adopt_slices(self) -> torch.Tensor:
+        """Re-house the slices of sharded parameters, one behind the other, in one flat buffer."""
+        tier = tier_for(self.device, self.plan.param_tier is TierKind.HOST, self.plan.pin_memory)
+        own = tier.alloc(self.layout.shard_numel, self.dtype)
+        for param, start in zip(self.params, self.layout.starts, strict=True):
+            slice_ = own.narrow(0, start, param.ds_tensor.numel())
+            slice_.copy_(param.ds_tensor)
+            hold(param, slice_)
+        return own
+
     def _cut_parts(self, device: torch.device) -> list[ShardPart]:
         total = self.layout.shard_numel
         on_host = self.plan.state_tier is TierKind.HOST
@@ -104,7 +120,7 @@ class ShardGroup:
 
     def _make_part(self, start: int, length: int, on_host: bool, device: torch.device) -> ShardPart:
         tier = tier_for(device, on_host, self.plan.pin_memory)
-        own = self.param_slab.shard(self.shard_axis.rank).narrow(0, start, length)
+        own = self.own.narrow(0, start, length)
         master_dtype = self.precision.master_dtype(self.dtype)
         if master_dtype == self.dtype and tier.device.type == own.device.type:
             return ShardPart(start, length, tier, _flat_param(own), low=None)
@@ -173,16 +189,19 @@ class ShardGroup:
     # - weights
 
     def publish(self) -> flat.Handle:
-        """Bring the stepped shards of all ranks into the params; wait on what is returned before using them."""
-        own = self.param_slab.shard(self.shard_axis.rank)
-        return flat.all_gather_into(self.param_slab.flat, own, self.shard_axis, async_op=True)
+        """Bring the stepped shards of all ranks into the params; wait on what is returned before using them.
+
+        Sharded parameters are gathered when they are next used.
+        """
+        if self.param_slab is None:
+            return flat.DONE
+        return flat.all_gather_into(self.param_slab.flat, self.own, self.shard_axis, async_op=True)
 
     def masters_from_params(self) -> None:
         """Take the current values of the params as the masters' (after something wrote to the params)."""
-        own = self.param_slab.shard(self.shard_axis.rank)
         for part in self.parts:
             if part.low is not None:
-                part.master.data.copy_(own.narrow(0, part.start, part.length))
+                part.master.data.copy_(part.low)
 
     def params_from_masters(self) -> None:
         """Take the masters' values as those of the params, on all ranks."""

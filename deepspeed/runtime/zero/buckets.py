@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of parameters whose gradients travel together, in the three forms that layouts need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepspeed.comm import flat
+
+from .plan import Plan
+from .shard_group import ShardGroup
+
+
+class Bucket:
+    """Neighbouring parameters of a group, `first` up to but not including `last`.
+
+    Attributes:
+        indices: the parameters.
+        missing: how many gradients have not arrived in this round.
+        arrived: which have.
+        launched: whether the collective of this round has started.
+        fresh: whether the shard's gradients are those of an earlier step, to be overwritten.
+    """
+
+    def __init__(self, group: ShardGroup, first: int, last: int, plan: Plan) -> None:
+        self.group = group
+        self.indices = range(first, last)
+        self.missing = len(self.indices)
+        self.arrived: set[int] = set()
+        self.launched = False
+        self.fresh = True
+        self.buffer: torch.Tensor | None = None
+        ranks = group.shard_axis.size * group.replica_axis.size
+        self.before, self.after = scale_factors(plan, ranks)
+
+    def restart(self) -> None:
+        """Begin a round of collectives."""
+        self.missing, self.launched = len(self.indices), False
+        self.arrived.clear()
+
+    def collect(self, index: int, gradients: Sequence[torch.Tensor]) -> None:
+        """Add a parameter's gradients to the round."""
+        fresh = index not in self.arrived
+        self.arrived.add(index)
+        self.missing -= fresh
+        for values in gradients:
+            self._put(index, values.reshape(-1), fresh)
+            fresh = False
+
+    def lack(self, index: int) -> None:
+        """A parameter has no gradient in this round."""
+        raise NotImplementedError
+
+    def launch(self) -> flat.Handle:
+        """Start the collective."""
+        raise NotImplementedError
+
+    def land(self) -> None:
+        """The collective is over: put what is ours into the group's gradients."""
+        raise NotImplementedError
+
+    def _put(self, index: int, values: torch.Tensor, fresh: bool) -> None:
+        raise NotImplementedError
+
+    def _buffer(self, numel: int) -> torch.Tensor:
+        if self.buffer is None:
+            dtype = self.group.precision.reduce_dtype(self.group.dtype)
+            self.buffer = torch.empty(numel, dtype=dtype, device=self.group.device)
+        return self.buffer
+
+    def _over_replicas(self, values: torch.Tensor, pending: flat.Handle) -> flat.Handle:
+        """What is summed over the shard axis is summed over the ranks that hold equal shards, too."""
+        if self.group.replica_axis.size == 1:
+            return pending
+        pending.wait()
+        return flat.all_reduce_(values, self.group.replica_axis, async_op=True)
+
+
+class SlabBucket(Bucket):
+    """Gradients that every rank keeps whole: summed where they lie (stage 0)."""
+
+    def _put(self, index: int, values: torch.Tensor, fresh: bool) -> None:
+        self.group.add_param_grad(index, values)
+
+    def lack(self, index: int) -> None:
+        """Gradients of the step before must not count again."""
+        self.group.clear_unwritten()
+
+    def launch(self) -> flat.Handle:
+        """Start the sum over the replicas."""
+        self.buffer = self._run().to(self.group.precision.reduce_dtype(self.group.dtype))
+        if self.before != 1.0:
+            self.buffer.mul_(self.before)
+        return self._over_replicas(self.buffer, flat.DONE)
+
+    def land(self) -> None:
+        """Put the sum back into the slab."""
+        values, self.buffer = self.buffer, None
+        assert values is not None
+        if self.after != 1.0:
+            values.mul_(self.after)
+        run = self._run()
+        if values.data_ptr() != run.data_ptr():
+            run.copy_(values)
+
+    def _run(self) -> torch.Tensor:
+        layout = self.group.layout
+        last = self.indices[-1]
+        start, end = layout.starts[self.indices[0]], layout.starts[last] + layout.numels[last]
+        (part,) = self.group.parts
+        return self.group.grad_of(part).narrow(0, start, end - start)
+
+
+class RangeBucket(Bucket):
+    """A run of a flat range that is cut at equal distances: each piece goes to the rank that owns it (stages 1, 2)."""
+
+    def __init__(self, group: ShardGroup, first: int, last: int, plan: Plan) -> None:
+        super().__init__(group, first, last, plan)
+        layout = group.layout
+        self.start = layout.starts[first]
+        self.end = layout.starts[last - 1] + layout.numels[last - 1]
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """Who owns what: `(rank in the shard axis, start in the buffer, length)`."""
+        shard = self.group.layout.shard_numel
+        owned, at = [], self.start
+        while at < self.end:
+            rank = at // shard
+            stop = min(self.end, (rank + 1) * shard)
+            owned.append((rank, at - self.start, stop - at))
+            at = stop
+        return owned
+
+    def _place(self, index: int) -> torch.Tensor:
+        layout = self.group.layout
+        buffer = self._buffer(self.end - self.start)
+        return buffer.narrow(0, layout.starts[index] - self.start, layout.numels[index])
+
+    def _put(self, index: int, values: torch.Tensor, fresh: bool) -> None:
+        store(self._place(index), values, fresh)
+
+    def lack(self, index: int) -> None:
+        """It counts as zero."""
+        self._place(index).zero_()
+
+    def launch(self) -> flat.Handle:
+        """Start the sum onto the owners."""
+        buffer, group = self._buffer(self.end - self.start), self.group
+        if self.before != 1.0:
+            buffer.mul_(self.before)
+        pending = flat.reduce_to_owners(buffer, self.segments(), group.shard_axis, async_op=True)
+        return self._over_replicas(buffer, pending)
+
+    def land(self) -> None:
+        """Keep our own pieces."""
+        values, self.buffer = self.buffer, None
+        assert values is not None
+        rank, shard = self.group.shard_axis.rank, self.group.layout.shard_numel
+        for owner, start, length in self.segments():
+            if owner == rank:
+                own = values.narrow(0, start, length)
+                if self.after != 1.0:
+                    own.mul_(self.after)
+                self.group.add_shard_grad(self.start + start - rank * shard, own, self.fresh)
+        self.fresh = False
+
+
+class SliceBucket(Bucket):
+    """Parameters that are cut one by one: a row for each rank, summed onto it (stage 3)."""
+
+    def __init__(self, group: ShardGroup, first: int, last: int, plan: Plan) -> None:
+        super().__init__(group, first, last, plan)
+        starts = group.layout.starts
+        self.start = starts[first]
+        self.row = (starts[last] if last < len(starts) else group.layout.shard_numel) - self.start
+        self.sum: torch.Tensor | None = None
+
+    def _rows(self, index: int) -> torch.Tensor:
+        ranks, layout = self.group.shard_axis.size, self.group.layout
+        piece = -(-layout.numels[index] // ranks)
+        rows = self._buffer(ranks * self.row).view(ranks, self.row)
+        return rows.narrow(1, layout.starts[index] - self.start, piece)
+
+    def _put(self, index: int, values: torch.Tensor, fresh: bool) -> None:
+        rows = self._rows(index)
+        piece = rows.shape[1]
+        whole = values.numel() // piece if piece else 0
+        store(rows[:whole], values[: whole * piece].view(whole, piece), fresh)
+        rest = values[whole * piece :]
+        if rest.numel():
+            store(rows[whole, : rest.numel()], rest, fresh)
+        if fresh and whole < len(rows):
+            rows[whole, rest.numel() :].zero_()
+            rows[whole + 1 :].zero_()
+
+    def lack(self, index: int) -> None:
+        """It counts as zero."""
+        self._rows(index).zero_()
+
+    def launch(self) -> flat.Handle:
+        """Start the sum, a row to a rank."""
+        buffer, axis = self._buffer(self.group.shard_axis.size * self.row), self.group.shard_axis
+        if self.before != 1.0:
+            buffer.mul_(self.before)
+        self.sum = torch.empty(self.row, dtype=buffer.dtype, device=buffer.device)
+        pending = flat.reduce_scatter_into(self.sum, buffer, axis, async_op=True)
+        return self._over_replicas(self.sum, pending)
+
+    def land(self) -> None:
+        """Keep our own row."""
+        values, self.sum, self.buffer = self.sum, None, None
+        assert values is not None
+        if self.after != 1.0:
+            values.mul_(self.after)
+        self.group.add_shard_grad(self.start, values, self.fresh)
+        self.fresh = False
+
+
+def cut_buckets(group: ShardGroup, most: int, plan: Plan) -> list[Bucket]:
+    """Cut a group's parameters into buckets of at most `most` elements (or one parameter), last parameters first."""
+    if group.shard_axis.size == 1:
+        kind: type[Bucket] = SlabBucket
+    else:
+        kind = SliceBucket if group.params_sharded else RangeBucket
+    buckets: list[Bucket] = []
+    numels = group.layout.numels
+    last, size = len(numels), 0
+    for index in reversed(range(len(numels))):
+        if size and size + numels[index] > most:
+            buckets.append(kind(group, index + 1, last, plan))
+            last, size = index + 1, 0
+        size += numels[index]
+    if last:
+        buckets.append(kind(group, 0, last, plan))
+    return buckets
+
+
+def scale_factors(plan: Plan, ranks: int) -> tuple[float, float]:
+    """What gradients are multiplied by before and after the sum over `ranks`."""
+    if plan.gradient_op == "sum":
+        return 1.0, 1.0
+    if plan.prescale or (plan.stage > 0 and plan.predivide_factor == 1.0):
+        return 1.0 / ranks, 1.0
+    return 1.0 / plan.predivide_factor, plan.predivide_factor / ranks
+
+
+def store(target: torch.Tensor, values: torch.Tensor, fresh: bool) -> None:
+    """Overwrite `target`, or add to it."""
+    if fresh:
+        target.copy_(values)
+    else:
+        target.add_(values)

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A parameter of which this rank keeps a slice (ZeRO stage 3): cut it, gather it, let it go.
+
+The public face is a set of `ds_*` attributes on the parameter; they are set here and nowhere else. Between uses
+`param.data` is an empty tensor. Gathering makes a new buffer each time and letting go only drops it, so whoever kept a
+reference to gathered values goes on seeing them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import torch
+
+from deepspeed.comm import flat
+from deepspeed.comm.mesh import Axis
+
+from .tiers import Tier
+from .utils import is_zero_param
+
+# Slices below this many elements travel together: one message costs more than their bytes.
+SMALL_SLICE = 64 * 1024
+
+_ids = itertools.count()
+
+
+class ZeroParamType(Enum):
+    """How a parameter takes part in sharding."""
+
+    NORMAL = 1
+    """Whole on every rank."""
+    PARTITIONED = 2
+    """Sharded, gathered before use."""
+    REMOTE = 3
+    """Held by another device."""
+
+
+class ZeroParamStatus(Enum):
+    """Where a sharded parameter's values are."""
+
+    AVAILABLE = 1
+    """Gathered: whole on this rank."""
+    NOT_AVAILABLE = 2
+    """Only this rank's slice is here."""
+    INFLIGHT = 3
+    """Being gathered."""
+
+
+def shape_of(param: torch.Tensor) -> torch.Size:
+    """The shape of a parameter when whole."""
+    return param.ds_shape if is_zero_param(param) else param.shape
+
+
+def numel_of(param: torch.Tensor) -> int:
+    """The number of elements of a parameter when whole."""
+    return param.ds_numel if is_zero_param(param) else param.numel()
+
+
+def shard_param(param: torch.nn.Parameter, axis: Axis, device: torch.device, tier: Tier) -> None:
+    """Keep this rank's slice of a whole parameter, on `tier`; its values must be equal on all ranks of `axis`.
+
+    Args:
+        param: parameter that is not sharded yet.
+        axis: ranks to cut it over.
+        device: where it is gathered to.
+        tier: where the slice lives.
+    """
+    piece = -(-param.numel() // axis.size)
+    values = param.data.detach().reshape(-1)
+    shard = tier.alloc(piece, param.dtype)
+    own = values[axis.rank * piece : (axis.rank + 1) * piece]
+    shard[: own.numel()].copy_(own)
+    _describe(param, axis, device)
+    hold(param, shard)
+    param.data = torch.empty(0, dtype=param.dtype, device=device)
+
+
+def _describe(param: torch.nn.Parameter, axis: Axis, device: torch.device) -> None:
+    """Set the public attributes and methods of a sharded parameter."""
+    param.ds_id = next(_ids)
+    param.ds_shape, param.ds_numel = param.shape, param.numel()
+    param.ds_numel_aligned = -(-param.numel() // axis.size) * axis.size
+    param.ds_param_type, param.ds_status = ZeroParamType.PARTITIONED, ZeroParamStatus.NOT_AVAILABLE
+    param.ds_persist = False
+    param.ds_active_sub_modules = set()
+    param.is_external_param = False
+    param.ds_axis, param.ds_device = axis, device
+    param.ds_process_group = param.ds_zero_param_process_group = axis.group
+    param.ds_zero_partition_rank, param.ds_zero_partition_world_size = axis.rank, axis.size
+    param.ds_secondary_tensor, param.ds_secondary_tensor_group_size = None, 1
+    param.ds_secondary_tensor_num_of_groups, param.nvme_swapper = 1, None
+    param.ds_enable_sanity_checks = False
+    param.all_gather = partial(_all_gather, param)
+    param.all_gather_coalesced = _all_gather_coalesced
+    param.partition = partial(_partition, param)
+    param.aligned_size = lambda: param.ds_numel_aligned
+    param.padding_size = lambda: param.ds_numel_aligned - param.ds_numel
+    param.partition_numel = lambda: param.ds_tensor.numel()
+    param.ds_summary = partial(_summary, param)
+    param.convert_to_zero_parameters = partial(_convert_like, param)
+
+
+def hold(param: torch.nn.Parameter, shard: torch.Tensor) -> None:
+    """Make `shard` the parameter's slice (its values are already right)."""
+    shard.ds_numel = shard.numel()
+    shard.status = ZeroParamStatus.AVAILABLE
+    shard.final_location = None
+    param.ds_tensor = shard
+
+
+# - gather
+
+
+class Gathering:
+    """Parameters on their way to being whole.
+
+    Args:
+        params: parameters that are not available; they are marked as in flight.
+    """
+
+    def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
+        self._landing: list[tuple[flat.Handle, Callable[[], None]]] = []
+        small: dict[tuple[Axis, torch.dtype], list[torch.nn.Parameter]] = {}
+        for param in params:
+            assert param.ds_status is ZeroParamStatus.NOT_AVAILABLE
+            param.ds_status = ZeroParamStatus.INFLIGHT
+            param.ds_gathering = self
+            axis = param.ds_axis
+            if axis.size == 1:
+                self._landing.append((flat.DONE, partial(_become_whole, param, _alone(param))))
+            elif param.ds_tensor.numel() < SMALL_SLICE:
+                small.setdefault((axis, param.dtype), []).append(param)
+            else:
+                self._start_one(param)
+        for (axis, _), members in small.items():
+            self._start_several(axis, members)
+
+    def _start_one(self, param: torch.nn.Parameter) -> None:
+        shard = _on_device(param)
+        whole = torch.empty(param.ds_numel_aligned, dtype=param.dtype, device=param.ds_device)
+        handle = flat.all_gather_into(whole, shard, param.ds_axis, async_op=True)
+        self._landing.append((handle, partial(_become_whole, param, whole)))
+
+    def _start_several(self, axis: Axis, params: list[torch.nn.Parameter]) -> None:
+        shard = torch.cat([_on_device(p) for p in params])
+        rows = torch.empty(axis.size * shard.numel(), dtype=shard.dtype, device=shard.device)
+        handle = flat.all_gather_into(rows, shard, axis, async_op=True)
+
+        def land() -> None:
+            at = 0
+            for param in params:
+                piece = param.ds_tensor.numel()
+                whole = rows.view(axis.size, -1)[:, at : at + piece].reshape(-1)
+                _become_whole(param, whole)
+                at += piece
+
+        self._landing.append((handle, land))
+
+    def wait(self) -> None:
+        """Return when the parameters are whole."""
+        landing, self._landing = self._landing, []
+        for handle, land in landing:
+            handle.wait()
+            land()
+
+
+def _alone(param: torch.nn.Parameter) -> torch.Tensor:
+    """The slice of a parameter that one rank has to itself: its values, without a copy where that is possible."""
+    return _on_device(param)
+
+
+def _on_device(param: torch.nn.Parameter) -> torch.Tensor:
+    return param.ds_tensor.to(param.ds_device, non_blocking=True)
+
+
+def _become_whole(param: torch.nn.Parameter, whole: torch.Tensor) -> None:
+    param.data = whole[: param.ds_numel].view(param.ds_shape)
+    param.ds_status = ZeroParamStatus.AVAILABLE
+    param.ds_gathering = None
+
+
+def start_gather(params: Iterable[torch.nn.Parameter]) -> None:
+    """Begin to gather those of `params` that are neither whole nor on their way; a collective of all their ranks."""
+    missing = [p for p in params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+    if missing:
+        Gathering(list(dict.fromkeys(missing)))
+
+
+def finish_gather(params: Iterable[torch.nn.Parameter]) -> None:
+    """Wait for those of `params` that are on their way."""
+    for param in params:
+        if param.ds_status is ZeroParamStatus.INFLIGHT:
+            param.ds_gathering.wait()
+
+
+def gather(params: Iterable[torch.nn.Parameter]) -> None:
+    """Make `params` whole on this rank; a collective of all their ranks."""
+    params = list(params)
+    start_gather(params)
+    finish_gather(params)
+
+
+def release(params: Iterable[torch.nn.Parameter]) -> None:
+    """Go back to the slices; edits of whole values are lost unless written back first."""
+    for param in params:
+        if param.ds_status is ZeroParamStatus.INFLIGHT:
+            param.ds_gathering.wait()
+        if param.ds_status is ZeroParamStatus.AVAILABLE:
+            param.data = torch.empty(0, dtype=param.dtype, device=param.ds_device)
+            param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def write_back(param: torch.nn.Parameter) -> None:
+    """Take this rank's slice from the whole values."""
+    piece, axis = param.ds_tensor.numel(), param.ds_axis
+    own = param.data.detach().reshape(-1)[axis.rank * piece : (axis.rank + 1) * piece]
+    if own.data_ptr() != param.ds_tensor.data_ptr():
+        param.ds_tensor[: own.numel()].copy_(own)
+
+
+# - the methods that callers know
+
+
+def _all_gather(
+    param: torch.nn.Parameter, param_list: Any = None, async_op: bool = False, hierarchy: int = 0
+) -> Any:
+    params = [param] if param_list is None else list(param_list)
+    start_gather(params)
+    if async_op:
+        return _Waiter(params)
+    finish_gather(params)
+    return None
+
+
+def _all_gather_coalesced(params: Iterable[torch.nn.Parameter], *_: Any, **__: Any) -> _Waiter:
+    params = list(params)
+    start_gather(params)
+    return _Waiter(params)
+
+
+class _Waiter:
+    """What an asynchronous gather returns."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        self._params = params
+
+    def wait(self, **_: Any) -> None:
+        finish_gather(self._params)
+
+
+def _partition(
+    param: torch.nn.Parameter,
+    param_list: Any = None,
+    hierarchy: int = 0,
+    has_been_updated: bool = False,
+    free_data: bool = True,
+) -> None:
+    params = [param] if param_list is None else list(param_list)
+    for each in params:
+        if has_been_updated and each.ds_status is ZeroParamStatus.AVAILABLE:
+            write_back(each)
+    release(params)
+
+
+def _summary(param: torch.nn.Parameter, *_: Any, **__: Any) -> dict[str, Any]:
+    return {
+        "id": param.ds_id,
+        "status": param.ds_status.name,
+        "numel": param.numel(),
+        "ds_numel": param.ds_numel,
+        "shape": tuple(param.shape),
+        "ds_shape": tuple(param.ds_shape),
+        "requires_grad": param.requires_grad,
+        "grad_shape": None if param.grad is None else tuple(param.grad.shape),
+        "persist": param.ds_persist,
+        "active_sub_modules": param.ds_active_sub_modules,
+        "ds_tensor.shape": tuple(param.ds_tensor.shape),
+    }
+
+
+def _convert_like(param: torch.nn.Parameter, param_list: Iterable[torch.nn.Parameter]) -> None:
+    from .tiers import tier_for
+
+    for other in param_list:
+        if not is_zero_param(other):
+            on_host = param.ds_tensor.device.type == "cpu" and param.ds_device.type != "cpu"
+            shard_param(other, param.ds_axis, param.ds_device, tier_for(param.ds_device, on_host, True))
