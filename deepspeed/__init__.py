@@ -60,7 +60,10 @@ _NAMES = {
 }
 
 # Modules that are reached by a shorter name than their own.
-_ALIASES = {"zero": "deepspeed.runtime.zero"}
+_ALIASES = {
+    "checkpointing": "deepspeed.runtime.activation_checkpointing.checkpointing",
+    "zero": "deepspeed.runtime.zero",
+}
 
 # Public names whose feature has no code yet; reaching for one says so.
 _NOT_BUILT = {

@@ -18,16 +18,16 @@ ROOT = Path(__file__).resolve().parents[2]
 # module -> names in it; all of it is there
 BUILT = {
     "deepspeed": (
-        "__version__ version __version_major__ __version_minor__ __version_patch__ "
-        "__git_hash__ __git_branch__ git_hash git_branch initialize init_inference "
-        "init_distributed tp_model_init add_config_arguments default_inference_config "
-        "add_tuning_arguments DeepSpeedEngine DeepSpeedOptimizerCallable "
-        "DeepSpeedSchedulerCallable DeepSpeedOptimizer DeepSpeedDataLoader DeepSpeedConfig "
-        "DeepSpeedConfigError DeepSpeedInferenceConfig ADAM_OPTIMIZER LAMB_OPTIMIZER "
-        "MUON_OPTIMIZER TORCH_DISTRIBUTED_DEFAULT_PORT OnDevice logger log_dist "
-        "is_compile_supported zero ops get_accelerator HAS_TRITON dist comm moe monitor "
-        "profiling autotuning elasticity compression checkpoint nebula launcher inference "
-        "runtime utils accelerator constants git_version_info compile"
+        "__version__ version __version_major__ __version_minor__ __version_patch__ __git_hash__ "
+        "__git_branch__ git_hash git_branch initialize init_inference init_distributed "
+        "tp_model_init add_config_arguments default_inference_config add_tuning_arguments "
+        "DeepSpeedEngine DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable "
+        "DeepSpeedOptimizer DeepSpeedDataLoader DeepSpeedConfig DeepSpeedConfigError "
+        "DeepSpeedInferenceConfig ADAM_OPTIMIZER LAMB_OPTIMIZER MUON_OPTIMIZER "
+        "TORCH_DISTRIBUTED_DEFAULT_PORT OnDevice logger log_dist is_compile_supported zero ops "
+        "get_accelerator HAS_TRITON dist comm moe monitor profiling autotuning elasticity "
+        "compression checkpoint nebula launcher inference runtime utils accelerator constants "
+        "git_version_info compile checkpointing"
     ),
     "deepspeed.accelerator": "get_accelerator set_accelerator DeepSpeedAccelerator",
     "deepspeed.autotuning": "",
@@ -100,6 +100,11 @@ BUILT = {
     "deepspeed.ops.lion": "DeepSpeedCPULion FusedLion",
     "deepspeed.ops.op_builder": "CPUAdamBuilder FusedAdamBuilder AsyncIOBuilder",
     "deepspeed.profiling.config": "DeepSpeedFlopsProfilerConfig",
+    "deepspeed.runtime.activation_checkpointing.checkpointing": (
+        "checkpoint non_reentrant_checkpoint configure is_configured reset get_cuda_rng_tracker "
+        "model_parallel_cuda_manual_seed model_parallel_reconfigure_tp_seed "
+        "partition_activations_in_checkpoint set_num_layers CheckpointFunction"
+    ),
     "deepspeed.runtime.base_optimizer": "DeepSpeedOptimizer ZeROOptimizer",
     "deepspeed.runtime.bf16_optimizer": "BF16_Optimizer",
     "deepspeed.runtime.checkpoint_engine": "",
@@ -209,7 +214,7 @@ BUILT = {
 LATER = {
     "deepspeed": (
         "set_optimizer_flags PipelineEngine DeepSpeedHybridEngine InferenceEngine "
-        "PipelineModule checkpointing module_inject domino DeepSpeedTransformerLayer "
+        "PipelineModule module_inject domino DeepSpeedTransformerLayer "
         "DeepSpeedTransformerConfig replace_transformer_layer revert_transformer_layer "
         "set_autotp_mode pipe linear sequence io nvme"
     ),
@@ -238,12 +243,6 @@ LATER = {
     "deepspeed.pipe": "PipelineModule LayerSpec TiedLayerSpec",
     "deepspeed.profiling.flops_profiler": (
         "get_model_profile FlopsProfiler number_to_string flops_to_string"
-    ),
-    "deepspeed.runtime.activation_checkpointing.checkpointing": (
-        "checkpoint non_reentrant_checkpoint configure is_configured reset "
-        "get_cuda_rng_tracker model_parallel_cuda_manual_seed "
-        "model_parallel_reconfigure_tp_seed partition_activations_in_checkpoint "
-        "set_num_layers CheckpointFunction"
     ),
     "deepspeed.runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
     "deepspeed.runtime.data_pipeline.data_sampling.data_analyzer": (
