@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import threading
-from collections.abc import Callable, Iterable
-from types import MethodType
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
@@ -87,7 +88,9 @@ def lacking(dtypes: Iterable[torch.dtype | None]) -> frozenset[torch.dtype]:
 
 
 # ------------------------------------------------------------------ the mode
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+# torch 2.3 does not tell whether saved tensors are hooked: there the call stack is always looked at
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+_CHECKPOINTS = "torch.utils.checkpoint"
 
 
 class _Mode(TorchFunctionMode):
@@ -107,7 +110,7 @@ class _Mode(TorchFunctionMode):
         handler = product_calls.HANDLERS.get(func)
         if handler is None or torch.compiler.is_compiling() or product_calls.transformed():
             return func(*args, **kwargs) if kwargs else func(*args)
-        if _top_hooks is not None:
+        if _top_hooks(False) is not None:
             _follow_recomputation(self)
         return handler(self.dtypes, func, args, kwargs or {})
 
@@ -152,31 +155,25 @@ class _Recomputation:
 
 
 def _follow_recomputation(mode: _Mode) -> None:
-    """Where non-reentrant checkpoints are to save what is saved now, have their recomputations enter ``mode``.
-
-    torch shows only the innermost hooks; those of enclosing checkpoints are seen by lifting the inner ones off.
-    """
-    lifted = []
-    try:
-        while (hooks := _top_hooks(False)) is not None and _follow(hooks[0], mode):
-            torch._C._autograd._pop_saved_tensors_default_hooks()
-            lifted.append(hooks)
-    finally:
-        for hooks in reversed(lifted):
-            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
-
-
-def _follow(pack: Callable[..., Any], mode: _Mode) -> bool:
-    """Have the checkpoint behind this hook follow ``mode``; say whether it was news."""
-    if not getattr(pack, "__qualname__", "").startswith("_checkpoint_hook."):
-        return False
-    for cell in pack.__closure__ or ():
-        frame = cell.cell_contents
-        recompute = getattr(frame, "recompute_fn", None)
+    """Where non-reentrant checkpoints are to save what is saved now, have their recomputations enter ``mode``."""
+    for region in _regions():
+        recompute = getattr(region, "recompute_fn", None)
         if recompute is not None and not isinstance(recompute, _Recomputation):
-            frame.recompute_fn = _Recomputation(mode, recompute)
-            return True
-    return False
+            region.recompute_fn = _Recomputation(mode, recompute)
+
+
+def _regions() -> Iterator[Any]:
+    """Yield torch's records of the non-reentrant checkpoints that this call stack is inside of.
+
+    torch has no door to them: they are locals of the generator that each ``checkpoint`` on the stack drives.
+    """
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None:
+        if caller.f_code.co_name == "checkpoint" and "gen" in caller.f_locals:
+            generator = getattr(caller.f_locals["gen"], "gi_frame", None)
+            if generator is not None and generator.f_globals.get("__name__") == _CHECKPOINTS:
+                yield generator.f_locals.get("new_frame")
+        caller = caller.f_back
 
 
 # ------------------------------------------------------------------ ownership

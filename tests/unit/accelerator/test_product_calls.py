@@ -92,6 +92,10 @@ SPELLINGS: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
 }
 
 
+if "enable_gqa" not in (F.scaled_dot_product_attention.__doc__ or ""):  # torch < 2.5
+    del SPELLINGS["attention_gqa"]
+
+
 def _run(call: Callable[..., Tensor], tensors: list[Tensor], seed: Tensor | None) -> list[Tensor]:
     inputs = [t.detach().clone().requires_grad_() for t in tensors]
     out = call(*inputs)
@@ -147,9 +151,12 @@ def test_composite_modules_are_no_less_accurate(
     products = products_context(model, torch.device("cpu"))
     ours = run(model, x)
     products.release()
+    noise = 1e-3 * max(
+        want.norm() for want in exact
+    )  # some gradients (a key's bias) are noise around 0
     for found, other, want in zip(ours, native_results, exact, strict=True):
         assert found.dtype is dtype
-        assert (found - want).norm() <= 1.1 * (other - want).norm() + 1e-3 * want.norm()
+        assert (found - want).norm() <= 1.1 * (other - want).norm() + noise
 
 
 def test_results_of_a_training_step_follow_fp32(sent: list[str]) -> None:
