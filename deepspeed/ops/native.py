@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deepspeed.ops import abi
 from deepspeed.utils import env
@@ -85,6 +85,13 @@ class NativeLibrary:
         function.restype = ctypes.c_int
         return function
 
+    def function(self, symbol: str, *arguments: Any, result: Any = ctypes.c_int) -> Any:
+        """Return another function of the library, with these ctypes types."""
+        function = getattr(self._dll, symbol)
+        function.argtypes = list(arguments)
+        function.restype = result
+        return function
+
     def set_isa(self, name: str) -> None:
         """Choose an instruction set, or "auto".
 
@@ -149,6 +156,18 @@ def load() -> NativeLibrary | None:
     if _cached is None:
         _cached = _Cache(*_find(env.DS_CPU_ISA.get()))
     return _cached.library
+
+
+def opened() -> NativeLibrary | None:
+    """Return the library whatever DS_CPU_ISA and DS_DISABLE_NATIVE say of the ops; None where there is none.
+
+    Raises:
+        NativeLibraryError: the library is there and unusable.
+    """
+    path = library_path()
+    if path not in _opened and path.exists():
+        _opened[path] = NativeLibrary(path)
+    return _opened.get(path)
 
 
 def status() -> Status:

@@ -49,10 +49,14 @@ _VARIABLES = {
     "ShareMemComm": "SHM_COMM",
     "CCLComm": "CCL_COMM",
 }
+_NO_GDS = (
+    "GPUDirect Storage is not supported; AsyncIOBuilder's handle takes GPU tensors too, "
+    "by way of page-locked memory"
+)
 _V2 = "inference.v2.kernels"
 
 ROWS = (
-    Row("AsyncIO", "async_io", "ops.aio.async_io_op"),
+    Row("AsyncIO", "async_io", "ops.aio.async_io_op", namespaces.async_io),
     Row("CCLComm", "deepspeed_ccl_comm", "ops.comm.deepspeed_ccl_comm_op"),
     Row("CPUAdagrad", "cpu_adagrad", "ops.adagrad.cpu_adagrad_op", namespaces.cpu_adagrad),
     Row("CPUAdam", "cpu_adam", "ops.adam.cpu_adam_op", namespaces.cpu_adam),
@@ -63,7 +67,7 @@ ROWS = (
     Row("FusedAdam", "fused_adam", "ops.adam.fused_adam_op", namespaces.fused_adam),
     Row("FusedLamb", "fused_lamb", "ops.lamb.fused_lamb_op", namespaces.fused_lamb),
     Row("FusedLion", "fused_lion", "ops.lion.fused_lion_op", namespaces.fused_lion),
-    Row("GDS", "gds", "ops.gds.gds_op"),
+    Row("GDS", "gds", "ops.gds.gds_op", missing=_NO_GDS),
     # no dot before the last name: so it is upstream
     Row("InferenceCore", "inference_core_ops", f"{_V2}inference_core_ops"),
     Row("InferenceCutlass", "cutlass_ops", f"{_V2}.cutlass_ops.cutlass_ops"),

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -176,6 +177,11 @@ def fused_lamb() -> SimpleNamespace:
     from deepspeed.ops.lamb.fused_lamb import lamb_step
 
     return SimpleNamespace(lamb=torch.no_grad()(lamb_step))
+
+
+def async_io() -> ModuleType:
+    """Return the module with aio_handle, aio_read, aio_write and deepspeed_memcpy."""
+    return importlib.import_module("deepspeed.ops.aio.async_io_op")
 
 
 def utils() -> SimpleNamespace:

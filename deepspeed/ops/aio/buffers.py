@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buffers for the fastest file I/O: on page boundaries, and kept in memory where the system lets us."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+
+import torch
+from torch import Tensor
+
+from deepspeed.ops import abi, native
+from deepspeed.ops.aio.library import functions
+from deepspeed.utils.errors import explain
+from deepspeed.utils.logging import logger
+
+# address -> bytes, of memory that is locked now
+_locked: dict[int, int] = {}
+
+
+def locked_tensor(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return a 1-D CPU tensor for file I/O, its contents undefined.
+
+    Beside a CUDA device it is page-locked for both; else its memory starts on a page and is locked as far as the
+    system's limit allows (`is_locked` tells). It is freed with the last tensor that shares it.
+
+    Raises:
+        ValueError: a negative number of elements.
+        MemoryError: there is not so much memory.
+    """
+    if numel < 0:
+        raise ValueError(explain("a buffer cannot have so many elements", got=numel))
+    bound = functions()
+    if torch.cuda.is_available():
+        return torch.empty(numel, dtype=dtype, pin_memory=True)
+    nbytes = numel * dtype.itemsize
+    if bound is None or nbytes == 0:
+        return torch.empty(numel, dtype=dtype)
+    args = abi.IoMemoryArgs(size=ctypes.sizeof(abi.IoMemoryArgs), locked=1, bytes=nbytes)
+    if bound.alloc(ctypes.byref(args)):
+        raise MemoryError(explain("no memory for a buffer of file I/O", got=native.last_error()))
+    if args.locked:
+        _locked[args.memory] = nbytes
+    else:
+        logger.info("%d bytes for file I/O stay unlocked: the system's limit is lower", nbytes)
+    memory = (ctypes.c_char * nbytes).from_address(args.memory)
+    weakref.finalize(memory, _free, args.memory).atexit = False
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def unlock(tensor: Tensor) -> bool:
+    """Let the system move a buffer's memory again; returns whether it was locked by `locked_tensor`."""
+    address = tensor.untyped_storage().data_ptr() if tensor.device.type == "cpu" else 0
+    nbytes = _locked.pop(address, 0)
+    bound = functions()
+    if nbytes and bound is not None:
+        bound.unlock(address, nbytes)
+    return nbytes > 0
+
+
+def is_locked(tensor: Tensor) -> bool:
+    """Say whether a tensor's memory is page-locked, by `locked_tensor` or by CUDA."""
+    if tensor.device.type != "cpu":
+        return False
+    return tensor.untyped_storage().data_ptr() in _locked or tensor.is_pinned()
+
+
+def _free(address: int) -> None:
+    bound = functions()
+    if bound is None:
+        return
+    nbytes = _locked.pop(address, 0)
+    if nbytes:
+        bound.unlock(address, nbytes)
+    bound.free(address)
