@@ -138,7 +138,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         reducer = getattr(self.optimizer, "reducer", None)
         if reducer is not None:
             reducer.before_first_grad = self.watch.on_stray_grad
-        self._products = products_context(self.module, self.device)
+        self._products = products_context(self.module, self.device, {self.precision.autocast})
         self._module_hooks: list[Any] = []
         self._hook_module(self._before_module, self._after_module)
 
@@ -427,6 +427,14 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
     ) -> None:
         """Load `checkpoint['module']` into the module."""
         engine_load.load_module_state_dict(self, checkpoint, strict=strict, **options)
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        return engine_checkpoint.consolidated_16bit_state_dict(self, exclude_frozen_parameters)
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        if self.plan.stage != 3:
+            raise ValueError(f"this function requires ZeRO-3 mode, and the stage is {self.plan.stage}")
+        return self._consolidated_16bit_state_dict(exclude_frozen_parameters)
 
     # - compilation and lifetime
 
