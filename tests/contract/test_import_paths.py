@@ -144,7 +144,8 @@ BUILT = {
     ),
     "deepspeed.runtime.zenflow": "",
     "deepspeed.runtime.zero": (
-        "ZeroParamType ZeroParamStatus Init GatheredParameters register_external_parameter"
+        "ZeroParamType ZeroParamStatus Init GatheredParameters register_external_parameter "
+        "TiledLinear TiledLinearReturnBias"
     ),
     "deepspeed.runtime.zero.config": "DeepSpeedZeroConfig ZeroStageEnum",
     "deepspeed.runtime.zero.offload_config": (
@@ -155,6 +156,7 @@ BUILT = {
         "ZeroParamType ZeroParamStatus Init GatheredParameters register_external_parameter"
     ),
     "deepspeed.runtime.zero.stage_1_and_2": "DeepSpeedZeroOptimizer",
+    "deepspeed.runtime.zero.tiling": "TiledLinear TiledLinearReturnBias",
     "deepspeed.utils": (
         "logger log_dist log_dist_once set_log_level_from_string get_caller_func OnDevice "
         "groups instrument_w_nvtx tensor_fragment get_full_hp_param get_hp_fragment_mapping "
@@ -282,8 +284,7 @@ LATER = {
     "deepspeed.runtime.superoffload": "",
     "deepspeed.runtime.weight_quantizer": "WeightQuantization",
     "deepspeed.runtime.zero": (
-        "DeepSpeedZeRoOffload DeepSpeedTensorOverride TiledLinear TiledLinearReturnBias "
-        "MiCS_Init unwrap_model_for_generation"
+        "DeepSpeedZeRoOffload DeepSpeedTensorOverride MiCS_Init unwrap_model_for_generation"
     ),
     "deepspeed.runtime.zero.mics": "MiCS_Init",
     "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
@@ -303,7 +304,6 @@ LATER = {
         "estimate_zero2_model_states_mem_needs estimate_zero2_model_states_mem_needs_all_live "
         "estimate_zero2_model_states_mem_needs_all_cold"
     ),
-    "deepspeed.runtime.zero.tiling": "TiledLinear TiledLinearReturnBias",
     "deepspeed.sequence.auto_sp": "auto_wrap_model_for_sp",
     "deepspeed.sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",
     "deepspeed.sequence.fpdt_layer": (

@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "is_zero_param",
             "register_external_parameter",
         ],
+        ".tiling": ["TiledLinear", "TiledLinearReturnBias"],
         ".config": ["DeepSpeedZeroConfig", "ZeroStageEnum"],
         ".utils": ["ZeRORuntimeException"],
     },
