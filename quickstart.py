@@ -70,7 +70,7 @@ class Environment:
         self.stamp.unlink(missing_ok=True)
         shutil.rmtree(HERE / "build", ignore_errors=True)  # old modules there would be packed again
         package = str(HERE) + (f"[{extras}]" if extras else "")
-        options = ["--disable-pip-version-check", *([] if sys.stdout.isatty() else ["--quiet"])]
+        options = ["--disable-pip-version-check", *([] if sys.stdout.isatty() else ["-qq"])]
         if run([self.python, "-m", "pip", "install", *options, torch, package]) != 0:
             sys.exit("the installation failed; its last lines say why")
         self.stamp.write_text(json.dumps(want), encoding="utf-8")

@@ -15,7 +15,8 @@ BUDGET = {
     "README.md": 180,
     "quickstart.py": 180,
     "bin": 60,
-    "op_builder": 560,
+    # the ABI table grew with the I/O queue, and the compilers of four systems with the build
+    "op_builder": 700,
     "csrc": 4700,
     "deepspeed/__init__.py": 220,
     "deepspeed/git_version_info.py": 30,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +67,7 @@ def test_cifar10_example_in_low_precision(windows, folder, dtype):
 def test_cifar10_deepspeed_runs_unmodified(windows, folder, words):
     program = copy_of(EXAMPLES / "training" / "cifar", folder)
     shutil.copytree(FIXTURES / "cifar" / "data", program / "data")
-    windows = replace(windows, extra_paths=[FIXTURES / "shim", FIXTURES / "shim" / "standin"])
+    windows = windows.with_paths(FIXTURES / "shim", FIXTURES / "shim" / "standin")
     short = ["--epochs", "1", "--log-interval", "25"]
     done = windows.run(
         "deepspeed", "cifar10_deepspeed.py", "--deepspeed", *words, *short, cwd=program
@@ -85,7 +84,7 @@ def test_bert_runs_unmodified(windows, folder):
         pytest.skip("DS_WINDOWS_SITE names no folder with the wheels that the program imports")
     program = copy_of(EXAMPLES / "training" / "HelloDeepSpeed", folder)
     (program / "sh.py").write_text(SH, encoding="utf-8")
-    windows = replace(windows, extra_paths=[SITE, FIXTURES / "shim"])
+    windows = windows.with_paths(SITE, FIXTURES / "shim")
     words = [
         "--checkpoint_dir",
         "experiment_deepspeed",

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 
 from tests.windows import winpy
 
@@ -42,8 +41,15 @@ def test_ds_report_prints_a_table_and_json(windows, folder):
 
 def test_unit_tests_pass(windows):
     # the installed package, not the tree's: pytest's own path entry would put the tree first
-    words = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=", "--maxfail=20", "tests/unit"]
-    with_tests = replace(windows, extra_paths=[winpy.ROOT])
+    words = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=", "--maxfail=20"]
+    words += [
+        "-o",
+        "faulthandler_timeout=180",
+        "-o",
+        "faulthandler_exit_on_timeout=true",
+        "tests/unit",
+    ]
+    with_tests = windows.with_paths(winpy.ROOT)
     done = with_tests.python("-m", "pytest", *words, timeout=1700)
     print(done.stdout[-6000:])
     assert done.returncode == 0, done.stdout[-6000:]

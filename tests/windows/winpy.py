@@ -2,8 +2,13 @@
 """A Windows Python to drive, with the package installed in a folder whose name has a space and an umlaut.
 
 On Windows that is the running interpreter and its own installed package. On Linux it is a Windows CPython under
-Wine (the folder WINPY_HOME, default ~/.cache/winpy); the package is then built for Windows, unpacked into a new
-folder, and its console entry points become real .exe files beside it.
+Wine (the folder WINPY_HOME, default ~/.cache/winpy), copied into a new folder beside the package, which is built for
+Windows; the console entry points become real .exe files.
+
+[Note: the real C++ runtime]
+Wine's own vcruntime140_1.dll cannot destroy a C++ exception that torch throws: the process crashes on the way out of
+an `except`. Microsoft's runtime, from the PyPI package msvc-runtime, laid beside python.exe and preferred to Wine's,
+does it right.
 """
 
 from __future__ import annotations
@@ -16,13 +21,25 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = sys.platform == "win32"
 HOME = Path(os.environ.get("WINPY_HOME") or Path.home() / ".cache" / "winpy")
 FOLDER_NAME = "Wïndows sité"  # every path of the tests goes through this
+RUNTIME = "msvc-runtime==14.44.35112"
+RUNTIME_DLLS = ("vcruntime140", "vcruntime140_1", "msvcp140", "msvcp140_1")
+PACKAGED = (
+    "pyproject.toml",
+    "setup.py",
+    "README.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "deepspeed",
+    "csrc",
+    "op_builder",
+)
 
 
 def available() -> bool:
@@ -35,21 +52,32 @@ def windows_path(path: Path | str) -> str:
     return str(path) if NATIVE else "Z:" + str(path).replace("/", "\\")
 
 
-@dataclass
+@dataclass(frozen=True)
 class WindowsPython:
-    """Programs of one installation: `python`, and the .exe of each console entry point."""
+    """Programs of one installation: `python`, and the .exe of each console entry point.
 
-    site: Path | None = None
+    Attributes:
+        python_exe: the interpreter.
+        programs: folder of the entry points.
+        paths: folders for PYTHONPATH; the installed package is in the first (none on Windows itself).
+    """
+
+    python_exe: Path = Path(sys.executable)
     programs: Path = Path(sysconfig.get_path("scripts"))
-    extra_paths: list[Path] = field(default_factory=list)
+    paths: tuple[Path, ...] = ()
 
     def environment(self, **settings: str) -> dict[str, str]:
-        env = {**os.environ, **settings}
+        env = {
+            **os.environ,
+            "PYTHONSAFEPATH": "1",
+            **settings,
+        }  # the installed package, not the folder's
         env.pop("PYTHONUTF8", None)  # a user's console does not set it
         if not NATIVE:
-            paths = [path for path in (self.site, *self.extra_paths) if path]
-            env["PYTHONPATH"] = ";".join(windows_path(path) for path in paths)
+            env["PYTHONPATH"] = ";".join(windows_path(path) for path in self.paths)
             env |= {"WINEPREFIX": str(HOME / "prefix"), "WINEDEBUG": "-all", "LC_ALL": "C.UTF-8"}
+            # see [Note: the real C++ runtime]; the debugger would sit on a crash for ever
+            env["WINEDLLOVERRIDES"] = ",".join(RUNTIME_DLLS) + "=n,b;winedbg.exe=d"
             env["KMP_AFFINITY"] = "disabled"  # Wine has no such call
         return env
 
@@ -57,7 +85,8 @@ class WindowsPython:
         self, program: str, *words: str, cwd: Path = ROOT, timeout: float = 600, **settings: str
     ) -> subprocess.CompletedProcess[str]:
         """Run `python` or an entry point to its end; stdout holds both streams."""
-        command = [self.path_of(program), *map(str, words)]
+        path = self.python_exe if program == "python" else self.programs / f"{program}.exe"
+        command = [str(path), *map(str, words)]
         done = subprocess.run(
             command if NATIVE else ["wine", *command],
             cwd=cwd,
@@ -76,33 +105,60 @@ class WindowsPython:
     def python(self, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
         return self.run("python", *words, **options)
 
-    def path_of(self, program: str) -> str:
-        if program == "python":
-            return sys.executable if NATIVE else str(HOME / "py" / "python.exe")
-        return str(self.programs / f"{program}.exe")
+    def with_paths(self, *more: Path) -> WindowsPython:
+        """The same installation with more folders to import from; PYTHONPATH is Wine's only way."""
+        return replace(self, paths=(*self.paths, *more))
+
+
+def pip(*words: object) -> None:
+    command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise RuntimeError(f"pip {' '.join(map(str, words))} failed:\n{done.stdout}{done.stderr}")
 
 
 def build_wheel(folder: Path) -> Path:
     """A win_amd64 wheel of the tree, its library built by the MinGW cross-compiler."""
-    done = subprocess.run(
-        [sys.executable, "-m", "op_builder.wheel", "--target", "win_amd64", "--out", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"no Windows wheel: {done.stdout}{done.stderr}")
-    (wheel,) = folder.glob("deepspeed-*-win_amd64.whl")
+    source = folder / "source"
+    source.mkdir()
+    for name in PACKAGED:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "lib")
+            shutil.copytree(ROOT / name, source / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source)
+    platform = "--config-settings=--build-option=--plat-name=win_amd64"
+    pip("wheel", "--no-deps", platform, "-w", folder, source)
+    (wheel,) = folder.glob("deepspeed-*-py3-none-win_amd64.whl")
     return wheel
+
+
+def copy_python(folder: Path) -> Path:
+    """The interpreter in a folder of its own with Microsoft's C++ runtime; its library is shared by links."""
+    folder.mkdir()
+    for path in (HOME / "py").iterdir():
+        if path.is_dir():
+            (folder / path.name).symlink_to(path)
+        elif path.suffix in (".exe", ".dll") and path.stem.lower() not in RUNTIME_DLLS:
+            shutil.copy(path, folder)
+    download = folder / "download"
+    windows = ["--only-binary=:all:", "--platform", "win_amd64", "--python-version", "3.11"]
+    pip("download", "--no-deps", *windows, "-d", download, RUNTIME)
+    (wheel,) = download.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if "/Scripts/" in name and Path(name).stem in RUNTIME_DLLS:
+                (folder / Path(name).name).write_bytes(archive.read(name))
+    return folder / "python.exe"
 
 
 def install(folder: Path) -> WindowsPython:
     """Unpack a Windows wheel below `folder` and make its .exe files, as an installer does."""
     if NATIVE:
         return WindowsPython()
+    python_exe = copy_python(folder / "python")
     site, programs = folder / "site-packages", folder / "Scripts"
-    site.mkdir(parents=True)
+    site.mkdir()
     programs.mkdir()
     with zipfile.ZipFile(build_wheel(folder)) as wheel:
         wheel.extractall(site)
@@ -110,19 +166,18 @@ def install(folder: Path) -> WindowsPython:
     entries = configparser.ConfigParser(delimiters="=")
     entries.read(metadata / "entry_points.txt", encoding="utf-8")
     for name, target in entries["console_scripts"].items():
-        (programs / f"{name}.exe").write_bytes(launcher(target))
-    return WindowsPython(site=site, programs=programs)
+        (programs / f"{name}.exe").write_bytes(launcher(target, python_exe))
+    return WindowsPython(python_exe, programs, (site,))
 
 
-def launcher(target: str) -> bytes:
+def launcher(target: str, python_exe: Path) -> bytes:
     """An .exe that runs `module:function`, made as pip makes them: a stub, a shebang line, a zip."""
     import pip._vendor.distlib as distlib
 
     stub = (Path(distlib.__file__).parent / "t64.exe").read_bytes()
-    module, _, function = target.partition(":")
+    module, _, function = target.strip().partition(":")
     code = f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n"
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as packed:
         packed.writestr("__main__.py", code)
-    python = windows_path(HOME / "py" / "python.exe")
-    return stub + b"#!" + python.encode() + b"\r\n" + archive.getvalue()
+    return stub + f'#!"{windows_path(python_exe)}"\r\n'.encode() + archive.getvalue()
