@@ -100,13 +100,7 @@ def configure(
     global _settings
     new = _Settings(configured=True, mpu=mpu_)
     if deepspeed_config is not None:
-        section = _section(deepspeed_config, mpu_)
-        new.partition = section.partition_activations
-        new.contiguous = section.contiguous_memory_optimization
-        new.num_checkpoints = section.number_checkpoints
-        new.on_host = section.cpu_checkpointing
-        new.synchronize = section.synchronize_checkpoint_boundary
-        new.profile = section.profile
+        _read_section(new, _section(deepspeed_config, mpu_))
     given = {
         "partition": partition_activations,
         "contiguous": contiguous_checkpointing,
@@ -118,7 +112,22 @@ def configure(
     for name, value in given.items():
         if value is not None:
             setattr(new, name, value)
-    if new.contiguous and not new.partition:
+    _check(new)
+    _settings = new
+    reset()
+
+
+def _read_section(settings: _Settings, section: Any) -> None:
+    settings.partition = section.partition_activations
+    settings.contiguous = section.contiguous_memory_optimization
+    settings.num_checkpoints = section.number_checkpoints
+    settings.on_host = section.cpu_checkpointing
+    settings.synchronize = section.synchronize_checkpoint_boundary
+    settings.profile = section.profile
+
+
+def _check(settings: _Settings) -> None:
+    if settings.contiguous and not settings.partition:
         raise AssertionError(
             explain(
                 "contiguous checkpointing is only available with partitioned activations",
@@ -126,7 +135,7 @@ def configure(
                 fix="Set partition_activations to true.",
             )
         )
-    if new.contiguous and new.num_checkpoints is None:
+    if settings.contiguous and settings.num_checkpoints is None:
         raise AssertionError(
             explain(
                 "contiguous checkpointing needs the number of checkpointed blocks",
@@ -134,8 +143,6 @@ def configure(
                 fix="Set num_checkpoints (activation_checkpointing.number_checkpoints).",
             )
         )
-    _settings = new
-    reset()
 
 
 def _section(config: Any, mpu: Any) -> Any:
