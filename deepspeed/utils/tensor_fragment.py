@@ -319,3 +319,17 @@ def link_hp_params(params: Iterable[torch.nn.Parameter]) -> None:
         param._hp_mapping = get_hp_fragment_mapping(param)  # type: ignore[attr-defined]
         for function in (get_full_hp_param, get_full_hp_grad, set_full_hp_param, set_full_hp_grad):
             setattr(param, function.__name__, types.MethodType(function, param))
+
+
+def map_to_flat_opt_states(*_: Any, **__: Any) -> None:
+    """Not needed here: optimizer states are flat from the start.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        explain(
+            "optimizer states are flat already",
+            fix="Read them by safe_get_full_optimizer_state, or from optimizer.state.",
+        )
+    )

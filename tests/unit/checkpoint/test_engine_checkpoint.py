@@ -479,3 +479,13 @@ def test_the_script_beside_a_checkpoint_is_executable(tmp_path: Path) -> None:
     checkpoint(tmp_path, 1, "fp32")
     if os.name != "nt":
         assert os.access(tmp_path / "zero_to_fp32.py", os.X_OK)
+
+
+def test_consolidated_weights_are_the_modules() -> None:
+    made = engine(2, "bf16", frozen=True)
+    whole = made._consolidated_16bit_state_dict()
+    assert list(whole) == list(made.module.state_dict())
+    assert whole["head.weight"].dtype == torch.bfloat16
+    assert "fc.weight" not in made._consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+    with pytest.raises(ValueError, match="requires ZeRO-3"):
+        made._zero3_consolidated_16bit_state_dict()
