@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 import zipfile
@@ -118,6 +119,7 @@ def _empty_index(tool: ModuleType, texts: dict[str, str], compiler: Any) -> dict
     }
     return {
         "format": FORMAT,
+        "version": _version(),
         "source_hash": source_hash(texts),
         "compiler": f"nvrtc {major}.{minor}" if compiler is not None else None,
         # cuDriverGetVersion: cubins run on every driver of their CUDA generation, PTX from its own release on
@@ -197,6 +199,15 @@ def _is_current(target: Path, index: dict[str, Any], archs: tuple[str, ...]) -> 
         return whole and same and complete and set(there["units"]) == set(index["units"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
         return False
+
+
+def _version() -> str:
+    """Return the package's version, which a pack must share with the Python files that launch it."""
+    text = (ROOT / "deepspeed" / "git_version_info.py").read_text(encoding="utf-8")
+    found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
+    if found is None:
+        raise PackError("deepspeed/git_version_info.py names no version")
+    return found[1]
 
 
 def _nvrtc_module() -> ModuleType:
