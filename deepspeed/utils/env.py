@@ -160,9 +160,14 @@ DS_VERIFY_CHECKPOINTS = _switch(
 )
 
 # ------------------------------------------------------------------ native code
-DS_CPU_ISA = _text("DS_CPU_ISA", "Force the native CPU path: avx512, avx2, neon or scalar.")
+DS_CPU_ISA = _text(
+    "DS_CPU_ISA",
+    "Path of CPU ops: avx512, avx2, neon, scalar or reference (torch); unset takes the best.",
+)
 DS_NATIVE_LIBRARY = _text("DS_NATIVE_LIBRARY", "Path of the native library to load instead.")
-DS_AIO_BACKEND = _text("DS_AIO_BACKEND", "File I/O by io_uring, iocp, threads or python; unset picks.")
+DS_AIO_BACKEND = _text(
+    "DS_AIO_BACKEND", "File I/O by io_uring, iocp, threads or python; unset picks."
+)
 DS_DISABLE_NATIVE = _switch("DS_DISABLE_NATIVE", "1 runs every op by its torch reference.")
 DS_KERNEL_SOURCE = _switch("DS_KERNEL_SOURCE", "1 compiles CUDA kernels from source at load.")
 DS_KERNEL_PACK = _text("DS_KERNEL_PACK", "Path of the pack of CUDA kernels to load instead.")
