@@ -23,7 +23,9 @@ def test_every_row_has_a_class_and_an_entry():
 
 def test_compatible_ops_are_those_that_load():
     table = deepspeed.ops.__compatible_ops__
-    assert sorted(name for name, usable in table.items() if usable) == OURS
+    usable = {name for name, loads in table.items() if loads}
+    assert usable == {row.name for row in ROWS if row.namespace is not None}
+    assert usable >= set(OURS)
     for name, builder in ALL_OPS.items():
         if table[name]:
             assert builder.load() is builder.load()
@@ -108,3 +110,12 @@ def test_a_user_builder_without_sources_says_so():
     assert not Mine().is_compatible()
     with pytest.raises(RuntimeError, match="no sources"):
         Mine().load()
+
+
+def test_the_version_module_has_the_legacy_tables():
+    from deepspeed import git_version_info
+
+    assert git_version_info.installed_ops["cpu_adam"] is True
+    assert git_version_info.compatible_ops == deepspeed.ops.__compatible_ops__
+    assert git_version_info.torch_info["version"] == ".".join(torch.__version__.split(".")[:2])
+    assert git_version_info.accelerator_name in ("cpu", "cuda")
