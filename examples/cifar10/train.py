@@ -70,6 +70,7 @@ def train(engine: deepspeed.DeepSpeedEngine, loader: object, epochs: int) -> lis
     losses: list[float] = []
     dtype = next(engine.parameters()).dtype
     shown = engine.global_rank == 0
+    pause = 0.1 if sys.stdout.isatty() else 5.0  # seconds between redraws; few lines in a log file
     bar = tqdm(
         total=epochs * len(loader), unit="step", disable=not shown, file=sys.stdout, ncols=90
     )
