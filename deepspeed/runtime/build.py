@@ -19,7 +19,12 @@ from .fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase, Ung
 from .module_prep import named_strays
 from .precision import Precision
 from .zero.optimizer import ZeroOptimizer, expert_group_name
-from .zero.plan import Plan
+from .zero.parameter_offload import DeepSpeedZeRoOffload
+from .zero.plan import Placement, Plan, TierKind
+from .zero.residency import Residency, ResidencyPolicy
+from .zero.sharded_param import release, shard_param
+from .zero.tiers import tier_for
+from .zero.utils import is_zero_param
 
 # - what was asked for
 
@@ -152,7 +157,36 @@ def build_plan(config: Any) -> Plan:
     offload = zero.offload_optimizer
     if plan.stage > 0 and offload is not None and _name(offload.device) == "cpu":
         plan = plan.on_host(offload.ratio, offload.pin_memory)
+    if (
+        plan.stage == 3
+        and zero.offload_param is not None
+        and _name(zero.offload_param.device) == "cpu"
+    ):
+        plan = replace(plan, param_tier=TierKind.HOST)
     return plan
+
+
+def shard_params(engine: Any) -> Residency | None:
+    """At stage 3, cut the module's parameters over the ranks and place the hooks that gather them."""
+    if engine.plan.params is not Placement.SHARDED:
+        return None
+    zero = engine._config.zero_config
+    tier = tier_for(engine.device, engine.plan.param_tier is TierKind.HOST, engine.plan.pin_memory)
+    for param in engine.module.parameters():
+        name = expert_group_name(param)
+        axis = engine.mesh.sequence_data if name is None else engine.mesh.expert_data[name]
+        if not is_zero_param(param):
+            shard_param(param, axis, engine.device, tier)
+        param.ds_enable_sanity_checks = zero.enable_sanity_checks
+    release(engine.module.parameters())
+    policy = ResidencyPolicy(
+        prefetch_numel=1 if zero.allgather_sequential else int(zero.prefetch_bucket_size),
+        max_live_numel=int(zero.max_live_parameters),
+        max_reuse_distance=int(zero.max_reuse_distance),
+        persist_numel=int(zero.param_persistence_threshold),
+        model_persist_numel=int(zero.model_persistence_threshold),
+    )
+    return Residency(engine.module, policy)
 
 
 def _name(device: Any) -> str:
@@ -171,7 +205,7 @@ def build_basic_optimizer(
         ValueError: if it holds a parameter that is not the model's.
         AssertionError: unknown type, a parameter given twice, or a type that ZeRO is not known to serve.
     """
-    from .optimizers import make_optimizer, check_served
+    from .optimizers import check_served, make_optimizer
 
     if isinstance(client, torch.optim.Optimizer):
         optimizer: Any = client
@@ -226,7 +260,9 @@ def wrap_optimizer(engine: Any) -> tuple[Any, Driver]:
     """
     basic, config, plan = engine.basic_optimizer, engine._config, engine.plan
     if basic is None:
-        return None, NoDriver()
+        if engine.residency is None:
+            return None, NoDriver()
+        return DeepSpeedZeRoOffload(engine.residency), NoDriver(engine.residency)
     model_dtype, grad_dtype = engine.get_data_types()
     if plan.stage == 0 and model_dtype != grad_dtype:
         raise NotImplementedError(
@@ -249,7 +285,9 @@ def wrap_optimizer(engine: Any) -> tuple[Any, Driver]:
         clip_grad=config.gradient_clipping,
         param_names=engine.param_names,
     )
-    return optimizer, SlabDriver(optimizer)
+    if engine.residency is not None:
+        optimizer.parameter_offload = DeepSpeedZeRoOffload(engine.residency)
+    return optimizer, SlabDriver(optimizer, engine.residency)
 
 
 def _plain_driver(engine: Any) -> PlainDriver:
@@ -282,9 +320,11 @@ def _wrapper_class(
     from .bf16_optimizer import BF16_Optimizer
     from .fp16.fused_optimizer import FP16_Optimizer
     from .fp16.unfused_optimizer import FP16_UnfusedOptimizer
-    from .zero.plan import TierKind
+    from .zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from .zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+    if plan.stage == 3:
+        return DeepSpeedZeroOptimizer_Stage3
     if plan.stage == 0:
         return FP16_Optimizer if isinstance(basic, FusedAdam) else FP16_UnfusedOptimizer
     fp32_sums = config.bfloat16_config.enabled and grad_dtype == torch.float32

@@ -68,17 +68,11 @@ _REMOVE = "Remove the key."
 
 UNBUILT: tuple[Unbuilt, ...] = (
     # ------------------------------------------------------------------ ZeRO
-    Unbuilt(
-        "zero_optimization.stage",
-        "ZeRO stage 3 (sharded params)",
-        _zero3,
-        "Set it to 2, with 'zero_optimization.offload_optimizer' where memory is short.",
-    ),
     _at_stage_3(
         "offload_param",
-        "offload of params",
-        lambda zero: _device(zero.offload_param) != "none",
-        "Set its device to none.",
+        "offload of params to disk (nvme)",
+        lambda zero: _device(zero.offload_param) == "nvme",
+        "Set its device to cpu.",
     ),
     _at_stage_3("mics_shard_size", "MiCS", lambda zero: zero.mics_shard_size > 0, _REMOVE),
     _at_stage_3(

@@ -15,6 +15,7 @@ from deepspeed.utils.errors import explain
 from .zero.optimizer import ZeroOptimizer
 from .zero.plan import Plan
 from .zero.reducer import average_grads
+from .zero.residency import Residency
 
 
 class SlabDriver:
@@ -22,17 +23,23 @@ class SlabDriver:
 
     Args:
         optimizer: the sharded optimizer.
+        residency: keeps sharded parameters whole while they are in use; None below stage 3.
     """
 
-    def __init__(self, optimizer: ZeroOptimizer) -> None:
+    def __init__(self, optimizer: ZeroOptimizer, residency: Residency | None = None) -> None:
         self.optimizer = optimizer
+        self.residency = residency
         self.reduces_each_backward = optimizer.plan.reduces_each_backward
+        if residency is not None:
+            optimizer.reducer.after_grad = residency.after_grad
 
     def begin(self, sync: bool) -> None:
         self.optimizer.reducer.begin(sync)
 
     def finish(self, sync: bool) -> None:
         self.optimizer.reducer.finish()
+        if self.residency is not None:
+            self.residency.finish_backward()
 
     def reduce_now(self) -> None:
         self.optimizer.reducer.reduce_now()
@@ -47,6 +54,8 @@ class SlabDriver:
     def step(self) -> bool:
         """Step; returns whether weights changed."""
         self.optimizer.step()
+        if self.residency is not None:
+            self.residency.after_step()
         return not self.optimizer.overflow
 
     @property
@@ -58,6 +67,8 @@ class SlabDriver:
 
     def destroy(self) -> None:
         self.optimizer.destroy()
+        if self.residency is not None:
+            self.residency.remove_hooks()
 
 
 class PlainDriver:
@@ -155,7 +166,14 @@ class PlainDriver:
 
 
 class NoDriver:
-    """Stands for the optimizer of an engine that has none."""
+    """Stands for the optimizer of an engine that has none.
+
+    Args:
+        residency: keeps sharded parameters whole while they are in use; None below stage 3.
+    """
+
+    def __init__(self, residency: Residency | None = None) -> None:
+        self.residency = residency
 
     reduces_each_backward = False
     needs_scale = False
@@ -187,7 +205,9 @@ class NoDriver:
         """Nothing is held."""
 
     def destroy(self) -> None:
-        """Nothing is held."""
+        """Remove the hooks of sharded parameters."""
+        if self.residency is not None:
+            self.residency.remove_hooks()
 
 
 Driver = SlabDriver | PlainDriver | NoDriver

@@ -77,6 +77,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
             model, self.precision, self.mesh, self.device, dont_change_device
         )
         self.param_names = {param: name for name, param in model.named_parameters()}
+        self.residency = build.shard_params(self)
         self._set_up_topology()
         self.observers = build_observers(self)
         self.training_dataloader = (
@@ -176,7 +177,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         return None
 
     def _after_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and self.module.training and self.optimizer is not None:
+        if torch.is_grad_enabled() and self.module.training and self.basic_optimizer is not None:
             self.watch.watch_outputs(output)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -220,7 +221,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         Raises:
             AssertionError: if `loss` is no scalar with a graph, or there is no optimizer.
         """
-        module_prep.check_loss(loss, self.optimizer)
+        module_prep.check_loss(loss, self.basic_optimizer)
         steps = self.clock.accumulation if scale_wrt_gas and self.clock.managed else 1
         share = loss / steps if steps > 1 else loss
         with self.observers.during("backward", self), self.watch.engine_backward(), self._products:
@@ -433,7 +434,9 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
         if self.plan.stage != 3:
-            raise ValueError(f"this function requires ZeRO-3 mode, and the stage is {self.plan.stage}")
+            raise ValueError(
+                f"this function requires ZeRO-3 mode, and the stage is {self.plan.stage}"
+            )
         return self._consolidated_16bit_state_dict(exclude_frozen_parameters)
 
     # - compilation and lifetime
@@ -461,6 +464,11 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
     @property
     def is_compiled(self) -> bool:
         return self._is_compiled
+
+    def empty_partition_cache(self) -> None:
+        """Let go of all sharded parameters that are whole (stage 3)."""
+        if self.residency is not None:
+            self.residency.release_all()
 
     def destroy(self) -> None:
         """Remove all hooks from the module and its parameters."""

@@ -10,7 +10,6 @@ import torch
 from .clock import Counters
 from .lr_schedules import get_torch_optimizer
 
-
 # What the getters below return is the configuration's own field, so the name says it all: no docstrings.
 
 

@@ -13,6 +13,7 @@ from deepspeed.utils.logging import logger
 
 from .config import DeepSpeedConfig
 from .engine import DeepSpeedEngine
+from .zero.init_context import restore_init_context, shutdown_init_context
 
 
 def initialize(
@@ -46,14 +47,18 @@ def initialize(
     parsed = DeepSpeedConfig(config, mpu, mesh_device=mesh_device)
     if parsed.comms_config.comms_logger_enabled:
         dist.configure(parsed)
-    engine = DeepSpeedEngine(
-        args,
-        model,
-        config=config,
-        config_class=parsed,
-        mesh_device=mesh_device,
-        **engine_arguments,
-    )
+    shutdown_init_context()  # modules that the engine builds for itself stay whole
+    try:
+        engine = DeepSpeedEngine(
+            args,
+            model,
+            config=config,
+            config_class=parsed,
+            mesh_device=mesh_device,
+            **engine_arguments,
+        )
+    finally:
+        restore_init_context()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -15,6 +15,7 @@ from deepspeed.utils import env
 from deepspeed.utils.errors import explain
 
 from .precision import Precision
+from .zero.utils import is_zero_param
 
 
 def take_local_rank(args: Any) -> int:
@@ -79,11 +80,12 @@ def prepare_module(
 ) -> torch.nn.Module:
     """Cast parameters, move the module to its device, and give all ranks the weights of the first.
 
-    Buffers keep their dtype unless the configuration names one.
+    Buffers keep their dtype unless the configuration names one; parameters that `zero.Init` has sharded are as they
+    should be.
     """
     if precision.compute is not None:
         for param in model.parameters():
-            if param.is_floating_point():
+            if param.is_floating_point() and not is_zero_param(param):
                 param.data = param.data.to(precision.compute)
     if precision.buffers is not None:
         for buffer in model.buffers():
@@ -92,6 +94,8 @@ def prepare_module(
     if not keep_device:
         model.to(device)
     for tensor in list(model.parameters()) + list(model.buffers()):
+        if is_zero_param(tensor):
+            continue
         axis = mesh.sequence_data
         if not getattr(tensor, "allreduce", True):
             axis = mesh.expert_data[tensor.group_name]

@@ -41,14 +41,14 @@ def test_two_ranks_agree_with_the_plain_loop(cell, ranks2):
     ],
     ids=["overlapped", "a-bucket-a-param", "round-robin"],
 )
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_buckets_and_order_change_nothing(stage, extra, ranks2):
     cell = Cell(stage, "fp32", accumulate=3, extra={"zero_optimization": {"stage": stage, **extra}})
     for got, want in ranks2.run(both, cell, 2):
         compare(got, want, cell, exact=True)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_three_ranks_agree_with_the_plain_loop(stage, dtype, accumulate, ranks3):

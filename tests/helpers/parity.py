@@ -130,7 +130,7 @@ def _mean_grads(
 
     Stages 0 and 1 average sums; stage 2 has no room for sums that are not reduced, so it sums averages.
     """
-    windows = [[m] for m in range(cell.accumulate)] if cell.stage == 2 else [range(cell.accumulate)]
+    windows = [[m] for m in range(cell.accumulate)] if cell.stage >= 2 else [range(cell.accumulate)]
     total: list[torch.Tensor] | None = None
     for window in windows:
         of_ranks = []
@@ -190,7 +190,7 @@ def plain_run(cell: Cell, rank: int = 0, ranks: int = 1) -> Run:
     return Run(losses, {name: p.detach().clone() for name, p in net.named_parameters()}, norms)
 
 
-def grid(stages: tuple[int, ...] = (0, 1, 2)) -> list[Cell]:
+def grid(stages: tuple[int, ...] = (0, 1, 2, 3)) -> list[Cell]:
     """All cells; offload has no meaning at stage 0."""
     return [
         Cell(stage, dtype, offload, accumulate, clip)

@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         ".tiling": ["TiledLinear", "TiledLinearReturnBias"],
         ".config": ["DeepSpeedZeroConfig", "ZeroStageEnum"],
+        ".parameter_offload": ["DeepSpeedZeRoOffload"],
         ".utils": ["ZeRORuntimeException"],
     },
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,6 +126,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 param._zero_optimizer = self
                 param._index_in_param_group = number
                 param.param_idx_in_group = index
+                if group.params_sharded:
+                    param._z3_optimizer = self
+                    param._refresh_master = partial(group.take_param, index)
 
     # - the surface of a torch optimizer
 

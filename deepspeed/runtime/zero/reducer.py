@@ -197,7 +197,9 @@ class Reducer:
         self._next += 1
         for index in bucket.indices:
             # An earlier micro-batch may have left a gradient that this one had no part in.
-            if index not in bucket.arrived and not self._collect(bucket, index, bucket.group.params[index]):
+            if index not in bucket.arrived and not self._collect(
+                bucket, index, bucket.group.params[index]
+            ):
                 bucket.lack(index)
         bucket.launched = True
         self._flying.append((bucket, bucket.launch()))

@@ -69,7 +69,7 @@ class ShardGroup:
     ) -> None:
         self.client_order = list(params)
         order = range(len(params))
-        if plan.round_robin and shard_axis.size > 1:
+        if plan.round_robin and plan.params is not Placement.SHARDED and shard_axis.size > 1:
             order = round_robin_order(len(params), shard_axis.size)
         self.params = [params[i] for i in order]
         self.param_group_index = param_group_index
@@ -82,7 +82,11 @@ class ShardGroup:
         self.layout = cut([numel_of(p) for p in self.params], shard_axis.size)
         self.device = device
         self.param_slab: Slab | None = None if self.params_sharded else self._adopt_params(device)
-        self.own = self._adopt_slices() if self.param_slab is None else self.param_slab.shard(shard_axis.rank)
+        self.own = (
+            self._adopt_slices()
+            if self.param_slab is None
+            else self.param_slab.shard(shard_axis.rank)
+        )
         self.parts = self._cut_parts(device)
         self._written = bytearray(len(self.params))
         self._targets = self._param_targets() if shard_axis.size == 1 else []
@@ -202,6 +206,15 @@ class ShardGroup:
         for part in self.parts:
             if part.low is not None:
                 part.master.data.copy_(part.low)
+
+    def take_param(self, index: int) -> None:
+        """Take one parameter's own slice as its master's value (after the slice was edited)."""
+        for segment in self.layout.segments(self.shard_axis.rank):
+            if segment.param == index:
+                for part, offset, start, length in self.runs(segment.shard_start, segment.length):
+                    if part.low is not None:
+                        source = self.own.narrow(0, segment.shard_start + offset, length)
+                        part.master.data.narrow(0, start, length).copy_(source)
 
     def params_from_masters(self) -> None:
         """Take the masters' values as those of the params, on all ranks."""

@@ -288,4 +288,6 @@ def _convert_like(param: torch.nn.Parameter, param_list: Iterable[torch.nn.Param
     for other in param_list:
         if not is_zero_param(other):
             on_host = param.ds_tensor.device.type == "cpu" and param.ds_device.type != "cpu"
-            shard_param(other, param.ds_axis, param.ds_device, tier_for(param.ds_device, on_host, True))
+            shard_param(
+                other, param.ds_axis, param.ds_device, tier_for(param.ds_device, on_host, True)
+            )

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`zero.Init`: modules built inside it keep slices of their parameters from the start.
+
+While it is active, the end of every module's `__init__` cuts the module's own parameters, and tensor constructors make
+their tensors on the accelerator in the wanted dtype. All of it is undone on leaving, also after an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import comm as dist
+from deepspeed.comm import flat
+from deepspeed.comm.mesh import Axis
+from deepspeed.utils import groups
+from deepspeed.utils.errors import explain
+
+from .sharded_param import shard_param
+from .tiers import Tier, tier_for
+from .utils import is_zero_param
+
+_CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "randn", "rand")
+
+# Contexts that are active, outermost first.
+_active: list[InitContext] = []
+
+
+class InitContext:
+    """Context in which modules are built with sharded parameters; `zero.Init` is its public form.
+
+    Args:
+        module: an existing module to shard at once.
+        data_parallel_group: process group to cut over; None is all data-parallel ranks.
+        mem_efficient_linear: accepted; letting go of gathered values needs no other linear layer here.
+        remote_device: None or "cpu": where the slices live.
+        pin_memory: page-locked slices, beside a GPU.
+        config_dict_or_path: configuration that decides on dtype and place where the arguments do not.
+        config: older name of it.
+        enabled: False makes it do nothing.
+        dtype: dtype of the parameters.
+        mpu: object that knows the data-parallel group.
+        zero_param_parallel_group, zero_quantized_weights, zero_quantized_nontrainable_weights: ZeRO++; not built.
+        sequence_data_parallel_group: older name of `data_parallel_group`.
+        param_swapper: not used.
+        tensor_overrides: accepted; constructors follow both dtype and device.
+
+    Raises:
+        NotImplementedError: for NVMe slices and for ZeRO++.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
+        tensor_overrides: Any = None,
+    ) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        if (
+            zero_param_parallel_group is not None
+            or zero_quantized_weights
+            or zero_quantized_nontrainable_weights
+        ):
+            raise NotImplementedError(
+                explain(
+                    "ZeRO++ (hpZ, qwZ) is not available yet",
+                    fix="leave zero_param_parallel_group and zero_quantized_* out",
+                )
+            )
+        if not dist.is_initialized():
+            dist.init_distributed()
+        settings = _settings(config_dict_or_path if config_dict_or_path is not None else config)
+        self.axis = _axis(data_parallel_group or sequence_data_parallel_group, mpu)
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.dtype = dtype or settings.dtype
+        self.tier = _tier(
+            remote_device or settings.param_device, pin_memory or settings.pin_memory, self.device
+        )
+        self._undo: list[Callable[[], None]] = []
+        self._depth: dict[int, int] = {}
+        if module is not None:
+            shard_module(module, self.axis, self.device, self.tier, self.dtype)
+
+    def __enter__(self) -> InitContext:
+        if self.enabled:
+            _active.append(self)
+            if len(_active) == 1:
+                self._patch()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.enabled and self in _active:
+            _active.remove(self)
+            if not _active:
+                self._unpatch()
+
+    # - what the public form decides
+
+    def wrap_constructor(
+        self, constructor: Callable[..., torch.Tensor]
+    ) -> Callable[..., torch.Tensor]:
+        """What replaces a tensor constructor."""
+        raise NotImplementedError
+
+    def whole(self, params: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager:
+        """Context in which `params` are whole and the first rank's edits of them are kept."""
+        raise NotImplementedError
+
+    # - what is replaced meanwhile
+
+    def _patch(self) -> None:
+        for cls in _all_subclasses(torch.nn.Module):
+            self._wrap_class(cls)
+        self._replace(torch.nn.Module, "__init_subclass__", classmethod(self._on_new_class))
+        self._replace(torch.nn.Module, "apply", self._apply_whole(torch.nn.Module.apply))
+        for name in _CONSTRUCTORS:
+            self._replace(torch, name, self.wrap_constructor(getattr(torch, name)))
+
+    def _unpatch(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._depth.clear()
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        had, old = name in vars(owner), vars(owner).get(name)
+        setattr(owner, name, value)
+        self._undo.append(lambda: setattr(owner, name, old) if had else delattr(owner, name))
+
+    def _apply_whole(self, plain: Any) -> Any:
+        """`Module.apply` with every module's own parameters whole while the function sees it."""
+
+        @functools.wraps(plain)
+        def apply(
+            module: torch.nn.Module, fn: Callable[[torch.nn.Module], None]
+        ) -> torch.nn.Module:
+            for child in module.children():
+                child.apply(fn)
+            with self.whole(list(module.parameters(recurse=False))):
+                fn(module)
+            return module
+
+        return apply
+
+    def _on_new_class(self, cls: type, **kwargs: Any) -> None:
+        super(torch.nn.Module, cls).__init_subclass__(**kwargs)
+        self._wrap_class(cls)
+
+    def _wrap_class(self, cls: type) -> None:
+        if "__init__" not in vars(cls):
+            return
+        plain = cls.__init__
+
+        @functools.wraps(plain)
+        def build(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+            self._depth[id(module)] = self._depth.get(id(module), 0) + 1
+            try:
+                plain(module, *args, **kwargs)
+            finally:
+                self._depth[id(module)] -= 1
+            if self._depth[id(module)] == 0:
+                del self._depth[id(module)]
+                here = _active[-1] if _active else self
+                for param in module.parameters(recurse=False):
+                    _shard_whole(param, here.axis, here.device, here.tier, here.dtype)
+
+        self._replace(cls, "__init__", build)
+
+
+class _Settings:
+    """What a configuration says of sharded construction."""
+
+    def __init__(self, dtype: torch.dtype, param_device: str | None, pin_memory: bool) -> None:
+        self.dtype, self.param_device, self.pin_memory = dtype, param_device, pin_memory
+
+
+def _settings(config: Any) -> _Settings:
+    if config is None:
+        return _Settings(
+            torch.float16 if get_accelerator().is_fp16_supported() else torch.float32, None, False
+        )
+    from deepspeed.runtime.config import load_config
+    from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
+
+    from .config import get_zero_config
+
+    config = load_config(config)
+    dtype = torch.float32
+    if get_bfloat16_config(config).enabled:
+        dtype = torch.bfloat16
+    elif get_float16_config(config).enabled:
+        dtype = torch.float16
+    offload = get_zero_config(config).offload_param
+    device = None if offload is None else str(getattr(offload.device, "value", offload.device))
+    return _Settings(dtype, device, False if offload is None else offload.pin_memory)
+
+
+def _axis(group: Any, mpu: Any) -> Axis:
+    if group is None and mpu is not None and hasattr(mpu, "get_data_parallel_group"):
+        group = mpu.get_data_parallel_group()
+    return groups.current_mesh().sequence_data if group is None else Axis.of_group(group)
+
+
+def _tier(device: str | None, pin_memory: bool, accelerator: torch.device) -> Tier:
+    if device == "nvme":
+        raise NotImplementedError(
+            explain(
+                "parameters on NVMe are not available yet",
+                got='device "nvme"',
+                expected='"cpu" or "none"',
+            )
+        )
+    return tier_for(accelerator, device == "cpu", pin_memory)
+
+
+def shard_module(
+    module: torch.nn.Module,
+    axis: Axis,
+    device: torch.device,
+    tier: Tier,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Cut all parameters of a module that are whole; values of the first rank count."""
+    for param in module.parameters():
+        _shard_whole(param, axis, device, tier, dtype)
+
+
+def _shard_whole(
+    param: torch.nn.Parameter,
+    axis: Axis,
+    device: torch.device,
+    tier: Tier,
+    dtype: torch.dtype | None,
+) -> None:
+    if is_zero_param(param):
+        return
+    target = dtype if dtype is not None and param.is_floating_point() else param.dtype
+    param.data = param.data.to(device=device, dtype=target)
+    flat.broadcast_(param.data, axis)
+    shard_param(param, axis, device, tier)
+
+
+def _all_subclasses(cls: type) -> Iterator[type]:
+    seen: set[type] = set()
+    todo = [cls]
+    while todo:
+        for sub in todo.pop().__subclasses__():
+            if sub not in seen:
+                seen.add(sub)
+                todo.append(sub)
+                yield sub
+
+
+def shutdown_init_context() -> None:
+    """Suspend the active contexts (an engine is being built); `restore_init_context` resumes them."""
+    if _active:
+        _active[0]._unpatch()
+
+
+def restore_init_context() -> None:
+    """Resume what `shutdown_init_context` suspended."""
+    if _active:
+        _active[0]._patch()
+
+
+def init_is_active() -> bool:
+    """Whether modules built now are sharded."""
+    return bool(_active)

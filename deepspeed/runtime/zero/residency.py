@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When sharded parameters are whole: module hooks gather before use, let go after it, and look ahead.
+
+[Note: Life of a sharded parameter]
+A module's own parameters are gathered before its forward pass and let go after it. A hook on its outputs gathers them
+again before its backward pass; they are let go when their gradients have been taken, or (frozen ones) when the gradient
+of the module's input is known, or at the latest when the backward pass ends. Letting go only drops a reference, so a
+hook that comes too early costs a gather, never a wrong value.
+
+[Note: Looking ahead]
+The first complete pass records which modules came in which order. Later passes follow the record: they gather what
+comes next while the current module computes, and keep what is needed again soon. A module that the record does not
+expect ends the looking ahead for this pass, and the next pass is recorded anew. As every rank runs the same
+record, gathers start in one order everywhere; a rank that goes its own way alone would hang in any scheme that gathers
+on use, which is what leaf modules are for: they gather all that is below them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from .prefetch import Record
+from .sharded_param import ZeroParamStatus, finish_gather, release, start_gather
+from .utils import is_zero_param
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidencyPolicy:
+    """How much is whole, and for how long.
+
+    Attributes:
+        prefetch_numel: elements to gather ahead of use.
+        max_live_numel: elements that may be whole at once before looking ahead and keeping stop.
+        max_reuse_distance: a parameter needed again within so many elements is kept.
+        persist_numel: parameters of at most so many elements stay whole between steps.
+        model_persist_numel: all of those together.
+    """
+
+    prefetch_numel: int = 50_000_000
+    max_live_numel: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+    persist_numel: int = 100_000
+    model_persist_numel: int = 2**63
+
+
+class Residency:
+    """Keeps the parameters of a module tree whole while they are in use.
+
+    Args:
+        module: root of the tree; its parameters are sharded.
+        policy: how much stays whole.
+    """
+
+    def __init__(self, module: torch.nn.Module, policy: ResidencyPolicy) -> None:
+        self.module, self.policy = module, policy
+        self.forward_hooks: list[Any] = []
+        self.backward_hooks: list[Any] = []
+        self._modules: list[torch.nn.Module] = []
+        self._number: dict[int, int] = {}
+        self._params: list[list[torch.nn.Parameter]] = []
+        self._stack: list[int] = []
+        self._records = {True: Record(), False: Record()}
+        self._record = self._records[False]
+        self._open = False
+        self._live: dict[int, torch.nn.Parameter] = {}
+        self._live_numel = 0
+        self.hook(module)
+        self.persistent = self._choose_persistent()
+
+    # - which module needs what
+
+    def hook(self, root: torch.nn.Module) -> None:
+        """Place the hooks on `root` and what is below it, down to leaf modules."""
+        for module in _down_to_leaves(root):
+            number = len(self._modules)
+            self._modules.append(module)
+            self._number[id(module)] = number
+            is_leaf = getattr(module, "_z3_leaf", False)
+            own = module.parameters(recurse=is_leaf)
+            self._params.append([p for p in own if is_zero_param(p)])
+            for inner in module.modules() if is_leaf else [module]:
+                _watch_access(inner, self)
+            self.forward_hooks += [
+                module.register_forward_pre_hook(partial(self._before, number), with_kwargs=True),
+                module.register_forward_hook(partial(self._after, number), always_call=True),
+            ]
+
+    def remove_hooks(self) -> None:
+        """Let go of the modules; parameters stay sharded."""
+        for hook in (*self.forward_hooks, *self.backward_hooks):
+            hook.remove()
+        self.forward_hooks, self.backward_hooks = [], []
+        for module in self.module.modules():
+            _unwatch_access(module)
+
+    def _choose_persistent(self) -> list[torch.nn.Parameter]:
+        chosen, total = [], 0
+        for param in dict.fromkeys(p for params in self._params for p in params):
+            small = param.ds_numel <= self.policy.persist_numel
+            if small and total + param.ds_numel <= self.policy.model_persist_numel:
+                param.ds_persist = True
+                total += param.ds_numel
+                chosen.append(param)
+        return chosen
+
+    def needs(self, number: int) -> list[torch.nn.Parameter]:
+        """Parameters of a module, and those of others that it was seen to use."""
+        external = getattr(self._modules[number], "_external_params", None)
+        return self._params[number] + list(external.values()) if external else self._params[number]
+
+    # - hooks
+
+    def _before(self, number: int, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._stack and not _in_backward():
+            self._begin_pass()
+        self._stack.append(number)
+        params = self.needs(number)
+        if not params:
+            return
+        self._enter(number)
+        if torch.is_grad_enabled() and not all(p.requires_grad for p in params):
+            for tensor in _tensors((args, kwargs)):
+                if tensor.requires_grad and not tensor.is_leaf:
+                    tensor.register_hook(partial(self._leave_backward, number))
+
+    def _after(self, number: int, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if number in self._stack:
+            del self._stack[self._stack.index(number) :]
+        params = self.needs(number)
+        graph = False
+        if torch.is_grad_enabled():
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    graph = True
+                    if params:
+                        tensor.register_hook(partial(self._enter_backward, number))
+        if params and not (graph and _in_backward()):
+            self._leave(number, params)
+        if not self._stack and not graph and not _in_backward():
+            self._end_pass()
+
+    def _enter_backward(self, number: int, grad: torch.Tensor) -> None:
+        self._enter(number)
+
+    def _leave_backward(self, number: int, grad: torch.Tensor) -> None:
+        # Trainable ones are let go when their gradients have been taken: until then autograd compares shapes.
+        self._leave(number, [p for p in self.needs(number) if not p.requires_grad])
+
+    def after_grad(self, param: torch.nn.Parameter) -> None:
+        """The gradient of a parameter has been taken: its module needs its values no more in this backward pass."""
+        if len(param.ds_active_sub_modules) <= 1:
+            param.ds_active_sub_modules.clear()
+            self._drop([param])
+
+    def finish_backward(self) -> None:
+        """The backward pass is over: nothing is in use."""
+        self._end_pass()
+
+    def access(self, param: torch.nn.Parameter) -> None:
+        """A module reads a parameter that is not whole: one that another module owns."""
+        if not self._stack or param.ds_status is ZeroParamStatus.AVAILABLE:
+            return
+        number = self._stack[-1]
+        register_external(self._modules[number], param)
+        param.ds_active_sub_modules.add(number)
+        self._start([param])
+        finish_gather([param])
+
+    # - passes
+
+    def _begin_pass(self) -> None:
+        if self._open:
+            self._end_pass()
+        self._open = True
+        self._record = self._records[torch.is_grad_enabled()]
+        self._record.begin()
+
+    def _end_pass(self) -> None:
+        self._open = False
+        self._record.end(self._weigh)
+        self._stack.clear()
+        for param in self._live.values():
+            param.ds_active_sub_modules.clear()
+        self._let_go(p for p in list(self._live.values()) if not p.ds_persist)
+
+    def after_step(self) -> None:
+        """The slices have changed: gathered copies are stale."""
+        self._let_go(list(self._live.values()))
+        self._start(self.persistent)
+        finish_gather(self.persistent)
+
+    def release_all(self) -> None:
+        """Let everything go, persistent parameters too; the next use gathers them again."""
+        self._let_go(list(self._live.values()))
+
+    def _weigh(self, number: int) -> int:
+        return sum(p.ds_numel for p in self.needs(number))
+
+    # - in and out of use
+
+    def _enter(self, number: int) -> None:
+        params = self.needs(number)
+        for param in params:
+            param.ds_active_sub_modules.add(number)
+        self._start(params)
+        self._record.visit(number)
+        self._look_ahead()
+        finish_gather(params)
+
+    def _look_ahead(self) -> None:
+        for number in self._record.window(self.policy.prefetch_numel):
+            if self._live_numel >= self.policy.max_live_numel:
+                return
+            self._start(self.needs(number))
+            self._record.looked()
+
+    def _leave(self, number: int, params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            param.ds_active_sub_modules.discard(number)
+        self._drop(params)
+
+    def _drop(self, params: list[torch.nn.Parameter]) -> None:
+        crowded = self._live_numel > self.policy.max_live_numel
+        self._let_go(
+            p
+            for p in params
+            if not p.ds_persist
+            and not p.ds_active_sub_modules
+            and (crowded or not self._record.soon(p, self.needs, self.policy.max_reuse_distance))
+        )
+
+    def _start(self, params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            if id(param) not in self._live:
+                self._live[id(param)] = param
+                self._live_numel += param.ds_numel
+        start_gather(params)
+
+    def _let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
+        for param in params:
+            if self._live.pop(id(param), None) is not None:
+                self._live_numel -= param.ds_numel
+            release([param])
+
+
+def register_external(module: torch.nn.Module, param: torch.nn.Parameter) -> None:
+    """Note that `module` uses `param`, which another module owns."""
+    external = module.__dict__.setdefault("_external_params", {})
+    external[param.ds_id] = param
+    param.is_external_param = True
+
+
+def unregister_external(module: torch.nn.Module, param: torch.nn.Parameter) -> bool:
+    """Forget that `module` uses `param`; False if that was not known."""
+    external = module.__dict__.get("_external_params", {})
+    return external.pop(param.ds_id, None) is not None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _down_to_leaves(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    seen: set[int] = set()
+
+    def walk(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield module
+        if not getattr(module, "_z3_leaf", False):
+            for child in module.children():
+                yield from walk(child)
+
+    yield from walk(root)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from _tensors(getattr(value, name, None))
+
+
+class WatchedParams(dict):
+    """A module's `_parameters` that tells the residency of every read by attribute."""
+
+    residency: Residency
+
+    def __getitem__(self, name: str) -> Any:
+        param = super().__getitem__(name)
+        if param is not None and is_zero_param(param):
+            self.residency.access(param)
+        return param
+
+
+def _watch_access(module: torch.nn.Module, residency: Residency) -> None:
+    watched = WatchedParams(module._parameters)
+    watched.residency = residency
+    module._parameters = watched
+
+
+def _unwatch_access(module: torch.nn.Module) -> None:
+    if isinstance(module._parameters, WatchedParams):
+        module._parameters = dict(module._parameters)
