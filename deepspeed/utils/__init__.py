@@ -3,6 +3,9 @@
 
 from .lazy import lazy_exports
 
+# Not on first use: the function has its module's name, and Python would put the module there.
+from .z3_leaf_module import z3_leaf_module as z3_leaf_module
+
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
@@ -55,7 +58,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "set_z3_leaf_modules_by_name",
             "set_z3_leaf_modules_by_suffix",
             "unset_z3_leaf_modules",
-            "z3_leaf_module",
             "z3_leaf_parameter",
         ],
         "deepspeed.comm": ["is_initialized"],

@@ -165,7 +165,9 @@ BUILT = {
         "safe_set_full_optimizer_state safe_set_full_grad safe_get_local_fp32_param "
         "safe_get_local_grad safe_get_local_optimizer_state safe_set_local_fp32_param "
         "safe_set_local_grad safe_set_local_optimizer_state safe_update_full_grad_vectorized "
-        "set_full_hp_param set_full_hp_grad RepeatingLoader get_numactl_cmd"
+        "set_full_hp_param set_full_hp_grad RepeatingLoader get_numactl_cmd get_z3_leaf_modules "
+        "set_z3_leaf_module set_z3_leaf_modules set_z3_leaf_modules_by_name "
+        "set_z3_leaf_modules_by_suffix unset_z3_leaf_modules z3_leaf_module z3_leaf_parameter"
     ),
     "deepspeed.utils.bwc": (
         "bwc_tensor_model_parallel_world_size bwc_tensor_model_parallel_rank "
@@ -310,12 +312,7 @@ LATER = {
         "FPDT_InputConstruct FPDT_Attention FPDT_FFN FPDT_LogitsLoss SequenceChunk"
     ),
     "deepspeed.sequence.layer": "DistributedAttention _SeqAllToAll single_all_to_all",
-    "deepspeed.utils": (
-        "get_z3_leaf_modules lazy_init_hp_params_optimizer_state link_hp_params "
-        "map_to_flat_opt_states set_z3_leaf_module set_z3_leaf_modules "
-        "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix unset_z3_leaf_modules "
-        "z3_leaf_module z3_leaf_parameter"
-    ),
+    "deepspeed.utils": "lazy_init_hp_params_optimizer_state link_hp_params map_to_flat_opt_states",
 }
 
 
