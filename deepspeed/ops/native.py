@@ -132,7 +132,7 @@ class NativeLibrary:
             raise _broken(self.path, f"its ABI version is {version}, this package's {ABI_VERSION}")
         for name, structure in abi.STRUCTS.items():
             ours = [ctypes.sizeof(structure)]
-            ours += [getattr(structure, field).offset for field, _ in structure._fields_]
+            ours += [getattr(structure, field[0]).offset for field in structure._fields_]
             numbers = (ctypes.c_uint32 * 64)()
             count = self._dll.ds_abi_layout(name.encode("ascii"), numbers, 64)
             if list(numbers[:count]) != ours or abi.FORMATS[name].size != ours[0]:

@@ -27,7 +27,7 @@ class Ulp(NamedTuple):
     The largest term, not the result: where terms cancel, no arithmetic keeps the last places of the difference.
     """
 
-    count: int
+    ulps: int
 
 
 class Route(NamedTuple):
@@ -83,7 +83,7 @@ class Op:
         if entry is _UNRESOLVED:
             entry = self._resolve()
         # args[0] is a tensor in every schema here, and all tensors of a call live on one device.
-        if entry is not None and args[0].device.type == "cpu":
+        if entry is not None and self.pack is not None and args[0].device.type == "cpu":
             packed = self.pack(*args)
             if packed is not None:
                 if entry(packed[0]):
@@ -103,11 +103,14 @@ class Op:
         self._entry = _UNRESOLVED
 
     def _resolve(self) -> Callable[[bytes], int] | None:
-        library = native.load() if self.cpu is not None else None
+        entry = None
+        if self.cpu is not None:
+            library = native.load()
+            entry = None if library is None else library.entry(self.cpu)
         route = self.route()
         logger.info("op %s on cpu: %s (%s)", route.name, route.route, route.reason)
-        self._entry = None if library is None else library.entry(self.cpu)
-        return self._entry
+        self._entry = entry
+        return entry
 
 
 _OPS: dict[str, Op] = {}
