@@ -100,7 +100,8 @@ bool Worker::open_door(Part *part, bool direct) {
     int error = io::open_door(&part->file, part->request->target, direct);
     if (error == 0 && door != File::kClosed) error = engine_->attach(door);
     if (error == 0) return true;
-    queue_->fail(part, kFailed, error, part->next, part->end - part->next);
+    const Request &request = *part->request;
+    queue_->fail(part, kFailed, error, request.offset, request.bytes);
     return false;
 }
 
