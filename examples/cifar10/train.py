@@ -71,8 +71,14 @@ def train(engine: deepspeed.DeepSpeedEngine, loader: object, epochs: int) -> lis
     dtype = next(engine.parameters()).dtype
     shown = engine.global_rank == 0
     pause = 0.1 if sys.stdout.isatty() else 5.0  # seconds between redraws; few lines in a log file
+    steps = epochs * len(loader)
     bar = tqdm(
-        total=epochs * len(loader), unit="step", disable=not shown, file=sys.stdout, ncols=90
+        total=steps,
+        unit="step",
+        disable=not shown,
+        file=sys.stdout,
+        ncols=90,
+        mininterval=pause,
     )
     for _ in range(epochs):
         for images, labels in loader:
