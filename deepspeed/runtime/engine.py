@@ -224,7 +224,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         module_prep.check_loss(loss, self.basic_optimizer)
         steps = self.clock.accumulation if scale_wrt_gas and self.clock.managed else 1
         share = loss / steps if steps > 1 else loss
-        with self.observers.during("backward", self), self.watch.engine_backward(), self._products:
+        with self.observers.during("backward", self), self.watch.engine_backward():
             self.driver.scale(share).backward(retain_graph=retain_graph)
         return share
 
