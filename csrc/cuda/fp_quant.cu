@@ -26,7 +26,7 @@ DS_KERNEL fp_quantize(const void *x, i32 code, u8 *out, i64 groups, i64 group_si
         for (i64 i = begin + threadIdx.x; i < begin + group_size; i += kThreads)
             most = Most::of(most, fabsf(load(x, code, i)));
         most = reduce_block<Most>(most);
-        const float scale = most > 0 ? most / Tiny::most(tiny) : 1.0f;
+        const float scale = most == 0 ? 1.0f : most / Tiny::most(tiny);
         u8 *home = out + group * packed_bytes(group_size, bits);
         for (i64 i = threadIdx.x * 4; i < group_size; i += kThreads * 4) {
             u64 four = 0;

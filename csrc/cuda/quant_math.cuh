@@ -15,7 +15,7 @@ struct Grid {
         Grid g;
         const float levels = (float)(1 << bits);
         const float span = asym ? high - low : 2 * (high > -low ? high : -low);
-        g.scale = span > 0 ? levels / span : 1.0f;
+        g.scale = span == 0 ? 1.0f : levels / span;  // a NaN stays one, so that damage shows
         g.step = 1 / g.scale;
         g.least = -levels / 2;
         g.most = levels / 2 - 1;
