@@ -14,6 +14,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.__main__": 7,
     "deepspeed.elasticity.cli": 7,
     "deepspeed.env_report": 7,
+    "deepspeed.nvme": 7,
     "deepspeed.launcher": 7,
     # L6: what a user holds in the hand
     "deepspeed.runtime.engine": 6,
@@ -79,6 +80,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.checkpoint.atomic": 2,
     "deepspeed.comm": 2,
     "deepspeed.ops.abi": 2,
+    "deepspeed.ops.aio": 2,
     "deepspeed.ops.aio": 2,
     "deepspeed.ops.cuda*": 2,
     "deepspeed.ops.packing": 2,

@@ -240,9 +240,7 @@ def deepspeed_memcpy(dest: Tensor, src: Tensor) -> int:
     """
     to, source = as_bytes(dest), as_bytes(src)
     if to.numel() != source.numel():
-        raise ValueError(
-            explain("bytes cannot be copied", got=source.numel(), expected=to.numel())
-        )
+        raise ValueError(explain("bytes cannot be copied", got=source.numel(), expected=to.numel()))
     to.copy_(source)
     return 0
 

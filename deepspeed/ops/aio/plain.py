@@ -74,7 +74,9 @@ class PlainQueue:
                     if self._closing.is_set() and done < request.nbytes:
                         return Outcome(CANCELLED, moved=done)
         except OSError as error:
-            return Outcome(FAILED, _system_code(error), done, request.offset + done, request.nbytes - done)
+            return Outcome(
+                FAILED, _system_code(error), done, request.offset + done, request.nbytes - done
+            )
         if done < request.nbytes:
             return Outcome(END_OF_FILE, 0, done, request.offset + done, request.nbytes - done)
         return Outcome(DONE, moved=done)

@@ -282,9 +282,7 @@ def _open_queue(options: Options, backend: str | None) -> NativeQueue | PlainQue
     return NativeQueue(options, chosen)
 
 
-def _close_queue(
-    queue: NativeQueue | PlainQueue, flights: dict[int, _Flight], owner: int
-) -> None:
+def _close_queue(queue: NativeQueue | PlainQueue, flights: dict[int, _Flight], owner: int) -> None:
     # A child of fork has neither the threads nor sound locks; the memory is the parent's business.
     if os.getpid() == owner:
         queue.close()
