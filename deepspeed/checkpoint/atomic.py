@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from ..utils.logging import logger
@@ -113,7 +113,7 @@ class Crew:
     rank: int = 0
     size: int = 1
     leads: bool = True
-    exchange: Callable[[object], list[object]] = lambda item: [item]
+    exchange: Callable[[object], list[Any]] = lambda item: [item]
 
     def together(self, action: Callable[[], T]) -> list[T]:
         """Run `action` on every rank; return all results, or raise on every rank when one failed.

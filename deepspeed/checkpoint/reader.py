@@ -137,16 +137,14 @@ def _harmless() -> dict[tuple[str, str], Any]:
 def _numpy_names() -> dict[tuple[str, str], Any]:
     import numpy
 
-    core = getattr(numpy, "_core", None) or numpy.core
-    named = {"_reconstruct": core.multiarray._reconstruct, "scalar": core.multiarray.scalar}
+    core = numpy._core if int(numpy.__version__.split(".")[0]) > 1 else numpy.core
     table: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): numpy.ndarray,
         ("numpy", "dtype"): numpy.dtype,
     }
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        table |= {(module, name): value for name, value in named.items()}
-    if frombuffer := getattr(core.numeric, "_frombuffer", None):
-        table |= {(f"numpy.{c}.numeric", "_frombuffer"): frombuffer for c in ("core", "_core")}
+        for name in ("_reconstruct", "scalar"):
+            table[module, name] = getattr(core.multiarray, name)
     return table
 
 
