@@ -261,6 +261,11 @@ def use(loader: Loader) -> Loader:
     return before
 
 
+def on_device(tensor: Tensor) -> bool:
+    """Say whether the tensor lives where kernels run."""
+    return _loader.torch.device_of(tensor) is not None
+
+
 def stream_key(tensor: Tensor) -> tuple[int | None, int]:
     """Return what tells apart launches that may overlap: device and stream of the next launch for the tensor."""
     device = _loader.torch.device_of(tensor)

@@ -8,7 +8,7 @@ or dtypes that the kernels lack); the caller then goes its own way in torch. Not
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -218,6 +218,41 @@ def squared_norms(tensors: Sequence[Tensor], bad: Tensor | None = None) -> Tenso
     if not whole:
         sums[list(table.filled)] = found
     return sums
+
+
+def step_together(
+    optimizer: Any, params: Sequence[Tensor], launch: Callable[[TensorLists, int], bool]
+) -> list[Tensor]:
+    """Step the params of an optimizer that kernels can serve, those of one device and step count in one launch.
+
+    Args:
+        optimizer: an `ElementwiseOptimizer`; its states are made and counted here.
+        params: each with a gradient.
+        launch: makes the step of so many tensors, given the number of the step; False where no kernel serves.
+
+    Returns:
+        The params that are still to be stepped.
+    """
+    rest, batches = [], {}
+    for param in params:
+        if not cuda.on_device(param) or param.grad is None or param.grad.is_sparse:
+            rest.append(param)
+            continue
+        state = optimizer.state[param]
+        if not state:
+            optimizer._init_state(param, state)
+        batches.setdefault((param.device, state["step"] + 1), []).append(param)
+    for (_, step), batch in batches.items():
+        states = [optimizer.state[param] for param in batch]
+        moments = [[state[name] for state in states] for name in optimizer.moments]
+        tensors = [param.detach() for param in batch]
+        if not launch(TensorLists(tensors, [param.grad for param in batch], *moments), step):
+            rest += batch
+            continue
+        for param, state in zip(batch, states, strict=True):
+            state["step"] = step
+            torch.autograd.graph.increment_version(param)
+    return rest
 
 
 # ---------------------------------------------------------------- the ops of deepspeed.ops.rules and norms

@@ -43,9 +43,9 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step_one(group, param, param.grad, None, 1.0)
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in self._step_together(group, params):
+                self._step_one(group, param, param.grad, None, 1.0)
         return loss
 
     def step_shard(
@@ -89,6 +89,10 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                     self.state[param][name] = old[name].to(param.device)
             if isinstance(old.get("step"), Tensor):
                 self.state[param]["step"] = int(old["step"])
+
+    def _step_together(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """Step what one launch can serve; returns the params that are still to be stepped."""
+        return params
 
     def _step_one(
         self,

@@ -50,6 +50,7 @@ _squared_norm = Op(
     reference=_reference,
     fake=_fake,
     cpu="ds_squared_norm",
+    cuda="deepspeed.ops.cuda_optim:squared_norm",
     pack=_pack,
     # Double sums of up to millions of terms in another order than torch's.
     tolerance=Ulp(64),

@@ -48,6 +48,7 @@ class Op:
         cpu: symbol of the native library that takes one argument struct, or None.
         pack: turns the arguments into ``(struct bytes, result)``, or None when only the reference can serve them
             (strided views, dtypes that the library lacks).
+        cuda: ``module:function`` that serves the arguments on CUDA tensors, or answers NotImplemented.
         tolerance: how close the native results are to the reference.
     """
 
@@ -60,6 +61,7 @@ class Op:
         tolerance: Ulp,
         cpu: str | None = None,
         pack: Callable[..., tuple[bytes, Any] | None] | None = None,
+        cuda: str | None = None,
     ) -> None:
         self.schema = schema
         self.name = schema.partition("(")[0]
@@ -67,6 +69,8 @@ class Op:
         self.tolerance = tolerance
         self.cpu = cpu
         self.pack = pack
+        self.cuda = cuda
+        self._cuda_function: Callable[..., Any] | None = None
         self._entry: Callable[[bytes], int] | None = _UNRESOLVED
         _LIBRARY.define(schema)
         _LIBRARY.impl(self.name, self, "CompositeExplicitAutograd")
@@ -89,7 +93,20 @@ class Op:
                 if entry(packed[0]):
                     raise RuntimeError(f"{self.name}: {native.last_error()}")
                 return packed[1]
+        if self.cuda is not None and args[0].device.type == "cuda":
+            done = self.on_cuda(*args)
+            if done is not NotImplemented:
+                return done
         return self.reference(*args)
+
+    def on_cuda(self, *args: Any) -> Any:
+        """Run the op by its CUDA kernel; NotImplemented where none serves these arguments here."""
+        if self.cuda is None:
+            return NotImplemented
+        if self._cuda_function is None:
+            module, _, name = self.cuda.partition(":")
+            self._cuda_function = getattr(importlib.import_module(module), name)
+        return self._cuda_function(*args)
 
     def route(self) -> Route:
         """Say how the op would run on the CPU, without running it and without raising."""

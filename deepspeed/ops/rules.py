@@ -279,6 +279,7 @@ adam_step = Op(
     reference=_adam_reference,
     fake=_nothing,
     cpu="ds_adam_step",
+    cuda="deepspeed.ops.cuda_optim:adam_step",
     pack=_pack_adam,
     tolerance=Ulp(4),
 )
@@ -289,6 +290,7 @@ adagrad_step = Op(
     reference=_adagrad_reference,
     fake=_nothing,
     cpu="ds_adagrad_step",
+    cuda="deepspeed.ops.cuda_optim:adagrad_step",
     pack=_pack_adagrad,
     tolerance=Ulp(4),
 )
@@ -299,6 +301,7 @@ lion_step = Op(
     reference=_lion_reference,
     fake=_nothing,
     cpu="ds_lion_step",
+    cuda="deepspeed.ops.cuda_optim:lion_step",
     pack=_pack_lion,
     tolerance=Ulp(4),
 )

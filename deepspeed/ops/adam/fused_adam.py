@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.ops import cuda_optim
 from deepspeed.ops.elementwise import ElementwiseOptimizer
 from deepspeed.ops.rules import adam_step
 from deepspeed.utils.errors import explain
@@ -19,7 +20,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class FusedAdam(ElementwiseOptimizer):
     """Adam (AdamW by default) for params on any device.
 
-    CPU params take the native kernel, CUDA params torch's fused kernel. The moments have the param's dtype.
+    CPU params take the native kernel, CUDA params our kernel in one launch a group, or torch's fused kernel
+    where ours cannot run. The moments have the param's dtype.
 
     Args:
         params: params, named params or param groups.
@@ -103,6 +105,21 @@ class FusedAdam(ElementwiseOptimizer):
                 if state.get("step") == 0:
                     state["step"] = latest
 
+    def _step_together(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        def launch(lists: cuda_optim.TensorLists, step: int) -> bool:
+            rule = cuda_optim.AdamRule(
+                float(group["lr"]),
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                step,
+                bool(self.adam_w_mode),
+                bool(group["bias_correction"]),
+            )
+            return cuda_optim.multi_tensor_adam(lists, rule)
+
+        return cuda_optim.step_together(self, params, launch)
+
     def _apply(
         self,
         group: dict[str, Any],
@@ -114,13 +131,8 @@ class FusedAdam(ElementwiseOptimizer):
     ) -> None:
         _check(param, grad)
         state["step"] += 1
-        if param.is_cuda and group["bias_correction"]:
-            self._apply_cuda(group, param, grad, state, grad_scale)
-            if low is not None:
-                low.copy_(param)
-            return
         beta1, beta2 = group["betas"]
-        adam_step(
+        arguments = (
             param.detach(),
             state["exp_avg"],
             state["exp_avg_sq"],
@@ -136,6 +148,13 @@ class FusedAdam(ElementwiseOptimizer):
             bool(group["bias_correction"]),
             grad_scale,
         )
+        if param.is_cuda and group["bias_correction"]:
+            if adam_step.on_cuda(*arguments) is NotImplemented:
+                self._apply_cuda(group, param, grad, state, grad_scale)
+                if low is not None:
+                    low.copy_(param)
+            return
+        adam_step(*arguments)
 
     def _apply_cuda(
         self,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`FusedLamb`: LAMB, Adam whose step is scaled to the norm of each param, in torch on any device."""
+"""`FusedLamb`: LAMB, Adam whose step is scaled to the norm of each param, on any device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from deepspeed.ops import cuda, cuda_optim
 
 
 class FusedLamb(torch.optim.Optimizer):
@@ -71,7 +73,11 @@ class FusedLamb(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             scale = _clip_scale([param.grad for param in params], group["max_grad_norm"])
-            coefficients += [self._step_param(group, param, scale) for param in params]
+            together = self._step_together(group, params, scale)
+            if together is not None:
+                coefficients.append(together)
+            else:
+                coefficients += [self._step_param(group, param, scale) for param in params]
         self.lamb_coeffs = torch.cat(coefficients).tolist() if coefficients else []
         return loss
 
@@ -79,14 +85,46 @@ class FusedLamb(torch.optim.Optimizer):
         """Return the ratio of norms that each param was stepped with last."""
         return self.lamb_coeffs
 
-    def _step_param(self, group: dict[str, Any], param: Tensor, scale: float | Tensor) -> Tensor:
-        if param.grad.is_sparse:
-            raise RuntimeError("FusedLamb takes no sparse gradients.")
+    def _step_together(
+        self, group: dict[str, Any], params: list[Tensor], scale: float | Tensor
+    ) -> Tensor | None:
+        """Step all params of a group in one go of kernels; returns their ratios, or None if not served."""
+        if not params or not all(cuda.on_device(param) for param in params):
+            return None
+        states = [self._state_of(param) for param in params]
+        steps = {state["step"] for state in states}
+        alike = len(steps) == 1 and len({param.device for param in params}) == 1
+        if not alike or any(param.grad.is_sparse for param in params):
+            return None
+        bounds = (group["min_coeff"], group["max_coeff"])
+        step, inside = steps.pop() + 1, self.eps_mode == 0
+        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], step)
+        rule = cuda_optim.LambRule(*numbers, *bounds, inside, bool(group["bias_correction"]))
+        factor = torch.as_tensor(1.0 / scale, dtype=torch.float32, device=params[0].device)
+        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        lists = cuda_optim.TensorLists(
+            [param.detach() for param in params], [param.grad for param in params], *moments
+        )
+        ratios = cuda_optim.multi_tensor_lamb(lists, rule, cuda_optim.Gradients(1.0, factor))
+        if ratios is None:
+            return None
+        for param, state in zip(params, states, strict=True):
+            state["step"] = step
+            torch.autograd.graph.increment_version(param)
+        return ratios
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if not state:
             state.update(
                 step=0, exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param)
             )
+        return state
+
+    def _step_param(self, group: dict[str, Any], param: Tensor, scale: float | Tensor) -> Tensor:
+        if param.grad.is_sparse:
+            raise RuntimeError("FusedLamb takes no sparse gradients.")
+        state = self._state_of(param)
         state["step"] += 1
         return lamb_step(
             param,

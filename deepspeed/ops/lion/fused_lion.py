@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deepspeed.ops import cuda_optim
 from deepspeed.ops.elementwise import ElementwiseOptimizer
 from deepspeed.ops.lion.cpu_lion import apply_lion
 
@@ -63,6 +64,13 @@ class FusedLion(ElementwiseOptimizer):
                 "set .grad of the params and unscale before the step."
             )
         return super().step(closure)
+
+    def _step_together(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        def launch(lists: cuda_optim.TensorLists, step: int) -> bool:
+            lr, decay = float(group["lr"]), group["weight_decay"]
+            return cuda_optim.multi_tensor_lion(lists, lr, group["betas"], decay)
+
+        return cuda_optim.step_together(self, params, launch)
 
     def _apply(
         self,
