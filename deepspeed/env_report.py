@@ -24,6 +24,7 @@ from typing import Any
 
 import deepspeed
 from deepspeed import git_version_info
+from deepspeed.runtime import memory_plan
 from deepspeed.utils import env, numa
 
 __all__ = ["cli_main", "debug_report", "gather", "main", "op_report"]
@@ -477,7 +478,10 @@ def cli_main(args: Sequence[str] | None = None) -> None:
     add("--hide_operator_status", action="store_true", help="leave the ops out")
     add("--hide_errors_and_warnings", action="store_true", help="drop what libraries say meanwhile")
     add("--json", action="store_true", help="print all facts as JSON")
+    memory_plan.add_arguments(parser)
     words = parser.parse_args(args)
+    if words.plan is not None:
+        return memory_plan.report(parser, words, on_cpu=env.DS_ACCELERATOR.get() == "cpu")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     if words.json:

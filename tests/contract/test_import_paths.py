@@ -155,7 +155,16 @@ BUILT = {
     "deepspeed.runtime.zero.partition_parameters": (
         "ZeroParamType ZeroParamStatus Init GatheredParameters register_external_parameter"
     ),
-    "deepspeed.runtime.zero.stage_1_and_2": "DeepSpeedZeroOptimizer",
+    "deepspeed.runtime.zero.stage3": (
+        "DeepSpeedZeroOptimizer_Stage3 estimate_zero3_model_states_mem_needs "
+        "estimate_zero3_model_states_mem_needs_all_live "
+        "estimate_zero3_model_states_mem_needs_all_cold"
+    ),
+    "deepspeed.runtime.zero.stage_1_and_2": (
+        "DeepSpeedZeroOptimizer estimate_zero2_model_states_mem_needs "
+        "estimate_zero2_model_states_mem_needs_all_live "
+        "estimate_zero2_model_states_mem_needs_all_cold"
+    ),
     "deepspeed.runtime.zero.tiling": "TiledLinear TiledLinearReturnBias",
     "deepspeed.utils": (
         "logger log_dist log_dist_once set_log_level_from_string get_caller_func OnDevice "
@@ -296,15 +305,6 @@ LATER = {
     "deepspeed.runtime.zero.parameter_offload": "DeepSpeedZeRoOffload",
     "deepspeed.runtime.zero.partition_parameters": (
         "zero_wrapper_for_fp_tensor_constructor _orig_torch_arange get_accelerator"
-    ),
-    "deepspeed.runtime.zero.stage3": (
-        "DeepSpeedZeroOptimizer_Stage3 estimate_zero3_model_states_mem_needs "
-        "estimate_zero3_model_states_mem_needs_all_live "
-        "estimate_zero3_model_states_mem_needs_all_cold"
-    ),
-    "deepspeed.runtime.zero.stage_1_and_2": (
-        "estimate_zero2_model_states_mem_needs estimate_zero2_model_states_mem_needs_all_live "
-        "estimate_zero2_model_states_mem_needs_all_cold"
     ),
     "deepspeed.sequence.auto_sp": "auto_wrap_model_for_sp",
     "deepspeed.sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",

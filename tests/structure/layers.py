@@ -33,6 +33,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.engine_load": 5,
     "deepspeed.runtime.checkpoint_engine": 5,
     "deepspeed.runtime.observers": 5,
+    "deepspeed.runtime.memory_plan": 5,
     "deepspeed.autotuning": 5,
     "deepspeed.compile": 5,
     "deepspeed.compression": 5,
@@ -87,6 +88,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.ops.registry": 2,
     "deepspeed.ops.native": 2,
     "deepspeed.runtime.zero.utils": 2,
+    "deepspeed.runtime.zero.estimate": 2,
     "deepspeed.utils.groups": 2,
     # L1: the machine, and what was asked for
     "deepspeed.accelerator": 1,

@@ -27,6 +27,10 @@ class TierKind(Enum):
     """In the memory that computes the model."""
     HOST = "host"
     """In CPU memory (ZeRO-Offload, arXiv:2101.06840)."""
+    FILE = "file"
+    """In files, brought into CPU memory for use (ZeRO-Infinity, arXiv:2104.07857)."""
+    FILE = "file"
+    """In files on a fast disk (ZeRO-Infinity, arXiv:2104.07857)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class Plan:
         param_tier: where the slices of sharded parameters live.
         host_ratio: share of each rank's states that goes to the host tier, 0 to 1; the rest stays on the device.
         pin_memory: whether host memory is page-locked where the device can use that.
+        part_numel: most elements of states that are stepped, and read from files, at once.
         reduce_bucket_numel: most elements that one gradient collective carries (one parameter may exceed it).
         overlap_reduce: start gradient collectives during the backward pass and wait for them at its end.
         round_robin: lay parameters so that neighbours in the backward pass belong to different ranks.
@@ -56,6 +61,7 @@ class Plan:
     param_tier: TierKind = TierKind.DEVICE
     host_ratio: float = 1.0
     pin_memory: bool = True
+    part_numel: int = 2**62
     reduce_bucket_numel: int = 500_000_000
     overlap_reduce: bool = False
     round_robin: bool = False

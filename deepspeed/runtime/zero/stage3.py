@@ -9,8 +9,20 @@ import torch
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
+from .estimate import (
+    estimate_zero3_model_states_mem_needs,
+    estimate_zero3_model_states_mem_needs_all_cold,
+    estimate_zero3_model_states_mem_needs_all_live,
+)
 from .optimizer import ZeroOptimizer
 from .parameter_offload import DeepSpeedZeRoOffload
+
+__all__ = [
+    "DeepSpeedZeroOptimizer_Stage3",
+    "estimate_zero3_model_states_mem_needs",
+    "estimate_zero3_model_states_mem_needs_all_cold",
+    "estimate_zero3_model_states_mem_needs_all_live",
+]
 
 
 class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):

@@ -9,7 +9,19 @@ import torch
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
+from .estimate import (
+    estimate_zero2_model_states_mem_needs,
+    estimate_zero2_model_states_mem_needs_all_cold,
+    estimate_zero2_model_states_mem_needs_all_live,
+)
 from .optimizer import ZeroOptimizer
+
+__all__ = [
+    "DeepSpeedZeroOptimizer",
+    "estimate_zero2_model_states_mem_needs",
+    "estimate_zero2_model_states_mem_needs_all_cold",
+    "estimate_zero2_model_states_mem_needs_all_live",
+]
 
 
 class DeepSpeedZeroOptimizer(ZeroOptimizer, ZeROOptimizer):
