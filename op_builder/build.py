@@ -215,10 +215,22 @@ def _build_with(compiler: Compiler, target: Target, out: Path) -> Path:
         # Linked aside and moved, so that no process ever loads half a library.
         made = Path(folder) / target.library
         _run(_link_command(compiler, target, objects, made), folder)
+        _check(made, target, folder)
         final = out / target.library
         final.unlink(missing_ok=True)
         shutil.copyfile(made, final)
     return final
+
+
+def _check(made: Path, target: Target, folder: str) -> None:
+    """Refuse what no process could load, before it reaches the package."""
+    if target.tag == native_target().tag:
+        _run([sys.executable, "-c", _LOADS, str(made)], folder)
+    elif made.read_bytes()[:4].lstrip(b"\x7f")[:2] not in (b"MZ", b"EL", b"\xcf\xfa"):
+        raise BuildError(f"the linker's output for {target.tag} is not a shared library")
+
+
+_LOADS = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).ds_abi_version()"
 
 
 def _link_command(compiler: Compiler, target: Target, objects: list[str], made: Path) -> list[str]:
@@ -229,8 +241,9 @@ def _link_command(compiler: Compiler, target: Target, objects: list[str], made: 
         words += ["-target", target.zig, "-fno-sanitize=all"]
     words += ["-shared", "-o", str(made), *objects]
     if target.system == "windows":
-        # Nothing of the compiler's own is to be shipped beside the library.
-        return [*words, "-static", "-s"]
+        # Nothing of the compiler's own is to be shipped beside the library; for zig that goes without saying, and
+        # "-static" would make an archive.
+        return [*words, "-s"] if compiler.family == "zig" else [*words, "-static", "-s"]
     if target.system == "darwin":
         return words
     words += ["-pthread", "-Wl,-z,relro,-z,now", "-s"]
