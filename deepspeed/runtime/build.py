@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from deepspeed.comm.mesh import Axis, Mesh
-from deepspeed.utils.errors import explain
+from deepspeed.ops.aio.library import Options
+from deepspeed.utils import groups
+from deepspeed.utils.errors import DeepSpeedConfigError, explain
 
 from .config_unbuilt import refuse_unbuilt
 from .drivers import Driver, NoDriver, PlainDriver, SlabDriver
@@ -22,9 +25,13 @@ from .zero.optimizer import ZeroOptimizer, expert_group_name
 from .zero.parameter_offload import DeepSpeedZeRoOffload
 from .zero.plan import Placement, Plan, TierKind
 from .zero.residency import Residency, ResidencyPolicy
-from .zero.sharded_param import release, shard_param
+from .zero.sharded_param import release, shard_param, spill
+from .zero.spill import SpillFolder
 from .zero.tiers import tier_for
 from .zero.utils import is_zero_param
+
+# Elements of states that are in memory at once when they live in files, whatever larger sub_group_size says.
+LARGEST_FILE_PART = 32 * 1024 * 1024
 
 # - what was asked for
 
@@ -86,8 +93,6 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
 
 def build_mesh(config: Any, mpu: Any, model: torch.nn.Module) -> Mesh:
     """The ranks of this run: from `mpu` where the caller has its own groups, else all ranks are data-parallel."""
-    from deepspeed.utils import groups
-
     mesh = groups.current_mesh()
     if mpu is not None and hasattr(mpu, "get_data_parallel_group"):
         data = Axis.of_group(mpu.get_data_parallel_group())
@@ -155,15 +160,55 @@ def build_plan(config: Any) -> Plan:
         predivide_factor=config.gradient_predivide_factor,
     )
     offload = zero.offload_optimizer
-    if plan.stage > 0 and offload is not None and _name(offload.device) == "cpu":
+    place = "none" if plan.stage == 0 or offload is None else _name(offload.device)
+    if place == "cpu":
         plan = plan.on_host(offload.ratio, offload.pin_memory)
+    if place == "nvme":
+        numel = min(int(zero.sub_group_size) or 1, LARGEST_FILE_PART)
+        plan = replace(
+            plan.on_host(1.0, offload.pin_memory), state_tier=TierKind.FILE, part_numel=numel
+        )
     if (
         plan.stage == 3
         and zero.offload_param is not None
         and _name(zero.offload_param.device) == "cpu"
     ):
         plan = replace(plan, param_tier=TierKind.HOST)
+    if (
+        plan.stage == 3
+        and zero.offload_param is not None
+        and _name(zero.offload_param.device) == "nvme"
+    ):
+        plan = replace(plan, param_tier=TierKind.FILE)
     return plan
+
+
+def spill_folder(config: Any, section: Any, *names: str) -> SpillFolder:
+    """The folder of this rank for state that an `offload_*` section sends to NVMe.
+
+    Raises:
+        DeepSpeedConfigError: without `nvme_path`.
+        OSError: for a folder that cannot be used.
+    """
+    if section.nvme_path is None:
+        raise DeepSpeedConfigError(
+            explain(
+                "offloading to NVMe needs a folder",
+                got='"device": "nvme" without "nvme_path"',
+                expected="a folder on the disk to use",
+                fix='add "nvme_path" to the same section',
+            )
+        )
+    aio = config.aio_config
+    options = Options(
+        block_size=aio["block_size"],
+        queue_depth=aio["queue_depth"],
+        single_submit=aio["single_submit"],
+        overlap_events=aio["overlap_events"],
+        intra_op_parallelism=aio["intra_op_parallelism"],
+    )
+    rank = groups.current_mesh().world.rank
+    return SpillFolder(Path(section.nvme_path).joinpath(*names, f"rank{rank}"), options)
 
 
 def shard_params(engine: Any) -> Residency | None:
@@ -171,12 +216,20 @@ def shard_params(engine: Any) -> Residency | None:
     if engine.plan.params is not Placement.SHARDED:
         return None
     zero = engine._config.zero_config
-    tier = tier_for(engine.device, engine.plan.param_tier is TierKind.HOST, engine.plan.pin_memory)
+    tier = tier_for(
+        engine.device, engine.plan.param_tier is not TierKind.DEVICE, engine.plan.pin_memory
+    )
+    folder = None
+    if engine.plan.param_tier is TierKind.FILE:
+        kind = str(engine.get_data_types()[0]).removeprefix("torch.")
+        folder = spill_folder(engine._config, zero.offload_param, "zero_stage_3", f"{kind}params")
     for param in engine.module.parameters():
         name = expert_group_name(param)
         axis = engine.mesh.sequence_data if name is None else engine.mesh.expert_data[name]
         if not is_zero_param(param):
-            shard_param(param, axis, engine.device, tier)
+            shard_param(param, axis, engine.device, tier, folder)
+        elif folder is not None and param.ds_spill is None:
+            spill(param, folder, param.ds_tensor)
         param.ds_enable_sanity_checks = zero.enable_sanity_checks
     release(engine.module.parameters())
     policy = ResidencyPolicy(
@@ -276,6 +329,9 @@ def wrap_optimizer(engine: Any) -> tuple[Any, Driver]:
     if plan.stage == 0 and engine.precision.compute is None:
         return basic, _plain_driver(engine)
     kind = _wrapper_class(basic, config, plan, grad_dtype)
+    folder = None
+    if plan.state_tier is TierKind.FILE:
+        folder = spill_folder(config, config.zero_config.offload_optimizer, "optimizer")
     optimizer = kind(
         basic,
         plan,
@@ -284,6 +340,7 @@ def wrap_optimizer(engine: Any) -> tuple[Any, Driver]:
         engine.device,
         clip_grad=config.gradient_clipping,
         param_names=engine.param_names,
+        folder=folder,
     )
     if engine.residency is not None:
         optimizer.parameter_offload = DeepSpeedZeRoOffload(engine.residency)

@@ -68,12 +68,6 @@ _REMOVE = "Remove the key."
 
 UNBUILT: tuple[Unbuilt, ...] = (
     # ------------------------------------------------------------------ ZeRO
-    _at_stage_3(
-        "offload_param",
-        "offload of params to disk (nvme)",
-        lambda zero: _device(zero.offload_param) == "nvme",
-        "Set its device to cpu.",
-    ),
     _at_stage_3("mics_shard_size", "MiCS", lambda zero: zero.mics_shard_size > 0, _REMOVE),
     _at_stage_3(
         "zero_hpz_partition_size",
@@ -98,14 +92,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         "SuperOffload",
         lambda zero: bool(zero.offload_optimizer and zero.offload_optimizer.super_offload),
         _OFF,
-    ),
-    Unbuilt(
-        "zero_optimization.offload_optimizer.device",
-        "offload of optimizer states to disk (nvme)",
-        lambda config: (
-            config.zero_enabled and _device(config.zero_config.offload_optimizer) == "nvme"
-        ),
-        "Set it to cpu.",
     ),
     Unbuilt(
         "zero_optimization.zenflow",

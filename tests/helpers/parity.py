@@ -112,7 +112,8 @@ def engine_run(cell: Cell, rank: int = 0, ranks: int = 1) -> Run:
             losses.append(loss.item())
         norm = engine.get_global_grad_norm()
         norms.append(float("nan") if norm is None else float(norm))
-    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with deepspeed.zero.GatheredParameters(list(net.parameters())):
+        weights = {name: p.detach().clone() for name, p in net.named_parameters()}
     engine.destroy()
     return Run(losses, weights, norms)
 

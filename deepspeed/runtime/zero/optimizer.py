@@ -7,8 +7,9 @@ on driving them) come to hold flat master shards instead of module parameters.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from . import state
 from .plan import Placement, Plan
 from .reducer import Reducer
 from .shard_group import ShardGroup, ShardPart
+from .spill import SpillFolder, stream
 
 _CLIP_EPSILON = 1e-6
 _NAMES_SHOWN = 5
@@ -43,6 +45,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         device: where the model computes.
         clip_grad: largest 2-norm of all gradients together; 0 for no clipping.
         param_names: name of each parameter, for messages.
+        folder: where states live in files, if the plan says so.
 
     Raises:
         ValueError: if no parameter requires a gradient.
@@ -57,8 +60,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         device: torch.device,
         clip_grad: float = 0.0,
         param_names: Mapping[torch.nn.Parameter, str] | None = None,
+        folder: SpillFolder | None = None,
     ) -> None:
         self.optimizer = optimizer
+        self.folder = folder
         self.plan, self.precision, self.mesh, self.device = plan, precision, mesh, device
         self.clip_grad = clip_grad
         self.param_names = dict(param_names or {})
@@ -98,6 +103,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                         self.plan,
                         self.precision,
                         self.device,
+                        self.folder,
                     )
                 )
         if not groups:
@@ -175,25 +181,50 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, in the layout of a checkpoint's optimizer file."""
-        return state.state_dict(self)
+        with self.in_memory():
+            return state.state_dict(self)
 
     def load_state_dict(
         self, state_dict_list: Any, load_optimizer_states: bool = True, **options: Any
     ) -> None:
         """Take over what `state_dict` gave (or the list of all ranks' such dicts)."""
-        state.load_state_dict(
-            self, state_dict_list, load_optimizer_states=load_optimizer_states, **options
-        )
+        with self.in_memory():
+            state.load_state_dict(
+                self, state_dict_list, load_optimizer_states=load_optimizer_states, **options
+            )
 
     def refresh_fp32_params(self) -> None:
         """Take the model's current weights as master weights."""
-        for group in self.groups:
-            group.masters_from_params()
+        with self.in_memory():
+            for group in self.groups:
+                group.masters_from_params()
 
     def update_lp_params(self) -> None:
         """Write the master weights into the model."""
-        for group in self.groups:
-            group.params_from_masters()
+        with self.in_memory():
+            for group in self.groups:
+                group.params_from_masters()
+
+    @contextlib.contextmanager
+    def in_memory(self) -> Iterator[None]:
+        """Extent in which all states are in memory, for whoever reads or writes them as a whole."""
+        spilled = [
+            part.spilled
+            for _, part in self._parts()
+            if part.spilled is not None and not part.spilled.resident
+        ]
+        states = self.optimizer.state
+        for file in spilled:
+            file.fetch()
+        for file in spilled:
+            file.arrive(states[file.master])
+        try:
+            yield
+        finally:
+            for file in spilled:
+                file.flush(states[file.master])
+            for file in spilled:
+                file.settle(states[file.master])
 
     # - loss scaling
 
@@ -314,21 +345,57 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         return names[:_NAMES_SHOWN] + ([f"{more} more"] if more > 0 else [])
 
     def _step_groups(self, grad_scale: float) -> None:
-        step_shard = self._fused_rule()
-        if step_shard is None:
-            self._step_inner(grad_scale)
-        else:
-            for group, part in self._parts():
-                beside = part.low is not None and part.low.device == part.master.device
-                low = part.low if beside else None
-                inner = self.optimizer.param_groups[group.param_group_index]
-                step_shard(inner, part.master, group.grad_of(part), low, grad_scale)
-                if part.low is not None and not beside:
-                    part.low.copy_(part.master, non_blocking=True)
-            # What torch's schedulers read to know that step() came before theirs.
-            self.optimizer._opt_called = True
+        failure: OSError | None = None
+        try:
+            self._step_parts(grad_scale)
+        except OSError as error:
+            failure = error
+        if self.folder is not None and not flat.all_ok(failure is None, self.mesh.world):
+            raise failure or OSError(
+                explain(
+                    "another rank could not read or write its offloaded states, so this step is incomplete",
+                    fix="see that rank's message, and resume from the last checkpoint",
+                )
+            )
+        if failure is not None:
+            raise failure
         for pending in [group.publish() for group in self.groups]:
             pending.wait()
+
+    def _step_parts(self, grad_scale: float) -> None:
+        step_shard = self._fused_rule()
+        if step_shard is None and self.folder is None:
+            self._step_inner(grad_scale)
+            return
+        owner = {id(part): group for group, part in self._parts()}
+        for part in stream((part for _, part in self._parts()), self.optimizer.state):
+            group = owner[id(part)]
+            inner = self.optimizer.param_groups[group.param_group_index]
+            if step_shard is None:
+                self._step_one(inner, part, group.grad_of(part), grad_scale)
+                group.lower(part)
+                continue
+            beside = part.low is not None and part.low.device == part.master.device
+            step_shard(
+                inner, part.master, group.grad_of(part), part.low if beside else None, grad_scale
+            )
+            if not beside:
+                group.lower(part)
+        # What torch's schedulers read to know that step() came before theirs.
+        self.optimizer._opt_called = True
+
+    def _step_one(
+        self, inner: dict[str, Any], part: ShardPart, grad: torch.Tensor, grad_scale: float
+    ) -> None:
+        """Step any torch optimizer on one flat parameter."""
+        part.master.grad = grad.to(part.master.dtype) * grad_scale
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = [{**inner, "params": [part.master]}]
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
+            part.master.grad = None
 
     def _fused_rule(self) -> Any:
         """The inner optimizer's own step of one flat shard, if nothing has been put in front of its `step`."""
@@ -350,10 +417,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             if grad_scale != 1.0:
                 part.master.grad.mul_(grad_scale)
         self.optimizer.step()
-        for _, part in self._parts():
+        for group, part in self._parts():
             part.master.grad = None
-            if part.low is not None:
-                part.low.copy_(part.master, non_blocking=True)
+            group.lower(part)
 
     def _parts(self) -> Iterable[tuple[ShardGroup, ShardPart]]:
         return ((group, part) for group in self.groups for part in group.parts)
@@ -365,8 +431,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     # - lifetime
 
     def destroy(self) -> None:
-        """Remove the hooks on the parameters."""
+        """Remove the hooks on the parameters, and the files of offloaded states."""
         self.reducer.remove_hooks()
+        if self.folder is not None:
+            self.folder.close()
 
 
 def expert_group_name(param: torch.nn.Parameter) -> str | None:

@@ -29,8 +29,6 @@ class TierKind(Enum):
     """In CPU memory (ZeRO-Offload, arXiv:2101.06840)."""
     FILE = "file"
     """In files, brought into CPU memory for use (ZeRO-Infinity, arXiv:2104.07857)."""
-    FILE = "file"
-    """In files on a fast disk (ZeRO-Infinity, arXiv:2104.07857)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ Stage 0 is the group whose shard axis has one rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +19,9 @@ from deepspeed.runtime.precision import Precision
 
 from .layout import Layout, round_robin_order
 from .plan import Placement, Plan, TierKind
-from .sharded_param import hold, numel_of
+from .sharded_param import hold, numel_of, piece_of, slice_of
 from .slab import Slab
+from .spill import SpilledStates, SpillFolder
 from .tiers import DeviceTier, Tier, tier_for
 
 
@@ -32,7 +33,9 @@ class ShardPart:
         start, length: position in the shard, padding included.
         tier: where master weights, gradients and optimizer states of this run live.
         master: flat weights that the inner optimizer steps; they alias the param slab where dtype and tier allow.
-        low: where the stepped weights go in the parameters' dtype; None where `master` aliases the param slab.
+        low: where the stepped weights go in the parameters' dtype; None where `master` aliases the param slab, and
+            where the parameters live in files.
+        spilled: the file that holds master and states between steps; None for memory.
         grad: flat gradients in the accumulation dtype; None until the first one arrives.
     """
 
@@ -41,6 +44,7 @@ class ShardPart:
     tier: Tier
     master: torch.nn.Parameter
     low: torch.Tensor | None
+    spilled: SpilledStates | None = None
     grad: torch.Tensor | None = field(default=None, repr=False)
 
 
@@ -55,6 +59,7 @@ class ShardGroup:
         plan: the ZeRO row.
         precision: dtypes.
         device: where the model computes.
+        folder: where states live in files, if the plan says so.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class ShardGroup:
         plan: Plan,
         precision: Precision,
         device: torch.device,
+        folder: SpillFolder | None = None,
     ) -> None:
         self.client_order = list(params)
         order = range(len(params))
@@ -80,7 +86,7 @@ class ShardGroup:
         self.params_sharded = plan.params is Placement.SHARDED
         cut = Layout.per_param if self.params_sharded else Layout.contiguous
         self.layout = cut([numel_of(p) for p in self.params], shard_axis.size)
-        self.device = device
+        self.device, self.folder = device, folder
         self.param_slab: Slab | None = None if self.params_sharded else self._adopt_params(device)
         self.own = (
             self._adopt_slices()
@@ -101,8 +107,10 @@ class ShardGroup:
             param.data = view
         return slab
 
-    def _adopt_slices(self) -> torch.Tensor:
-        """Re-house the slices of sharded parameters, one behind the other, in one flat buffer."""
+    def _adopt_slices(self) -> torch.Tensor | None:
+        """Re-house the slices of sharded parameters, one behind the other, in one flat buffer; None for files."""
+        if any(p.ds_spill is not None for p in self.params):
+            return None
         tier = tier_for(self.device, self.plan.param_tier is TierKind.HOST, self.plan.pin_memory)
         own = tier.alloc(self.layout.shard_numel, self.dtype)
         for param, start in zip(self.params, self.layout.starts, strict=True):
@@ -112,25 +120,35 @@ class ShardGroup:
         return own
 
     def _cut_parts(self, device: torch.device) -> list[ShardPart]:
-        total = self.layout.shard_numel
-        on_host = self.plan.state_tier is TierKind.HOST
-        split = total - round(total * self.plan.host_ratio) if on_host else total
-        cuts = [(0, split, False), (split, total - split, True)]
-        return [
-            self._make_part(*cut, device)
-            for cut in cuts
-            if cut[1] > 0 or (total == 0 and not cut[2])
+        total, most = self.layout.shard_numel, max(1, self.plan.part_numel)
+        off_device = self.plan.state_tier is not TierKind.DEVICE
+        split = total - round(total * self.plan.host_ratio) if off_device else total
+        runs = [(0, split, False), (split, total - split, True)]
+        cuts = [
+            (start + at, min(most, length - at), off)
+            for start, length, off in runs
+            for at in range(0, length, most)
         ]
+        return [self._make_part(*cut, device) for cut in cuts or [(0, 0, False)]]
 
-    def _make_part(self, start: int, length: int, on_host: bool, device: torch.device) -> ShardPart:
-        tier = tier_for(device, on_host, self.plan.pin_memory)
-        own = self.own.narrow(0, start, length)
+    def _make_part(
+        self, start: int, length: int, off_device: bool, device: torch.device
+    ) -> ShardPart:
+        tier = tier_for(device, off_device, self.plan.pin_memory)
+        own = self.read_own(start, length)
+        low = None if self.own is None else own
         master_dtype = self.precision.master_dtype(self.dtype)
-        if master_dtype == self.dtype and tier.device.type == own.device.type:
+        spilled = off_device and self.plan.state_tier is TierKind.FILE
+        in_place = master_dtype == self.dtype and tier.device.type == own.device.type
+        if in_place and low is not None and not spilled:
             return ShardPart(start, length, tier, _flat_param(own), low=None)
         master = tier.alloc(length, master_dtype)
         master.copy_(own)
-        return ShardPart(start, length, tier, _flat_param(master), low=own)
+        part = ShardPart(start, length, tier, _flat_param(master), low)
+        if spilled:
+            assert self.folder is not None
+            part.spilled = SpilledStates(self.folder, self.folder.new_name(), part.master)
+        return part
 
     def _param_targets(self) -> list[list[tuple[ShardPart, int, int, int]]]:
         """For each parameter, the runs `(part, start in part, start in param, length)` that hold its gradient."""
@@ -192,6 +210,32 @@ class ShardGroup:
 
     # - weights
 
+    def read_own(self, start: int, length: int) -> torch.Tensor:
+        """A run of this rank's shard of the parameters: a view, or a copy put together from files."""
+        if self.own is not None:
+            return self.own.narrow(0, start, length)
+        values = torch.zeros(length, dtype=self.dtype)
+        for param, within, at, count in self._slices(start, length):
+            values.narrow(0, at, count).copy_(slice_of(param).narrow(0, within, count))
+        return values
+
+    def write_own(self, start: int, values: torch.Tensor) -> None:
+        """Overwrite a run of this rank's shard of the parameters."""
+        if self.own is not None:
+            self.own.narrow(0, start, values.numel()).copy_(values, non_blocking=True)
+            return
+        for param, within, at, count in self._slices(start, values.numel()):
+            param.ds_spill.write(within, values.narrow(0, at, count).to(self.dtype))
+
+    def _slices(
+        self, start: int, length: int
+    ) -> Iterator[tuple[torch.nn.Parameter, int, int, int]]:
+        """The parameters' slices in a run of the shard: `(param, start in slice, start in run, length)`."""
+        for param, begin in zip(self.params, self.layout.starts, strict=True):
+            lo, hi = max(start, begin), min(start + length, begin + piece_of(param))
+            if lo < hi:
+                yield param, lo - begin, lo - start, hi - lo
+
     def publish(self) -> flat.Handle:
         """Bring the stepped shards of all ranks into the params; wait on what is returned before using them.
 
@@ -199,29 +243,36 @@ class ShardGroup:
         """
         if self.param_slab is None:
             return flat.DONE
+        assert self.own is not None
         return flat.all_gather_into(self.param_slab.flat, self.own, self.shard_axis, async_op=True)
 
     def masters_from_params(self) -> None:
         """Take the current values of the params as the masters' (after something wrote to the params)."""
         for part in self.parts:
-            if part.low is not None:
-                part.master.data.copy_(part.low)
+            if part.low is not None or self.own is None:
+                part.master.data.copy_(self.read_own(part.start, part.length))
 
     def take_param(self, index: int) -> None:
         """Take one parameter's own slice as its master's value (after the slice was edited)."""
         for segment in self.layout.segments(self.shard_axis.rank):
             if segment.param == index:
                 for part, offset, start, length in self.runs(segment.shard_start, segment.length):
-                    if part.low is not None:
-                        source = self.own.narrow(0, segment.shard_start + offset, length)
+                    if part.low is not None or self.own is None:
+                        source = self.read_own(segment.shard_start + offset, length)
                         part.master.data.narrow(0, start, length).copy_(source)
 
     def params_from_masters(self) -> None:
         """Take the masters' values as those of the params, on all ranks."""
         for part in self.parts:
-            if part.low is not None:
-                part.low.copy_(part.master.data, non_blocking=True)
+            self.lower(part)
         self.publish().wait()
+
+    def lower(self, part: ShardPart) -> None:
+        """Write a part's master weights to the params' shard, in the params' dtype."""
+        if part.low is not None:
+            part.low.copy_(part.master.data, non_blocking=True)
+        elif self.own is None:
+            self.write_own(part.start, part.master.data)
 
     @property
     def padding(self) -> int:

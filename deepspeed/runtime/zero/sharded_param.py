@@ -19,6 +19,8 @@ import torch
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
 
+from .codec import GroupCodec
+from .spill import SpilledSlice, SpillFolder
 from .tiers import Tier
 from .utils import is_zero_param
 
@@ -60,7 +62,14 @@ def numel_of(param: torch.Tensor) -> int:
     return param.ds_numel if is_zero_param(param) else param.numel()
 
 
-def shard_param(param: torch.nn.Parameter, axis: Axis, device: torch.device, tier: Tier) -> None:
+def shard_param(
+    param: torch.nn.Parameter,
+    axis: Axis,
+    device: torch.device,
+    tier: Tier,
+    folder: SpillFolder | None = None,
+    codec: GroupCodec | None = None,
+) -> None:
     """Keep this rank's slice of a whole parameter, on `tier`; its values must be equal on all ranks of `axis`.
 
     Args:
@@ -68,15 +77,62 @@ def shard_param(param: torch.nn.Parameter, axis: Axis, device: torch.device, tie
         axis: ranks to cut it over.
         device: where it is gathered to.
         tier: where the slice lives.
+        folder: keep it in a file there instead.
+        codec: what the slice holds the values with, if not as they are.
     """
-    piece = -(-param.numel() // axis.size)
-    values = param.data.detach().reshape(-1)
-    shard = tier.alloc(piece, param.dtype)
-    own = values[axis.rank * piece : (axis.rank + 1) * piece]
-    shard[: own.numel()].copy_(own)
     _describe(param, axis, device)
-    hold(param, shard)
+    _cut(param, tier, folder, codec)
     param.data = torch.empty(0, dtype=param.dtype, device=device)
+
+
+def recode(param: torch.nn.Parameter, tier: Tier, codec: GroupCodec | None) -> None:
+    """Hold the values of a sharded parameter, which is not in a file, with a codec; a collective of all its ranks."""
+    if param.ds_codec == codec:
+        return
+    gather([param])
+    _cut(param, tier, None, codec)
+    release([param])
+
+
+def _cut(
+    param: torch.nn.Parameter, tier: Tier, folder: SpillFolder | None, codec: GroupCodec | None
+) -> None:
+    """Take a new slice from the whole values."""
+    param.ds_codec = codec
+    shard = tier.alloc(piece_of(param), param.dtype if codec is None else torch.uint8)
+    own = _own_of_whole(param)
+    shard[: own.numel()].copy_(own)
+    if folder is None:
+        hold(param, shard)
+    else:
+        spill(param, folder, shard)
+
+
+def _own_of_whole(param: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's slice of the whole values, in the form that slices have, without padding."""
+    values, piece, rank = param.data.detach(), piece_of(param), param.ds_axis.rank
+    values = values.reshape(-1) if param.ds_codec is None else param.ds_codec.encode(values)
+    return values[rank * piece : (rank + 1) * piece]
+
+
+def spill(param: torch.nn.Parameter, folder: SpillFolder, shard: torch.Tensor) -> None:
+    """Move a parameter's slice into a file."""
+    param.ds_spill = SpilledSlice(folder, f"{param.ds_id}_param.tensor.swp", shard)
+    hold(param, shard.new_empty(0, device="cpu"))
+    param.ds_tensor.ds_numel = shard.numel()
+    param.ds_tensor.status = ZeroParamStatus.NOT_AVAILABLE
+    param.ds_tensor.final_location = "nvme"
+
+
+def piece_of(param: torch.nn.Parameter) -> int:
+    """Elements of one rank's slice (bytes, if it is encoded), padding included."""
+    total = param.ds_numel if param.ds_codec is None else param.ds_codec.nbytes
+    return -(-total // param.ds_axis.size)
+
+
+def slice_of(param: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's slice, flat: the slice itself, or a copy read from its file."""
+    return param.ds_tensor if param.ds_spill is None else param.ds_spill.take()
 
 
 def _describe(param: torch.nn.Parameter, axis: Axis, device: torch.device) -> None:
@@ -88,7 +144,7 @@ def _describe(param: torch.nn.Parameter, axis: Axis, device: torch.device) -> No
     param.ds_persist = False
     param.ds_active_sub_modules = set()
     param.is_external_param = False
-    param.ds_axis, param.ds_device = axis, device
+    param.ds_axis, param.ds_device, param.ds_spill, param.ds_codec = axis, device, None, None
     param.ds_process_group = param.ds_zero_param_process_group = axis.group
     param.ds_zero_partition_rank, param.ds_zero_partition_world_size = axis.rank, axis.size
     param.ds_secondary_tensor, param.ds_secondary_tensor_group_size = None, 1
@@ -99,7 +155,7 @@ def _describe(param: torch.nn.Parameter, axis: Axis, device: torch.device) -> No
     param.partition = partial(_partition, param)
     param.aligned_size = lambda: param.ds_numel_aligned
     param.padding_size = lambda: param.ds_numel_aligned - param.ds_numel
-    param.partition_numel = lambda: param.ds_tensor.numel()
+    param.partition_numel = lambda: piece_of(param)
     param.ds_summary = partial(_summary, param)
     param.convert_to_zero_parameters = partial(_convert_like, param)
 
@@ -123,17 +179,30 @@ class Gathering:
     """
 
     def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
+        self._params = list(params)
+        self._launched = False
         self._landing: list[tuple[flat.Handle, Callable[[], None]]] = []
-        small: dict[tuple[Axis, torch.dtype], list[torch.nn.Parameter]] = {}
-        for param in params:
+        from_file = False
+        for param in self._params:
             assert param.ds_status is ZeroParamStatus.NOT_AVAILABLE
             param.ds_status = ZeroParamStatus.INFLIGHT
             param.ds_gathering = self
+            if param.ds_spill is not None:
+                param.ds_spill.start()
+                from_file = True
+        if not from_file:
+            self._launch()
+
+    def _launch(self) -> None:
+        """Start the collectives; slices that come from files must have arrived, so theirs start when waited for."""
+        self._launched = True
+        small: dict[tuple[Axis, torch.dtype], list[torch.nn.Parameter]] = {}
+        for param in self._params:
             axis = param.ds_axis
             if axis.size == 1:
-                self._landing.append((flat.DONE, partial(_become_whole, param, _alone(param))))
-            elif param.ds_tensor.numel() < SMALL_SLICE:
-                small.setdefault((axis, param.dtype), []).append(param)
+                self._landing.append((flat.DONE, partial(_become_whole, param, _on_device(param))))
+            elif piece_of(param) < SMALL_SLICE:
+                small.setdefault((axis, param.ds_tensor.dtype), []).append(param)
             else:
                 self._start_one(param)
         for (axis, _), members in small.items():
@@ -141,7 +210,7 @@ class Gathering:
 
     def _start_one(self, param: torch.nn.Parameter) -> None:
         shard = _on_device(param)
-        whole = torch.empty(param.ds_numel_aligned, dtype=param.dtype, device=param.ds_device)
+        whole = shard.new_empty(param.ds_axis.size * shard.numel())
         handle = flat.all_gather_into(whole, shard, param.ds_axis, async_op=True)
         self._landing.append((handle, partial(_become_whole, param, whole)))
 
@@ -153,7 +222,7 @@ class Gathering:
         def land() -> None:
             at = 0
             for param in params:
-                piece = param.ds_tensor.numel()
+                piece = piece_of(param)
                 whole = rows.view(axis.size, -1)[:, at : at + piece].reshape(-1)
                 _become_whole(param, whole)
                 at += piece
@@ -162,23 +231,23 @@ class Gathering:
 
     def wait(self) -> None:
         """Return when the parameters are whole."""
+        if not self._launched:
+            self._launch()
         landing, self._landing = self._landing, []
         for handle, land in landing:
             handle.wait()
             land()
 
 
-def _alone(param: torch.nn.Parameter) -> torch.Tensor:
-    """The slice of a parameter that one rank has to itself: its values, without a copy where that is possible."""
-    return _on_device(param)
-
-
 def _on_device(param: torch.nn.Parameter) -> torch.Tensor:
-    return param.ds_tensor.to(param.ds_device, non_blocking=True)
+    return slice_of(param).to(param.ds_device, non_blocking=True)
 
 
 def _become_whole(param: torch.nn.Parameter, whole: torch.Tensor) -> None:
-    param.data = whole[: param.ds_numel].view(param.ds_shape)
+    codec = param.ds_codec
+    param.data = (
+        whole[: param.ds_numel].view(param.ds_shape) if codec is None else codec.decode(whole)
+    )
     param.ds_status = ZeroParamStatus.AVAILABLE
     param.ds_gathering = None
 
@@ -216,9 +285,10 @@ def release(params: Iterable[torch.nn.Parameter]) -> None:
 
 def write_back(param: torch.nn.Parameter) -> None:
     """Take this rank's slice from the whole values."""
-    piece, axis = param.ds_tensor.numel(), param.ds_axis
-    own = param.data.detach().reshape(-1)[axis.rank * piece : (axis.rank + 1) * piece]
-    if own.data_ptr() != param.ds_tensor.data_ptr():
+    own = _own_of_whole(param)
+    if param.ds_spill is not None:
+        param.ds_spill.write(0, own)
+    elif own.data_ptr() != param.ds_tensor.data_ptr():
         param.ds_tensor[: own.numel()].copy_(own)
 
 
@@ -288,6 +358,5 @@ def _convert_like(param: torch.nn.Parameter, param_list: Iterable[torch.nn.Param
     for other in param_list:
         if not is_zero_param(other):
             on_host = param.ds_tensor.device.type == "cpu" and param.ds_device.type != "cpu"
-            shard_param(
-                other, param.ds_axis, param.ds_device, tier_for(param.ds_device, on_host, True)
-            )
+            tier = tier_for(param.ds_device, on_host, True)
+            shard_param(other, param.ds_axis, param.ds_device, tier)
