@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops import cuda_namespaces
 from deepspeed.ops.op_builder import namespaces
 from deepspeed.ops.op_builder.builder import OpBuilder
 
@@ -63,7 +64,12 @@ ROWS = (
     Row("CPULion", "cpu_lion", "ops.lion.cpu_lion_op", namespaces.cpu_lion),
     Row("DeepCompile", "dc", "ops.dc_op"),
     Row("EvoformerAttn", "evoformer_attn", "ops.evoformer_attn_op"),
-    Row("FPQuantizer", "fp_quantizer", "ops.fp_quantizer.fp_quantizer_op"),
+    Row(
+        "FPQuantizer",
+        "fp_quantizer",
+        "ops.fp_quantizer.fp_quantizer_op",
+        cuda_namespaces.fp_quantizer,
+    ),
     Row("FusedAdam", "fused_adam", "ops.adam.fused_adam_op", namespaces.fused_adam),
     Row("FusedLamb", "fused_lamb", "ops.lamb.fused_lamb_op", namespaces.fused_lamb),
     Row("FusedLion", "fused_lion", "ops.lion.fused_lion_op", namespaces.fused_lion),
@@ -73,13 +79,18 @@ ROWS = (
     Row("InferenceCutlass", "cutlass_ops", f"{_V2}.cutlass_ops.cutlass_ops"),
     Row("Inference", "transformer_inference", "ops.transformer.inference.transformer_inference_op"),
     Row("PinMemory", "pin_memory", "ops.pin_memory.pin_memory_op"),
-    Row("Quantizer", "quantizer", "ops.quantizer.quantizer_op"),
+    Row("Quantizer", "quantizer", "ops.quantizer.quantizer_op", cuda_namespaces.quantizer),
     Row("RaggedOps", "ragged_device_ops", f"{_V2}.ragged_ops.ragged_device_ops"),
     Row("RaggedUtils", "ragged_ops", "inference.v2.ragged_ops"),
-    Row("RandomLTD", "random_ltd", "ops.random_ltd_op"),
+    Row("RandomLTD", "random_ltd", "ops.random_ltd_op", cuda_namespaces.random_ltd),
     Row("ShareMemComm", "deepspeed_shm_comm", "ops.comm.deepspeed_shm_comm_op"),
     Row("SparseAttn", "sparse_attn", "ops.sparse_attention.sparse_attn_op"),
-    Row("SpatialInference", "spatial_inference", "ops.spatial.spatial_inference_op"),
+    Row(
+        "SpatialInference",
+        "spatial_inference",
+        "ops.spatial.spatial_inference_op",
+        cuda_namespaces.spatial_inference,
+    ),
     Row(
         "StochasticTransformer",
         "stochastic_transformer",

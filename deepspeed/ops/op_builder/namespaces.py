@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.ops import cuda_optim
 from deepspeed.ops.rules import adagrad_step, adam_rollback, adam_step, lion_step
 from deepspeed.utils.logging import logger
 
@@ -130,10 +131,12 @@ def fused_adam() -> SimpleNamespace:
         bias_correction: int,
         weight_decay: float,
     ) -> None:
-        if noop_flag.item():
-            return
         # Upstream's mode 1 is AdamW, mode 0 adds the decay to the gradient.
         rule = (lr, beta1, beta2, epsilon, weight_decay, int(step), mode == 1)
+        lists = cuda_optim.TensorLists(*_detached(tensor_lists))
+        numbers = cuda_optim.AdamRule(*rule, bool(bias_correction))
+        if cuda_optim.multi_tensor_adam(lists, numbers, _unless(noop_flag)) or noop_flag.item():
+            return
         with torch.no_grad():
             for grad, param, exp_avg, exp_avg_sq in zip(*tensor_lists, strict=True):
                 adam_step(
@@ -163,13 +166,26 @@ def fused_lion() -> SimpleNamespace:
         step: int,
         weight_decay: float,
     ) -> None:
-        if noop_flag.item():
+        lists = cuda_optim.TensorLists(*_detached(tensor_lists))
+        gradients, betas = _unless(noop_flag), (beta1, beta2)
+        served = cuda_optim.multi_tensor_lion(lists, lr, betas, weight_decay, gradients)
+        if served or noop_flag.item():
             return
         with torch.no_grad():
             for grad, param, exp_avg in zip(*tensor_lists, strict=True):
                 lion_step(param.detach(), exp_avg, grad, None, lr, beta1, beta2, weight_decay, 1.0)
 
     return SimpleNamespace(multi_tensor_lion=multi_tensor_lion)
+
+
+def _detached(tensor_lists: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Return the lists in the order of `TensorLists`: params before gradients, then the moments."""
+    grads, params, *moments = tensor_lists
+    return [[param.detach() for param in params], grads, *moments]
+
+
+def _unless(noop_flag: Tensor) -> cuda_optim.Gradients:
+    return cuda_optim.Gradients(noop=noop_flag.to(torch.int32))
 
 
 def fused_lamb() -> SimpleNamespace:
