@@ -23,6 +23,7 @@ WIDE_CLASSES: dict[str, str] = {
 
 # over 8 params: signatures that the public contract or torch fixes
 WIDE_SIGNATURES: dict[str, str] = {
+    "deepspeed/runtime/zero/init_context.py:InitContext.__init__": "public constructor of zero.Init",
     "deepspeed/__init__.py:initialize": "public signature",
     "deepspeed/runtime/engine.py:DeepSpeedEngine.__init__": "public constructor",
     "deepspeed/comm/comm.py:init_distributed": "public signature",

@@ -38,6 +38,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.compile": 5,
     "deepspeed.compression": 5,
     "deepspeed.elasticity": 5,
+    "deepspeed.inference.quantization": 5,
     "deepspeed.nebula": 5,
     "deepspeed.runtime.activation_checkpointing": 5,
     "deepspeed.runtime.data_pipeline": 5,
@@ -66,7 +67,9 @@ LAYERS: dict[str, int] = {
     "deepspeed.utils.zero_to_fp32": 4,
     # L3: one group of params, one step rule
     "deepspeed.runtime.zero.buckets": 3,
+    "deepspeed.runtime.zero.codec": 3,
     "deepspeed.runtime.zero.shard_group": 3,
+    "deepspeed.runtime.zero.spill": 3,
     "deepspeed.runtime.zero.sharded_param": 3,
     "deepspeed.runtime.zero.reducer": 3,
     "deepspeed.runtime.precision": 3,
@@ -87,7 +90,6 @@ LAYERS: dict[str, int] = {
     "deepspeed.ops.packing": 2,
     "deepspeed.ops.registry": 2,
     "deepspeed.ops.native": 2,
-    "deepspeed.runtime.zero.utils": 2,
     "deepspeed.runtime.zero.estimate": 2,
     "deepspeed.utils.groups": 2,
     # L1: the machine, and what was asked for

@@ -28,7 +28,8 @@ BUDGET = {
     "deepspeed/accelerator/*product*": 800,
     # every public verb is a documented function over three backends; the rendezvous of clouds and MPI
     "deepspeed/comm": 2000,
-    "deepspeed/ops": 2600,
+    # the first wave's ops, and those that came with the CUDA loader and file I/O
+    "deepspeed/ops": 7000,
     "deepspeed/runtime/engine.py deepspeed/runtime/engine_accessors.py": 920,
     # every rule of loading: three stages, two wrappers, older names, experts, any number of ranks
     "deepspeed/runtime/engine_checkpoint.py deepspeed/runtime/engine_load.py": 620,

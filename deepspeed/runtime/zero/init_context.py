@@ -19,9 +19,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm as dist
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
+from deepspeed.ops.group_quant import GroupScheme
 from deepspeed.utils import groups
 from deepspeed.utils.errors import explain
 
+from .codec import QUANTIZED_MODULES, GroupCodec, initial_scheme
 from .sharded_param import shard_param
 from .tiers import Tier, tier_for
 from .utils import is_zero_param
@@ -94,13 +96,15 @@ class InitContext:
         self.axis = _axis(data_parallel_group or sequence_data_parallel_group, mpu)
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype = dtype or settings.dtype
+        self.scheme = settings.scheme
         self.tier = _tier(
             remote_device or settings.param_device, pin_memory or settings.pin_memory, self.device
         )
         self._undo: list[Callable[[], None]] = []
         self._depth: dict[int, int] = {}
         if module is not None:
-            shard_module(module, self.axis, self.device, self.tier, self.dtype)
+            for each in module.modules():
+                self._shard_own(each)
 
     def __enter__(self) -> InitContext:
         if self.enabled:
@@ -185,24 +189,36 @@ class InitContext:
                 self._depth[id(module)] -= 1
             if self._depth[id(module)] == 0:
                 del self._depth[id(module)]
-                here = _active[-1] if _active else self
-                for param in module.parameters(recurse=False):
-                    _shard_whole(param, here.axis, here.device, here.tier, here.dtype)
+                (_active[-1] if _active else self)._shard_own(module)
 
         self._replace(cls, "__init__", build)
+
+    def _shard_own(self, module: torch.nn.Module) -> None:
+        """Cut a module's own parameters."""
+        quantized = isinstance(module, QUANTIZED_MODULES) and self.scheme is not None
+        for name, param in module.named_parameters(recurse=False):
+            scheme = self.scheme if quantized and name == "weight" else None
+            _shard_whole(param, self.axis, self.device, self.tier, self.dtype, scheme)
 
 
 class _Settings:
     """What a configuration says of sharded construction."""
 
-    def __init__(self, dtype: torch.dtype, param_device: str | None, pin_memory: bool) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        param_device: str | None = None,
+        pin_memory: bool = False,
+        scheme: GroupScheme | None = None,
+    ) -> None:
         self.dtype, self.param_device, self.pin_memory = dtype, param_device, pin_memory
+        self.scheme = scheme
 
 
 def _settings(config: Any) -> _Settings:
     if config is None:
         return _Settings(
-            torch.float16 if get_accelerator().is_fp16_supported() else torch.float32, None, False
+            torch.float16 if get_accelerator().is_fp16_supported() else torch.float32
         )
     from deepspeed.runtime.config import load_config
     from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
@@ -217,7 +233,8 @@ def _settings(config: Any) -> _Settings:
         dtype = torch.float16
     offload = get_zero_config(config).offload_param
     device = None if offload is None else str(getattr(offload.device, "value", offload.device))
-    return _Settings(dtype, device, False if offload is None else offload.pin_memory)
+    pin_memory = False if offload is None else offload.pin_memory
+    return _Settings(dtype, device, pin_memory, initial_scheme(config.get("weight_quantization")))
 
 
 def _axis(group: Any, mpu: Any) -> Axis:
@@ -238,31 +255,23 @@ def _tier(device: str | None, pin_memory: bool, accelerator: torch.device) -> Ti
     return tier_for(accelerator, device == "cpu", pin_memory)
 
 
-def shard_module(
-    module: torch.nn.Module,
-    axis: Axis,
-    device: torch.device,
-    tier: Tier,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Cut all parameters of a module that are whole; values of the first rank count."""
-    for param in module.parameters():
-        _shard_whole(param, axis, device, tier, dtype)
-
-
 def _shard_whole(
     param: torch.nn.Parameter,
     axis: Axis,
     device: torch.device,
     tier: Tier,
     dtype: torch.dtype | None,
+    scheme: GroupScheme | None,
 ) -> None:
     if is_zero_param(param):
         return
     target = dtype if dtype is not None and param.is_floating_point() else param.dtype
     param.data = param.data.to(device=device, dtype=target)
     flat.broadcast_(param.data, axis)
-    shard_param(param, axis, device, tier)
+    quantized = scheme is not None and param.is_floating_point()
+    shard_param(
+        param, axis, device, tier, codec=GroupCodec.of(scheme, param) if quantized else None
+    )
 
 
 def _all_subclasses(cls: type) -> Iterator[type]:

@@ -22,7 +22,6 @@ from deepspeed.comm.mesh import Axis
 from .codec import GroupCodec
 from .spill import SpilledSlice, SpillFolder
 from .tiers import Tier
-from .utils import is_zero_param
 
 # Slices below this many elements travel together: one message costs more than their bytes.
 SMALL_SLICE = 64 * 1024
@@ -50,6 +49,11 @@ class ZeroParamStatus(Enum):
     """Only this rank's slice is here."""
     INFLIGHT = 3
     """Being gathered."""
+
+
+def is_zero_param(parameter: Any) -> bool:
+    """Whether a parameter is sharded by ZeRO stage 3."""
+    return torch.is_tensor(parameter) and hasattr(parameter, "ds_id")
 
 
 def shape_of(param: torch.Tensor) -> torch.Size:

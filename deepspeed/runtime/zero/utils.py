@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
+from .sharded_param import is_zero_param
+
+__all__ = ["ZeRORuntimeException", "is_zero_param", "is_zero_supported_optimizer"]
+
 
 class ZeRORuntimeException(Exception):
     """A request that sharded training cannot serve."""
-
-
-def is_zero_param(parameter: Any) -> bool:
-    """Whether a parameter is sharded by ZeRO stage 3."""
-    return torch.is_tensor(parameter) and hasattr(parameter, "ds_id")
 
 
 def is_zero_supported_optimizer(optimizer: Any) -> bool:
