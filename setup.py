@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from op_builder import build as native  # noqa: E402
+from op_builder import kernels  # noqa: E402
 
 
 class BuildWithLibrary(build_py):
@@ -43,6 +44,7 @@ class BuildWithLibrary(build_py):
             print(f"warning: the package will work on torch alone: {error}", file=sys.stderr)
         else:
             print(f"built {library.name}")
+        print(kernels.build_for_wheel(folder))
 
 
 class PlatformWheel(bdist_wheel):

@@ -174,7 +174,7 @@ def _compilers() -> dict[str, Any]:
 
 
 def _native() -> dict[str, Any]:
-    from deepspeed.ops import native
+    from deepspeed.ops import cuda, native
 
     status = native.status()
     return {
@@ -184,6 +184,7 @@ def _native() -> dict[str, Any]:
         "isa": status.isa or None,
         "isa_available": list(status.available),
         "build": native.build_record(),
+        "cuda": cuda.summary(),
     }
 
 
@@ -414,6 +415,7 @@ def _native_rows(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [
         ("native library", f"{native['route']}: {native['reason']}"),
         ("cpu features in use", f"{native['isa'] or 'none'} (of {available})"),
+        ("CUDA kernels", f"{native['cuda']['route']}: {native['cuda']['reason']}"),
     ]
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -252,6 +252,24 @@ def find(name: str, tensor: Tensor) -> Callable[..., None] | None:
 def routes() -> list[CudaRoute]:
     """Return how each CUDA kernel runs on each device of this machine, and why. Never raises."""
     return _loader.routes()
+
+
+def summary() -> dict[str, Any]:
+    """Return the routes for a report, as a dict that JSON can hold: one route and reason, and every kernel's own."""
+    told = routes()
+    kinds = sorted(
+        {
+            (r.route, r.reason if r.device is None else f"device {r.device}: {r.reason}")
+            for r in told
+        }
+    )
+    names = sorted({route for route, _ in kinds})
+    return {
+        "route": names[0] if len(names) == 1 else "mixed" if names else "reference",
+        "reason": "; ".join(reason for _, reason in kinds)
+        or "there is neither a pack nor a source",
+        "kernels": [route._asdict() for route in told],
+    }
 
 
 def use(loader: Loader) -> Loader:

@@ -26,66 +26,10 @@ class QuantizationType(enum.IntEnum):
 def quantizer() -> SimpleNamespace:
     """Return the functions of the quantizer op; see `deepspeed.ops.cuda_quant`."""
 
-    def scheme(bits: int, kind: QuantizationType) -> Scheme:
-        return Scheme(bits, kind == QuantizationType.Asymmetric)
-
     def quantize(
         vals: Tensor, groups: int, num_bits: int, quant_type: QuantizationType
     ) -> list[Tensor]:
-        return list(cuda_quant.quantize(vals, groups, scheme(num_bits, quant_type)))
-
-    def dequantize(dtype: torch.dtype) -> Callable[..., Tensor]:
-        def run(
-            quantized: Tensor, params: Tensor, groups: int, bits: int, quant_type: QuantizationType
-        ) -> Tensor:
-            return cuda_quant.dequantize(quantized, params, groups, scheme(bits, quant_type), dtype)
-
-        return run
-
-    def swizzle_quant(
-        vals: Tensor, groups: int, bits: int, quant_type: QuantizationType, *order: int
-    ) -> list[Tensor]:
-        how = scheme(bits, quant_type)
-        return list(cuda_quant.swizzle_quantize(vals, groups, how, Swizzle(*order)))
-
-    def loco_swizzle_quant(
-        vals: Tensor,
-        error_feedback: Tensor,
-        err_beta: float,
-        groups: int,
-        bits: int,
-        quant_type: QuantizationType,
-        *order: int,
-    ) -> list[Tensor]:
-        how, kept = scheme(bits, quant_type), Feedback(error_feedback, err_beta)
-        return list(cuda_quant.swizzle_quantize(vals, groups, how, Swizzle(*order), kept))
-
-    def quantized_reduction(
-        vals: Tensor,
-        scales: Tensor,
-        in_groups: int,
-        out_groups: int,
-        bits: int,
-        quant_type: QuantizationType,
-        devices_per_node: int,
-    ) -> list[Tensor]:
-        how, groups = scheme(bits, quant_type), (in_groups, out_groups)
-        return list(cuda_quant.quantized_reduction(vals, scales, groups, how, devices_per_node))
-
-    def loco_quantized_reduction(
-        vals: Tensor,
-        error_feedback: Tensor,
-        scales: Tensor,
-        err_beta: float,
-        in_groups: int,
-        out_groups: int,
-        bits: int,
-        *kind: int,
-    ) -> list[Tensor]:
-        quant_type, devices = kind
-        how, groups = scheme(bits, QuantizationType(quant_type)), (in_groups, out_groups)
-        kept = Feedback(error_feedback, err_beta)
-        return list(cuda_quant.quantized_reduction(vals, scales, groups, how, devices, kept))
+        return list(cuda_quant.quantize(vals, groups, _scheme(num_bits, quant_type)))
 
     names = {
         f"ds_{'sr_' if stochastic else ''}quantize{'_asym' if asym else ''}_{dtype}": _fake(
@@ -100,14 +44,14 @@ def quantizer() -> SimpleNamespace:
         Symmetric=QuantizationType.Symmetric,
         Asymmetric=QuantizationType.Asymmetric,
         quantize=quantize,
-        dequantize=dequantize(torch.float16),
-        dequantize_fp32=dequantize(torch.float32),
+        dequantize=_dequantize(torch.float16),
+        dequantize_fp32=_dequantize(torch.float32),
         dequantize_int8_to_half_experimental=_affine(8),
         dequantize_int4_to_half_experimental=_affine(4),
-        swizzle_quant=swizzle_quant,
-        loco_swizzle_quant=loco_swizzle_quant,
-        quantized_reduction=quantized_reduction,
-        loco_quantized_reduction=loco_quantized_reduction,
+        swizzle_quant=_swizzle_quant,
+        loco_swizzle_quant=_loco_swizzle_quant,
+        quantized_reduction=_quantized_reduction,
+        loco_quantized_reduction=_loco_quantized_reduction,
         **names,
     )
 
@@ -228,3 +172,64 @@ def _affine(bits: int) -> Callable[..., Tensor]:
         return (grouped * scale.float().reshape(column) + least.float().reshape(column)).half()
 
     return run
+
+
+def _scheme(bits: int, kind: int) -> Scheme:
+    return Scheme(bits, kind == QuantizationType.Asymmetric)
+
+
+def _dequantize(dtype: torch.dtype) -> Callable[..., Tensor]:
+    def run(quantized: Tensor, params: Tensor, groups: int, bits: int, quant_type: int) -> Tensor:
+        return cuda_quant.dequantize(quantized, params, groups, _scheme(bits, quant_type), dtype)
+
+    return run
+
+
+def _swizzle_quant(
+    vals: Tensor, groups: int, bits: int, quant_type: int, *order: int
+) -> list[Tensor]:
+    # order: pipeline_size, nodes, devices_per_node
+    scheme = _scheme(bits, quant_type)
+    return list(cuda_quant.swizzle_quantize(vals, groups, scheme, Swizzle(*order)))
+
+
+def _loco_swizzle_quant(
+    vals: Tensor,
+    error_feedback: Tensor,
+    err_beta: float,
+    groups: int,
+    bits: int,
+    quant_type: int,
+    *order: int,
+) -> list[Tensor]:
+    scheme, kept = _scheme(bits, quant_type), Feedback(error_feedback, err_beta)
+    return list(cuda_quant.swizzle_quantize(vals, groups, scheme, Swizzle(*order), kept))
+
+
+def _quantized_reduction(
+    vals: Tensor,
+    scales: Tensor,
+    in_groups: int,
+    out_groups: int,
+    bits: int,
+    quant_type: int,
+    devices_per_node: int,
+) -> list[Tensor]:
+    scheme, groups = _scheme(bits, quant_type), (in_groups, out_groups)
+    return list(cuda_quant.quantized_reduction(vals, scales, groups, scheme, devices_per_node))
+
+
+def _loco_quantized_reduction(
+    vals: Tensor,
+    error_feedback: Tensor,
+    scales: Tensor,
+    err_beta: float,
+    in_groups: int,
+    out_groups: int,
+    bits: int,
+    *kind: int,
+) -> list[Tensor]:
+    quant_type, devices = kind  # and devices_per_node
+    scheme, groups = _scheme(bits, quant_type), (in_groups, out_groups)
+    kept = Feedback(error_feedback, err_beta)
+    return list(cuda_quant.quantized_reduction(vals, scales, groups, scheme, devices, kept))

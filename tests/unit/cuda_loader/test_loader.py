@@ -350,3 +350,19 @@ def test_two_processes_publish_the_same_kernel_without_torn_files(tmp_path, monk
     for racer in racers:
         _, errors = racer.communicate(timeout=120)
         assert racer.returncode == 0, errors
+
+
+def test_the_report_names_one_route_where_all_agree(fake, tmp_path, nvrtc, no_nvrtc):
+    before = cuda.use(fake.loader(packs.make(tmp_path, ALL)))
+    try:
+        told = cuda.summary()
+        assert (told["route"], told["reason"]) == ("cubin", "device 0: sm_80 of kernels.zip")
+        assert {row["name"] for row in told["kernels"]} >= {"adam_step", "quantize", "token_sort"}
+        fake.torch.count = 0
+        cuda.use(fake.loader())
+        assert (cuda.summary()["route"], cuda.summary()["reason"]) == (
+            "reference",
+            "torch sees no CUDA device",
+        )
+    finally:
+        cuda.use(before)

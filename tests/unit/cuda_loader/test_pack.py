@@ -304,3 +304,17 @@ def test_a_file_that_is_no_nvrtc_is_refused(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(NvrtcError, match="cannot be loaded"):
         Nvrtc(path)
+
+
+def test_an_isolated_build_takes_the_pack_of_the_source_tree(tmp_path, monkeypatch):
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    tree.mkdir()
+    monkeypatch.setattr(kernels, "DEFAULT_OUT", tree)
+    tool = kernels._nvrtc_module()
+    monkeypatch.setattr(tool, "candidates", lambda folder=None: iter(()))
+    monkeypatch.setattr(kernels, "_nvrtc_module", lambda: tool)
+    made = packs.make(tree, {arch: b"image" for arch in kernels.ARCHS})
+    assert "from the source tree" in kernels.build_for_wheel(out)
+    assert (out / kernels.PACK_NAME).read_bytes() == made.read_bytes()
+    with_index(made, lambda index: index.update(source_hash="0" * 64))
+    assert "sources" in kernels.build_for_wheel(out) and "only" in kernels.build_for_wheel(out)
