@@ -24,14 +24,15 @@ from pathlib import Path
 
 MIB = 1 << 20
 CHILD = """
-import sys, time, torch
+import os, sys, time, torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 path, nbytes, block, depth, write = sys.argv[1], *map(int, sys.argv[2:])
 handle = AsyncIOBuilder().load(verbose=False).aio_handle(block, depth, False, True, 1)
 buffer = handle.new_cpu_locked_tensor(nbytes, torch.empty(0, dtype=torch.uint8)).random_(0, 256)
 start = time.perf_counter()
 (handle.sync_pwrite if write else handle.sync_pread)(buffer, path)
-print("SECONDS", time.perf_counter() - start)
+print("SECONDS", time.perf_counter() - start, flush=True)
+os._exit(0)  # some versions abort while they clean up
 """
 
 

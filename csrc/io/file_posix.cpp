@@ -55,6 +55,12 @@ int direct_flag() { return 0; }
 // The caller's descriptor leads to the file itself, whatever became of its name.
 int reopen(const Target &target, int flags) {
     if (target.path != nullptr) return open_retry((const char *)target.path, flags);
+    // A new door gives no right that the descriptor does not.
+    const int mode = fcntl((int)target.given, F_GETFL) & O_ACCMODE;
+    if (mode != O_RDWR && mode != (target.write ? O_WRONLY : O_RDONLY)) {
+        errno = EBADF;
+        return -1;
+    }
     char link[40];
     snprintf(link, sizeof link, "/proc/self/fd/%d", (int)target.given);
     return open_retry(link, flags & ~O_CREAT);

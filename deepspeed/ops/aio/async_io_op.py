@@ -19,7 +19,7 @@ _SECTOR = 512
 _COMPARED_AT_ONCE = 1 << 24
 
 
-class aio_handle:  # noqa: N801
+class aio_handle:
     """Reads and writes of whole tensors, at once or side by side.
 
     Args:
