@@ -81,14 +81,30 @@ def test_a_build_leaves_the_library_and_its_record(tmp_path):
     assert native.NativeLibrary(library).isas[-1] == "scalar"
 
 
+MAGIC = {"windows": b"MZ", "linux": b"\x7fELF", "darwin": b"\xcf\xfa\xed\xfe"}
+CROSS = [("win_amd64", "mingw"), ("win_amd64", "ziglang"), ("win_arm64", "ziglang")]
+CROSS += [("linux_aarch64", "ziglang"), ("macosx_11_0_arm64", "ziglang")]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("x86_64-w64-mingw32-g++-posix") is None, reason="no cross compiler"
-)
-def test_the_windows_library_is_built_from_here(tmp_path):
-    library = build.build(tmp_path, build.target_of("win_amd64"), "mingw")
-    assert library.name == "ds_cpu.dll"
-    assert library.read_bytes()[:2] == b"MZ"
+@pytest.mark.parametrize(("tag", "compiler"), CROSS)
+def test_the_library_of_another_platform_is_built_from_here(tmp_path, tag, compiler):
+    target = build.target_of(tag)
+    if not any(compiler in found.name for found in build.find_compilers(target)):
+        pytest.skip(f"no {compiler} here")
+    library = build.build(tmp_path, target, compiler)
+    assert library.name == target.library
+    assert library.read_bytes().startswith(MAGIC[target.system])
+
+
+def test_an_output_that_is_no_library_is_refused(tmp_path):
+    made = tmp_path / "ds_cpu.dll"
+    made.write_bytes(b"!<arch> an archive")
+    foreign = "win_arm64" if build.native_target().tag != "win_arm64" else "linux_aarch64"
+    with pytest.raises(build.BuildError, match="not a shared library"):
+        build._check(made, build.target_of(foreign), str(tmp_path))
+    with pytest.raises(build.BuildError):
+        build._check(made, build.native_target(), str(tmp_path))
 
 
 def test_no_compiler_leaves_the_reason(tmp_path, monkeypatch):
