@@ -12,7 +12,7 @@ import torch
 from deepspeed.accelerator.lowp_products import products_context
 from deepspeed.utils.logging import set_log_level_from_string
 
-from . import build, engine_checkpoint, engine_load, module_prep
+from . import build, engine_checkpoint, engine_load, memory_plan, module_prep
 from .backward import BackwardWatch
 from .clock import AccumulationClock
 from .engine_accessors import ConfigAccessors
@@ -72,6 +72,10 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         self.plan = build.build_plan(self._config)
         self.clock = AccumulationClock(
             self._config.gradient_accumulation_steps, self._config.managed_gradient_accumulation
+        )
+        trains = optimizer is not None or self._config.optimizer_name is not None
+        memory_plan.refuse_what_cannot_fit(
+            self._config, model, self.mesh.sequence_data.size, self.device, trains
         )
         self.module = module_prep.prepare_module(
             model, self.precision, self.mesh, self.device, dont_change_device

@@ -11,9 +11,22 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import env
 from deepspeed.utils.errors import DeepSpeedError, explain
 
-from .zero.estimate import MemoryPlan, ModelSize, Run, Widths, memory_plan
+from .zero.estimate import (
+    DEVICE,
+    HOST,
+    MemoryPlan,
+    ModelSize,
+    Run,
+    Widths,
+    check_fits,
+    memory_plan,
+)
 from .zero.plan import Placement, TierKind
 
 # Optimizer states per element that are not Adam's two.
@@ -59,6 +72,34 @@ def plan_for(
             device_is_host=device_is_host,
         ),
     )
+
+
+def refuse_what_cannot_fit(config: Any, model: Any, world: int, device: Any, trains: bool) -> None:
+    """Compare the memory plan of a run with the memory that is free now, before anything is allocated.
+
+    Args:
+        config: a `DeepSpeedConfig`.
+        model: the torch module; the memory that it holds already counts as free.
+        world: ranks of the data axis.
+        device: where the model computes.
+        trains: whether there is an optimizer.
+
+    Raises:
+        DeepSpeedMemoryError: a MemoryError whose message holds the table.
+    """
+    size = ModelSize.of_module(model)
+    if not trains:
+        size = ModelSize((), (*size.trainable, *size.frozen), size.largest_layer)
+    plan = plan_for(config, size, world, device_is_host=device.type == "cpu")
+    held = {"cpu": 0, device.type: 0}
+    for param in model.parameters():
+        if param.device.type in held:
+            held[param.device.type] += param.numel() * param.element_size()
+    ranks_here = env.LOCAL_SIZE.get() or 1
+    free = {HOST: psutil.virtual_memory().available // ranks_here + held["cpu"]}
+    if device.type != "cpu":
+        free[DEVICE] = get_accelerator().available_memory() + held[device.type]
+    check_fits(plan, free)
 
 
 def widths_of(config: Any) -> Widths:

@@ -155,3 +155,12 @@ def test_the_first_step_counts_after_a_refused_one():
     engine.backward(loss_of(engine, *batch(0, 0, 0, torch.float32)))
     engine.step()
     assert engine.global_steps == 1
+
+
+def test_what_cannot_fit_is_refused_with_the_table_before_anything_is_allocated(monkeypatch):
+    import psutil
+
+    real = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=10_000))
+    with pytest.raises(MemoryError, match=r"(?s)does not fit.*optimizer.*at most"):
+        start(torch.nn.Linear(1000, 100))
