@@ -67,12 +67,8 @@ class WindowsPython:
     paths: tuple[Path, ...] = ()
 
     def environment(self, **settings: str) -> dict[str, str]:
-        env = {
-            **os.environ,
-            "PYTHONSAFEPATH": "1",
-            **settings,
-        }  # the installed package, not the folder's
-        env.pop("PYTHONUTF8", None)  # a user's console does not set it
+        unset = ("PYTHONUTF8", "PYTHONIOENCODING", "CI")  # a user's console sets none of them
+        env = {name: value for name, value in os.environ.items() if name not in unset} | settings
         if not NATIVE:
             env["PYTHONPATH"] = ";".join(windows_path(path) for path in self.paths)
             env |= {"WINEPREFIX": str(HOME / "prefix"), "WINEDEBUG": "-all", "LC_ALL": "C.UTF-8"}
@@ -94,20 +90,27 @@ class WindowsPython:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,  # a pipe: Windows programs under Wine fail on plain files
             stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
             timeout=timeout,
             check=False,
         )
-        done.stdout = done.stdout.replace("\r\n", "\n")
-        return done
+        return subprocess.CompletedProcess(command, done.returncode, decoded(done.stdout))
 
     def python(self, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
-        return self.run("python", *words, **options)
+        """Run the interpreter with the installed package before the working folder's."""
+        return self.run("python", *words, PYTHONSAFEPATH="1", **options)
 
     def with_paths(self, *more: Path) -> WindowsPython:
         """The same installation with more folders to import from; PYTHONPATH is Wine's only way."""
         return replace(self, paths=(*self.paths, *more))
+
+
+def decoded(output: bytes) -> str:
+    """Text that a program wrote to a pipe: UTF-8 where it chose so, else the system's code page."""
+    try:
+        text = output.decode("utf-8")
+    except UnicodeDecodeError:
+        text = output.decode("cp1252", errors="replace")
+    return text.replace("\r\n", "\n")
 
 
 def pip(*words: object) -> None:
