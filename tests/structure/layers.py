@@ -46,6 +46,8 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.swap_tensor": 5,
     "deepspeed.runtime.tensor_parallel": 5,
     "deepspeed.runtime.zenflow": 5,
+    "deepspeed.linear": 5,
+    "deepspeed.io": 5,
     "deepspeed.moe": 5,
     "deepspeed.monitor": 5,
     # L4: the training state as a whole

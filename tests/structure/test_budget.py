@@ -16,7 +16,7 @@ BUDGET = {
     "quickstart.py": 180,
     "bin": 60,
     # the ABI table grew with the I/O queue, and the compilers of four systems with the build
-    "op_builder": 700,
+    "op_builder": 780,
     "csrc": 4700,
     "deepspeed/__init__.py": 220,
     "deepspeed/git_version_info.py": 30,
@@ -50,6 +50,9 @@ BUDGET = {
     "deepspeed/runtime/zero": 4490,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned
     "deepspeed/checkpoint": 2000,
+    # loading, cutting, quantizing and offloading the base, each with the others
+    "deepspeed/linear": 600,
+    "deepspeed/nvme deepspeed/io": 800,
     "deepspeed/moe": 1100,
     "deepspeed/monitor": 400,
     "deepspeed/elasticity": 400,
