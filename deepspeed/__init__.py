@@ -41,6 +41,7 @@ _NAMES = {
     ".compression": ["*"],
     ".elasticity": ["*"],
     ".launcher": ["*"],
+    ".linear": ["*"],
     ".moe": ["*"],
     ".monitor": ["*"],
     ".ops": ["*"],

@@ -94,7 +94,7 @@ def prepare_module(
     if not keep_device:
         model.to(device)
     for tensor in list(model.parameters()) + list(model.buffers()):
-        if is_zero_param(tensor):
+        if is_zero_param(tensor) or getattr(tensor, "ds_base_shard", False):
             continue
         axis = mesh.sequence_data
         if not getattr(tensor, "allreduce", True):

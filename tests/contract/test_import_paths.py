@@ -27,7 +27,7 @@ BUILT = {
         "TORCH_DISTRIBUTED_DEFAULT_PORT OnDevice logger log_dist is_compile_supported zero ops "
         "get_accelerator HAS_TRITON dist comm moe monitor profiling autotuning elasticity "
         "compression checkpoint nebula launcher inference runtime utils accelerator constants "
-        "git_version_info compile checkpointing"
+        "git_version_info compile checkpointing linear"
     ),
     "deepspeed.accelerator": "get_accelerator set_accelerator DeepSpeedAccelerator",
     "deepspeed.autotuning": "",
@@ -72,6 +72,7 @@ BUILT = {
     "deepspeed.inference.v2": "",
     "deepspeed.launcher.launch": "main",
     "deepspeed.launcher.runner": "main DEEPSPEED_ENVIRONMENT_NAME",
+    "deepspeed.linear": "OptimizedLinear LoRAConfig QuantizationConfig Init init_lora",
     "deepspeed.moe.experts": "Experts",
     "deepspeed.moe.layer": "MoE",
     "deepspeed.moe.mappings": "gather_tokens drop_tokens",
@@ -229,7 +230,7 @@ LATER = {
         "set_optimizer_flags PipelineEngine DeepSpeedHybridEngine InferenceEngine "
         "PipelineModule module_inject domino DeepSpeedTransformerLayer "
         "DeepSpeedTransformerConfig replace_transformer_layer revert_transformer_layer "
-        "set_autotp_mode pipe linear sequence io nvme"
+        "set_autotp_mode pipe sequence io nvme"
     ),
     "deepspeed.autotuning": "Autotuner ResourceManager",
     "deepspeed.checkpoint": (
@@ -244,7 +245,6 @@ LATER = {
     "deepspeed.inference.engine": "InferenceEngine",
     "deepspeed.inference.v2": "build_hf_engine InferenceEngineV2 RaggedInferenceEngineConfig",
     "deepspeed.io": "FastFileWriter FastFileWriterConfig PyFileWriter MockFileWriter",
-    "deepspeed.linear": "OptimizedLinear LoRAConfig QuantizationConfig Init init_lora",
     "deepspeed.module_inject": (
         "replace_transformer_layer revert_transformer_layer LinearAllreduce LinearLayer "
         "set_autotp_mode"
