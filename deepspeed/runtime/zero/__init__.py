@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         ".tiling": ["TiledLinear", "TiledLinearReturnBias"],
         ".config": ["DeepSpeedZeroConfig", "ZeroStageEnum"],
-        ".parameter_offload": ["DeepSpeedZeRoOffload"],
+        ".parameter_offload": ["DeepSpeedZeRoOffload", "unwrap_model_for_generation"],
         ".utils": ["ZeRORuntimeException"],
     },
 )

@@ -3,13 +3,34 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
+from .partition_parameters import GatheredParameters
 from .residency import Residency
+
+
+class ParamCoordinator:
+    """The record of the order of modules, as callers see it.
+
+    Args:
+        residency: what keeps the record.
+    """
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+
+    def is_invalid_trace(self) -> bool:
+        """Whether the next pass is going to be recorded."""
+        return not self._residency.knows_order
+
+    def _invalidate_trace(self) -> None:
+        self._residency.forget_order()
 
 
 class DeepSpeedZeRoOffload(ZeROOptimizer):
@@ -22,6 +43,7 @@ class DeepSpeedZeRoOffload(ZeROOptimizer):
     def __init__(self, residency: Residency) -> None:
         self.residency = residency
         self.module = residency.module
+        self.param_coordinator = ParamCoordinator(residency)
         self.param_groups: list[dict[str, Any]] = []
         self.overflow = False
 
@@ -64,3 +86,25 @@ class DeepSpeedZeRoOffload(ZeROOptimizer):
     def destroy(self) -> None:
         """Remove the module hooks; parameters stay sharded."""
         self.residency.remove_hooks()
+
+
+@contextlib.contextmanager
+def unwrap_model_for_generation(model: Any) -> Iterator[torch.nn.Module]:
+    """Context in which an engine's module is whole and free of stage 3's hooks, to be called many times in a row.
+
+    Args:
+        model: an engine of any stage; every rank must enter.
+
+    Yields:
+        The module.
+    """
+    residency = model.residency
+    if residency is None:
+        yield model.module
+        return
+    with GatheredParameters(model.module.parameters()):
+        residency.remove_hooks()
+        try:
+            yield model.module
+        finally:
+            residency.hook(residency.module)

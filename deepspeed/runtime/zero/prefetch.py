@@ -32,10 +32,14 @@ class Record:
     def begin(self) -> None:
         """A pass begins; one that left the record has it made anew."""
         if self._lost or not self.complete:
-            self.steps.clear()
-            self.complete = False
+            self.forget()
         self._at = self._looked_to = 0
-        self._lost = False
+
+    def forget(self) -> None:
+        """Have the next pass recorded, whatever is known."""
+        self.steps.clear()
+        self.complete = self._lost = False
+        self._at = self._looked_to = 0
 
     def visit(self, step: int) -> None:
         """A module needs its parameters now."""

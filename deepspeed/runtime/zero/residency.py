@@ -77,18 +77,24 @@ class Residency:
     def hook(self, root: torch.nn.Module) -> None:
         """Place the hooks on `root` and what is below it, down to leaf modules."""
         for module in _down_to_leaves(root):
-            number = len(self._modules)
-            self._modules.append(module)
-            self._number[id(module)] = number
+            number = self._number_of(module)
             is_leaf = getattr(module, "_z3_leaf", False)
             own = module.parameters(recurse=is_leaf)
-            self._params.append([p for p in own if is_zero_param(p)])
+            self._params[number] = [p for p in own if is_zero_param(p)]
             for inner in module.modules() if is_leaf else [module]:
                 _watch_access(inner, self)
             self.forward_hooks += [
                 module.register_forward_pre_hook(partial(self._before, number), with_kwargs=True),
                 module.register_forward_hook(partial(self._after, number), always_call=True),
             ]
+
+    def _number_of(self, module: torch.nn.Module) -> int:
+        """The number of a module; one whose hooks were taken off and placed again keeps the one that it had."""
+        number = self._number.setdefault(id(module), len(self._modules))
+        if number == len(self._modules):
+            self._modules.append(module)
+            self._params.append([])
+        return number
 
     def remove_hooks(self) -> None:
         """Let go of the modules; parameters stay sharded."""
@@ -172,6 +178,16 @@ class Residency:
         finish_gather([param])
 
     # - passes
+
+    @property
+    def knows_order(self) -> bool:
+        """Whether the order of some kind of pass is on record."""
+        return any(record.complete for record in self._records.values())
+
+    def forget_order(self) -> None:
+        """Have the order of modules recorded anew."""
+        for record in self._records.values():
+            record.forget()
 
     def _begin_pass(self) -> None:
         if self._open:
@@ -261,6 +277,11 @@ def unregister_external(module: torch.nn.Module, param: torch.nn.Parameter) -> b
     return external.pop(param.ds_id, None) is not None
 
 
+def external_of(module: torch.nn.Module) -> Iterable[tuple[int, torch.nn.Parameter]]:
+    """Parameters of other modules that `module` was seen to use, by their `ds_id`."""
+    return module.__dict__.get("_external_params", {}).items()
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -310,8 +331,10 @@ def _watch_access(module: torch.nn.Module, residency: Residency) -> None:
     watched = WatchedParams(module._parameters)
     watched.residency = residency
     module._parameters = watched
+    module.ds_external_parameters = partial(external_of, module)
 
 
 def _unwatch_access(module: torch.nn.Module) -> None:
     if isinstance(module._parameters, WatchedParams):
         module._parameters = dict(module._parameters)
+    module.__dict__.pop("ds_external_parameters", None)
