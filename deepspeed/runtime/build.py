@@ -21,11 +21,12 @@ from .drivers import Driver, NoDriver, PlainDriver, SlabDriver
 from .fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase, UnguardedLossScaler
 from .module_prep import named_strays
 from .precision import Precision
+from .zero.codec import GroupCodec, schemes_of_weights
 from .zero.optimizer import ZeroOptimizer, expert_group_name
 from .zero.parameter_offload import DeepSpeedZeRoOffload
 from .zero.plan import Placement, Plan, TierKind
 from .zero.residency import Residency, ResidencyPolicy
-from .zero.sharded_param import release, shard_param, spill
+from .zero.sharded_param import recode, release, shard_param, spill
 from .zero.spill import SpillFolder
 from .zero.tiers import tier_for
 from .zero.utils import is_zero_param
@@ -223,13 +224,19 @@ def shard_params(engine: Any) -> Residency | None:
     if engine.plan.param_tier is TierKind.FILE:
         kind = str(engine.get_data_types()[0]).removeprefix("torch.")
         folder = spill_folder(engine._config, zero.offload_param, "zero_stage_3", f"{kind}params")
+    schemes = schemes_of_weights(engine.module, _section(engine._config.weight_quantization_config))
     for param in engine.module.parameters():
         name = expert_group_name(param)
         axis = engine.mesh.sequence_data if name is None else engine.mesh.expert_data[name]
+        scheme = schemes.get(param)
         if not is_zero_param(param):
-            shard_param(param, axis, engine.device, tier, folder)
-        elif folder is not None and param.ds_spill is None:
-            spill(param, folder, param.ds_tensor)
+            codec = None if scheme is None else GroupCodec.of(scheme, param)
+            shard_param(param, axis, engine.device, tier, folder, codec)
+        else:
+            if scheme is not None:
+                recode(param, tier, GroupCodec.of(scheme, param))
+            if folder is not None and param.ds_spill is None:
+                spill(param, folder, param.ds_tensor)
         param.ds_enable_sanity_checks = zero.enable_sanity_checks
     release(engine.module.parameters())
     policy = ResidencyPolicy(
@@ -240,6 +247,10 @@ def shard_params(engine: Any) -> Residency | None:
         model_persist_numel=int(zero.model_persistence_threshold),
     )
     return Residency(engine.module, policy)
+
+
+def _section(section: Any) -> dict[str, Any] | None:
+    return None if section is None else section.model_dump()
 
 
 def _name(device: Any) -> str:
@@ -294,6 +305,15 @@ def _check_params(optimizer: Any, model: torch.nn.Module) -> None:
     seen: set[int] = set()
     for group in optimizer.param_groups:
         for param in group["params"]:
+            if param.requires_grad and getattr(param, "ds_codec", None) is not None:
+                raise ValueError(
+                    explain(
+                        "quantized weights cannot be trained",
+                        got=f"a trainable weight of shape {tuple(param.ds_shape)} that 'weight_quantization' names",
+                        expected="requires_grad=False, or full weights",
+                        fix="freeze it (and train adapters), or remove 'weight_quantization'",
+                    )
+                )
             if id(param) in seen:
                 raise AssertionError(
                     explain(

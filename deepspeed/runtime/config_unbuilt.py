@@ -56,6 +56,14 @@ def _device(section: Any) -> str:
     return "none" if section is None else str(section.device)
 
 
+def _quantized(section: Any) -> bool:
+    return (
+        section is not None
+        and section.enabled
+        and bool(section.quantized_initialization or section.post_init_quant)
+    )
+
+
 def _compression(config: DeepSpeedConfig) -> bool:
     techniques = dict(config.compression_config)
     layers = techniques.pop("layer_reduction")
@@ -157,9 +165,9 @@ UNBUILT: tuple[Unbuilt, ...] = (
     ),
     Unbuilt(
         "weight_quantization",
-        "quantised weights",
-        lambda config: config.weight_quantization_config is not None,
-        "Remove the section.",
+        "quantised weights below ZeRO stage 3",
+        lambda config: not _zero3(config) and _quantized(config.weight_quantization_config),
+        "Set zero_optimization.stage to 3, or remove the section.",
     ),
     Unbuilt(
         "quantize_training.eigenvalue.enabled",

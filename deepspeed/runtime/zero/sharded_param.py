@@ -90,11 +90,11 @@ def shard_param(
 
 
 def recode(param: torch.nn.Parameter, tier: Tier, codec: GroupCodec | None) -> None:
-    """Hold the values of a sharded parameter, which is not in a file, with a codec; a collective of all its ranks."""
+    """Hold a sharded parameter's slice with another codec, where it is; a collective of all its ranks."""
     if param.ds_codec == codec:
         return
     gather([param])
-    _cut(param, tier, None, codec)
+    _cut(param, tier, None if param.ds_spill is None else param.ds_spill.folder, codec)
     release([param])
 
 

@@ -24,6 +24,9 @@ def zero(stage, **keys):
 
 
 GROUP = {"g": {"params": {"start_bits": 8, "target_bits": 4}}}
+QUANTIZED = {
+    "weight_quantization": {"quantized_initialization": {"num_bits": 4, "group_size": 64}}
+}
 # key -> a configuration that asks for it
 ASKING = {
     "zero_optimization.mics_shard_size": zero(3, mics_shard_size=2),
@@ -55,7 +58,7 @@ ASKING = {
             }
         }
     },
-    "weight_quantization": {"weight_quantization": {}},
+    "weight_quantization": {**zero(2), **QUANTIZED},
     "quantize_training.eigenvalue.enabled": {
         "quantize_training": {"eigenvalue": {"enabled": True}}
     },
@@ -136,6 +139,8 @@ HARMLESS = {
         "nebula": {"enabled": False},
     },
     "stage 3, its params on the host": zero(3, offload_param={"device": "cpu"}),
+    "quantized weights at stage 3": {**zero(3), **QUANTIZED},
+    "quantized weights, nothing said of how": {"weight_quantization": {}},
     "states on a disk": zero(2, offload_optimizer={"device": "nvme", "nvme_path": "x"}),
     "recomputation": {"activation_checkpointing": {"partition_activations": True}},
     "pipeline settings": {"pipeline": {"stages": "auto"}},
