@@ -205,10 +205,8 @@ def _is_current(target: Path, index: dict[str, Any], archs: tuple[str, ...]) -> 
             there = json.loads(pack.read("index.json"))
             whole = pack.testzip() is None
         # without a compiler in reach, any one's work will do
-        ignored = {"units"}
-        if index["compiler"] is None:
-            ignored |= {"compiler", "driver_floor", "ptx_driver_floor"}
-        same = all(there[key] == value for key, value in index.items() if key not in ignored)
+        keys = ["format", "version", "source_hash"] + ["compiler"] * bool(index["compiler"])
+        same = all(there[key] == index[key] for key in keys)
         complete = all(set(unit["images"]) == set(archs) for unit in there["units"].values())
         return whole and same and complete and set(there["units"]) == set(index["units"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
