@@ -25,6 +25,8 @@ from ..utils.errors import explain
 from ..utils.logging import logger
 from .zero import state as zero_state
 from .zero.optimizer import ZeroOptimizer
+from .zero.partition_parameters import GatheredParameters
+from .zero.sharded_param import is_zero_param, shape_of, slice_of
 
 GRAD_SCALER = "grad_scaler"
 """Ours: state of torch's scaler where fp16 autocast runs without a wrapper."""
@@ -56,6 +58,8 @@ def mp_rank_of(engine: Any) -> int:
 
 
 def _writes_model(engine: Any) -> bool:
+    if has_slices(engine):
+        return True
     if _uses_node_storage(engine):
         return engine.local_rank == 0
     return engine.mesh.sequence_data.rank == 0
@@ -63,6 +67,11 @@ def _writes_model(engine: Any) -> bool:
 
 def has_shards(engine: Any) -> bool:
     return isinstance(engine.optimizer, ZeroOptimizer) and engine.plan.stage > 0
+
+
+def has_slices(engine: Any) -> bool:
+    """Whether the module's parameters are sharded (stage 3)."""
+    return engine.residency is not None
 
 
 # - saving
@@ -153,12 +162,16 @@ def _files_of_rank(
     _check_client_state(engine, client_state)
     files: OrderedDict[str, dict[str, Any]] = OrderedDict()
     mp_rank = mp_rank_of(engine)
+    if has_slices(engine):
+        _refuse_packed(engine)
+        engine.residency.release_all()
     if _writes_model(engine):
         model = _model_content(engine, exclude_frozen)
         if engine.has_moe_layers:
             _move_experts_out(engine, model, files)
         model.update(client_state)
-        files[names.model_file(mp_rank)] = model
+        by_rank = names.zero3_model_file(engine.mesh.data.rank, mp_rank)
+        files[by_rank if has_slices(engine) else names.model_file(mp_rank)] = model
     if has_shards(engine) and engine.mesh.sequence.rank == 0:
         name = names.optim_file(engine.mesh.data.rank, mp_rank, bf16=engine.bfloat16_enabled())
         files[name] = {
@@ -187,10 +200,11 @@ def _model_content(engine: Any, exclude_frozen: bool) -> dict[str, Any]:
         Model.BUFFER_NAMES: model_states.buffer_names(module),
         Model.OPTIMIZER: None if sharded else _inline_optimizer(engine),
         Model.PARAM_SHAPES: zero_state.param_shapes(engine.optimizer) if sharded else None,
-        Model.FROZEN_PARAM_SHAPES: frozen and OrderedDict((n, p.shape) for n, p in frozen.items()),
+        Model.FROZEN_PARAM_SHAPES: frozen
+        and OrderedDict((n, shape_of(p)) for n, p in frozen.items()),
         Model.SHARED_PARAMS: model_states.shared_names(module) if sharded else None,
         Model.FROZEN_PARAM_FRAGMENTS: frozen
-        and OrderedDict((n, p.detach().cpu()) for n, p in frozen.items()),
+        and OrderedDict((n, _fragment(p)) for n, p in frozen.items()),
         Model.LR_SCHEDULER: scheduler,
         Model.DATA_SAMPLER: _state_of(getattr(engine.training_dataloader, "data_sampler", None)),
         Model.RANDOM_LTD: _state_of(engine.random_ltd_scheduler),
@@ -210,6 +224,23 @@ def _model_content(engine: Any, exclude_frozen: bool) -> dict[str, Any]:
     if (scaler := getattr(engine.driver, "scaler", None)) is not None:
         content[GRAD_SCALER] = scaler.state_dict()
     return content
+
+
+def _fragment(param: torch.nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a frozen parameter: all of it, or its slice."""
+    return (slice_of(param) if is_zero_param(param) else param).detach().cpu()
+
+
+def _refuse_packed(engine: Any) -> None:
+    if any(getattr(p, "ds_codec", None) is not None for p in engine.module.parameters()):
+        raise NotImplementedError(
+            explain(
+                "a module with quantized weights cannot be saved",
+                got="weight_quantization in the configuration",
+                expected="weights in a floating dtype",
+                fix="save from a run without it; quantize when serving",
+            )
+        )
 
 
 def _state_of(owner: Any) -> Any:
@@ -271,19 +302,22 @@ def save_16bit_model(
     engine: Any, save_dir: Any, save_filename: str, exclude_frozen_parameters: bool = False
 ) -> bool:
     """Save the module's weights as one file, collectively; see `DeepSpeedEngine.save_16bit_model`."""
+    if has_slices(engine) and not engine.zero_gather_16bit_weights_on_model_save():
+        logger.warning(
+            "save_16bit_model wrote nothing: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true"
+        )
+        return False
     crew = crew_of(engine)
+    state = consolidated_16bit_state_dict(engine, exclude_frozen_parameters)
 
     def write() -> None:
-        if crew.rank != 0:
+        if state is None:
             return
         path = Path(save_dir) / save_filename
         disk.make_folder(path.parent)
         temporary = path.with_name(path.name + names.PARTIAL_SUFFIX)
         try:
-            save_file(
-                temporary,
-                module_state_dict(engine, exclude_frozen_parameters=exclude_frozen_parameters),
-            )
+            save_file(temporary, state)
             disk.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
@@ -296,8 +330,25 @@ def save_16bit_model(
 def consolidated_16bit_state_dict(
     engine: Any, exclude_frozen_parameters: bool = False
 ) -> dict[str, Any] | None:
-    """The whole module's weights in host memory on rank 0, None on the others."""
-    if engine.mesh.world.rank != 0:
+    """The whole module's weights in host memory on rank 0, None on the others; a collective at stage 3."""
+    leads = engine.mesh.world.rank == 0
+    if not has_slices(engine):
+        if not leads:
+            return None
+        state = module_state_dict(engine, exclude_frozen_parameters=exclude_frozen_parameters)
+        return OrderedDict((name, value.detach().cpu()) for name, value in state.items())
+    whole: dict[torch.nn.Parameter, torch.Tensor] = {}
+    for param in engine.module.parameters():
+        if exclude_frozen_parameters and not param.requires_grad:
+            continue
+        with GatheredParameters(param):
+            if leads:
+                whole[param] = param.detach().cpu().clone()
+    if not leads:
         return None
+    params = dict(engine.module.named_parameters(remove_duplicate=False))
     state = module_state_dict(engine, exclude_frozen_parameters=exclude_frozen_parameters)
-    return OrderedDict((name, value.detach().cpu()) for name, value in state.items())
+    return OrderedDict(
+        (name, whole[params[name]] if name in params else value.detach().cpu())
+        for name, value in state.items()
+    )

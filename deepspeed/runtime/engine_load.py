@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ from .engine_checkpoint import (
     crew_of,
     first_expert,
     has_shards,
+    has_slices,
     mp_rank_of,
     optimizer_names,
 )
 from .zero import state as zero_state
 from .zero.optimizer import ZeroOptimizer
+from .zero.partition_parameters import GatheredParameters
+from .zero.sharded_param import shape_of
 
 _OLDEST_STAGE1 = (0, 3, 17)
 
@@ -173,7 +177,7 @@ class _Load:
         inline = self._inline()
         if inline is None:
             return None
-        shapes = {name: p.shape for p, name in self.engine.param_names.items()}
+        shapes = {name: shape_of(p) for p, name in self.engine.param_names.items()}
         return from_inline(inline, optimizer_names(self.engine), shapes)
 
     def _from_shards(self) -> SavedState:
@@ -372,7 +376,7 @@ def load_module_state_dict(
         checkpoint: a dict of model states.
         strict: keys must match.
         custom_load_fn: called as `custom_load_fn(src=state, dst=module)` instead.
-        fetch_z3_params, z3_params_to_fetch: for sharded parameters; there are none below stage 3.
+        fetch_z3_params, z3_params_to_fetch: accepted; sharded parameters are gathered module by module anyway.
         allowed_missing_keys: names that may be absent though `strict`.
 
     Raises:
@@ -383,7 +387,8 @@ def load_module_state_dict(
         custom_load_fn(src=weights, dst=engine.module)
         return
     allowed = set(allowed_missing_keys or ())
-    missing, unexpected = engine.module.load_state_dict(weights, strict=strict and not allowed)
+    load = _load_slices if has_slices(engine) else _load_whole
+    missing, unexpected = load(engine, weights, strict and not allowed)
     if strict and allowed and (unexpected or set(missing) - allowed):
         raise RuntimeError(
             explain(
@@ -391,3 +396,34 @@ def load_module_state_dict(
                 got=f"missing {sorted(set(missing) - allowed)}, unexpected {list(unexpected)}",
             )
         )
+
+
+def _load_whole(
+    engine: Any, weights: Mapping[str, Any], strict: bool
+) -> tuple[list[str], list[str]]:
+    found = engine.module.load_state_dict(weights, strict=strict)
+    return found.missing_keys, found.unexpected_keys
+
+
+def _load_slices(
+    engine: Any, weights: Mapping[str, Any], strict: bool
+) -> tuple[list[str], list[str]]:
+    """Load into sharded parameters, one module at a time; every rank has the same weights."""
+    own = engine.module.state_dict().keys()
+    missing, unexpected = sorted(own - weights.keys()), sorted(weights.keys() - own)
+    errors: list[str] = []
+    optimizer = engine.optimizer
+    resident = optimizer.in_memory() if isinstance(optimizer, ZeroOptimizer) else nullcontext()
+    with resident:
+        for prefix, module in engine.module.named_modules():
+            with GatheredParameters(list(module.parameters(recurse=False)), modifier_rank=0):
+                start = f"{prefix}." if prefix else ""
+                module._load_from_state_dict(dict(weights), start, {}, False, [], [], errors)
+    engine.residency.release_all()
+    if strict and (missing or unexpected):
+        errors.append(f"missing {missing}, unexpected {unexpected}")
+    if errors:
+        raise RuntimeError(
+            explain("the saved weights do not match the module", got="; ".join(errors))
+        )
+    return missing, unexpected

@@ -20,6 +20,8 @@ from deepspeed.checkpoint.writer import attributes, plain
 from deepspeed.git_version_info import version
 from deepspeed.utils.errors import DeepSpeedCheckpointError, explain
 
+from .sharded_param import numel_of, shape_of
+
 if TYPE_CHECKING:
     from .optimizer import ZeroOptimizer
     from .shard_group import ShardGroup, ShardPart
@@ -40,6 +42,8 @@ def state_dict(optimizer: ZeroOptimizer) -> dict[str, Any]:
     """This rank's part of the optimizer's state, in plain containers; tensors are views of the live ones."""
     if optimizer.plan.stage == 0:
         return _wrapper_state(optimizer)
+    if optimizer.plan.stage == 3:
+        return _sliced_state(optimizer)
     keep_padding = getattr(optimizer, "saves_padding", False)
     groups = optimizer.groups
     masters = [_joined([part.master for part in group.parts]) for group in groups]
@@ -63,10 +67,26 @@ def state_dict(optimizer: ZeroOptimizer) -> dict[str, Any]:
     }
 
 
+def _sliced_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
+    """The form of stage 3: a flat tensor of slices a group, padding included."""
+    return {
+        Zero.LOSS_SCALER_STATE: _scaler_state(optimizer),
+        Zero.DYNAMIC_LOSS_SCALE: bool(optimizer.dynamic_loss_scale),
+        Zero.OVERFLOW: bool(optimizer.overflow),
+        Zero.STAGE: 3,
+        Zero.PARTITION_COUNT: optimizer.groups[0].shard_axis.size,
+        Zero.INNER: _inner_state(optimizer),
+        Zero.FP32_FLAT_GROUPS: [
+            _joined([part.master for part in group.parts]) for group in optimizer.groups
+        ],
+        "ds_version": version,
+    }
+
+
 def param_shapes(optimizer: ZeroOptimizer) -> list[OrderedDict[str, torch.Size]]:
     """Names and shapes of each group's parameters, in flat order."""
     return [
-        OrderedDict((optimizer.param_names[p], p.shape) for p in group.params)
+        OrderedDict((optimizer.param_names[p], shape_of(p)) for p in group.params)
         for group in optimizer.groups
     ]
 
@@ -259,8 +279,10 @@ def _check_fits(optimizer: ZeroOptimizer, saved: SavedState) -> None:
             name = optimizer.param_names[param]
             if name not in saved.pieces:
                 missing.append(name)
-            elif saved.numel(name) not in (param.numel(), 0):
-                resized.append(f"{name} ({saved.numel(name)} elements saved, {param.numel()} here)")
+            elif saved.numel(name) not in (numel_of(param), 0):
+                resized.append(
+                    f"{name} ({saved.numel(name)} elements saved, {numel_of(param)} here)"
+                )
     for names, what in ((missing, "does not hold"), (resized, "holds in another size")):
         if names:
             more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
