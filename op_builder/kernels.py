@@ -193,6 +193,7 @@ def _write(
                 info.create_system = 3  # else the zip tells which system wrote it
                 info.external_attr = 0o644 << 16
                 pack.writestr(info, content, zipfile.ZIP_STORED)
+        os.chmod(temporary, 0o644)  # mkstemp keeps others out, and a wheel keeps the mode
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
