@@ -21,6 +21,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -41,6 +42,7 @@ T = TypeVar("T")
 
 _SHARING_ERRORS = (5, 32, 33)  # Windows: access denied, sharing violation, lock violation
 _RETRY_SECONDS = 5.0
+_HASHED_BESIDE = 1 << 20  # bytes from which a second thread is worth its while
 _FOREIGN_PARTIAL_SECONDS = 3600.0
 
 
@@ -150,13 +152,23 @@ class HashedFile:
         self._file = disk.create(path)
         self._hash = hashlib.sha256()
         self._size = 0
+        self._hasher: ThreadPoolExecutor | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write all of `data`; returns its length in bytes."""
-        disk.write(self._file, data)
-        self._hash.update(data)
+        """Write all of `data`, hashing it meanwhile; returns its length in bytes."""
         length = memoryview(data).nbytes
         self._size += length
+        if length < _HASHED_BESIDE:
+            self._hash.update(data)
+            disk.write(self._file, data)
+            return length
+        if self._hasher is None:
+            self._hasher = ThreadPoolExecutor(1, "checkpoint-hash")
+        hashed = self._hasher.submit(self._hash.update, data)
+        try:
+            disk.write(self._file, data)
+        finally:
+            hashed.result()  # the caller's buffer must outlive the hashing
         return length
 
     def flush(self) -> None:
@@ -171,6 +183,8 @@ class HashedFile:
                 disk.sync(self._file)
         finally:
             self._file.close()
+            if self._hasher is not None:
+                self._hasher.shutdown()
 
     def entry(self) -> Entry:
         """What the manifest says about this file."""

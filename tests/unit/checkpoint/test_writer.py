@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+import hashlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -69,10 +70,9 @@ def test_a_storage_that_is_used_whole_is_written_once(tmp_path: Path) -> None:
     assert save_file(tmp_path / "f.pt", parts).size < 410_000
 
 
-def test_the_entry_hashes_what_is_on_the_disk(tmp_path: Path) -> None:
-    import hashlib
-
-    entry = save_file(tmp_path / "f.pt", {"a": torch.ones(1000)})
+@pytest.mark.parametrize("numel", [1000, 700_000])
+def test_the_entry_hashes_what_is_on_the_disk(numel: int, tmp_path: Path) -> None:
+    entry = save_file(tmp_path / "f.pt", {"a": torch.randn(numel)})
     assert entry.sha256 == hashlib.sha256((tmp_path / "f.pt").read_bytes()).hexdigest()
 
 
