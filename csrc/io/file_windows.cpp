@@ -29,7 +29,28 @@ HANDLE open_path(const Target &target, DWORD flags) {
     }
 }
 
+// A transfer of nothing, where the handle stands: refused like any other.
+bool forbidden(HANDLE given, bool write) {
+    LARGE_INTEGER here;
+    here.QuadPart = 0;
+    SetFilePointerEx(given, here, &here, FILE_CURRENT);
+    OVERLAPPED at;
+    memset(&at, 0, sizeof at);
+    at.Offset = here.LowPart;
+    at.OffsetHigh = (DWORD)here.HighPart;
+    char nothing = 0;
+    DWORD done = 0;
+    const BOOL good = write ? WriteFile(given, &nothing, 0, &done, &at)
+                            : ReadFile(given, &nothing, 0, &done, &at);
+    return !good && GetLastError() == ERROR_ACCESS_DENIED;
+}
+
 HANDLE open_given(const Target &target, DWORD flags) {
+    // Opening anew would give rights that the handle does not have.
+    if (forbidden((HANDLE)(intptr_t)target.given, target.write)) {
+        SetLastError(ERROR_ACCESS_DENIED);
+        return INVALID_HANDLE_VALUE;
+    }
     const DWORD access = target.write ? GENERIC_WRITE : GENERIC_READ;
     return ReOpenFile((HANDLE)(intptr_t)target.given, access, kShare, flags | FILE_FLAG_OVERLAPPED);
 }
