@@ -87,7 +87,6 @@ LAYERS: dict[str, int] = {
     "deepspeed.comm": 2,
     "deepspeed.ops.abi": 2,
     "deepspeed.ops.aio": 2,
-    "deepspeed.ops.aio": 2,
     "deepspeed.ops.cuda*": 2,
     "deepspeed.ops.packing": 2,
     "deepspeed.ops.registry": 2,

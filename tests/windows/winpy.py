@@ -59,7 +59,7 @@ class WindowsPython:
     Attributes:
         python_exe: the interpreter.
         programs: folder of the entry points.
-        paths: folders for PYTHONPATH; the installed package is in the first (none on Windows itself).
+        paths: folders for PYTHONPATH; the installed package is in the first, torch in the second (none on Windows).
     """
 
     python_exe: Path = Path(sys.executable)
@@ -137,13 +137,10 @@ def build_wheel(folder: Path) -> Path:
 
 
 def copy_python(folder: Path) -> Path:
-    """The interpreter in a folder of its own with Microsoft's C++ runtime; its library is shared by links."""
-    folder.mkdir()
-    for path in (HOME / "py").iterdir():
-        if path.is_dir():
-            (folder / path.name).symlink_to(path)
-        elif path.suffix in (".exe", ".dll") and path.stem.lower() not in RUNTIME_DLLS:
-            shutil.copy(path, folder)
+    """The interpreter and its standard library in a folder of their own, with Microsoft's C++ runtime."""
+    runtime = [f"{name}.dll" for name in (*RUNTIME_DLLS, *map(str.upper, RUNTIME_DLLS))]
+    ignored = shutil.ignore_patterns("__pycache__", "site-packages", *runtime)
+    shutil.copytree(HOME / "py", folder, ignore=ignored)
     download = folder / "download"
     windows = ["--only-binary=:all:", "--platform", "win_amd64", "--python-version", "3.11"]
     pip("download", "--no-deps", *windows, "-d", download, RUNTIME)
@@ -170,7 +167,7 @@ def install(folder: Path) -> WindowsPython:
     entries.read(metadata / "entry_points.txt", encoding="utf-8")
     for name, target in entries["console_scripts"].items():
         (programs / f"{name}.exe").write_bytes(launcher(target, python_exe))
-    return WindowsPython(python_exe, programs, (site,))
+    return WindowsPython(python_exe, programs, (site, HOME / "py" / "Lib" / "site-packages"))
 
 
 def launcher(target: str, python_exe: Path) -> bytes:
