@@ -76,7 +76,7 @@ def _from_targets(module: Module, node: ast.ImportFrom) -> Iterator[str]:
 
 @functools.cache
 def lazy_table(door: str) -> dict[str, str]:
-    """Exported name -> module that a lazy package door would load, read off its dict literals."""
+    """Exported name -> module that a lazy package door would load, read off its `{module: [names]}` literals."""
     table: dict[str, str] = {}
     module = package().get(door)
     if module is None or module.path.name != "__init__.py":
@@ -84,12 +84,11 @@ def lazy_table(door: str) -> dict[str, str]:
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
-                target = value.elts[0] if isinstance(value, ast.Tuple) and value.elts else value
-                if isinstance(key, ast.Constant) and isinstance(target, ast.Constant):
-                    name = str(target.value)
+                if isinstance(key, ast.Constant) and isinstance(value, (ast.List, ast.Tuple)):
+                    name = str(key.value)
                     name = door + name if name.startswith(".") else name
-                    if name in package():
-                        table[str(key.value)] = name
+                    names = [item.value for item in value.elts if isinstance(item, ast.Constant)]
+                    table.update({str(exported): name for exported in names if name in package()})
     return table
 
 
