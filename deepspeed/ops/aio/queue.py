@@ -69,6 +69,7 @@ class FileQueue:
         self._flights: dict[int, _Flight] = {}
         self._lock = threading.Condition()
         self._waiting = 0  # threads inside the queue
+        self._closing = False
         self._pid = os.getpid()
         # Also at exit: the workers must not outlive the interpreter's memory.
         self._finalizer = weakref.finalize(
@@ -161,7 +162,8 @@ class FileQueue:
     def close(self) -> None:
         """Drop the requests that have not begun and wait for those that have; closing twice is fine."""
         with self._lock:
-            # Other threads' requests come to their end first.
+            # What other threads wait for now comes to its end first; they begin no further wait.
+            self._closing = True
             self._lock.wait_for(lambda: self._waiting == 0)
             self._finalizer()
 
@@ -199,7 +201,7 @@ class FileQueue:
         return ticket
 
     def _check_usable(self) -> None:
-        if not self._finalizer.alive:
+        if self._closing:
             raise ValueError("the file queue is closed")
         if os.getpid() != self._pid:
             raise RuntimeError(

@@ -194,7 +194,7 @@ def test_a_descriptor_gives_no_more_rights_than_it_has(queue, folder, numel):
 def test_cancelled_requests_raise_where_somebody_waits(backend, folder):
     import threading
 
-    queue = FileQueue(Options(512, 1), backend)
+    queue = FileQueue(Options(4096, 1), backend)
     path = folder / "slow.bin"
     path.write_bytes(bytes(1 << 20))
     for _ in range(50):
