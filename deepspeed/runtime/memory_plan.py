@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from .zero.estimate import (
     check_fits,
     memory_plan,
 )
-from .zero.plan import Placement, TierKind
 
 # Optimizer states per element that are not Adam's two.
 _STATES = {"adagrad": 1, "lion": 1, "muon": 1, "sgd": 0, "musgd": 0, "rmsprop": 1}
@@ -49,29 +47,15 @@ def plan_for(
     """
     from .build import build_plan
 
-    zero = config.zero_config
-    plan = build_plan(config)
-    if plan.stage > 0 and _device_of(zero.offload_optimizer) == "nvme":
-        plan = replace(plan, state_tier=TierKind.FILE, host_ratio=zero.offload_optimizer.ratio)
-    if plan.params is Placement.SHARDED and _device_of(zero.offload_param) == "nvme":
-        plan = replace(plan, param_tier=TierKind.FILE)
-    widths = widths_of(config)
-    small = sum(
-        n for n in (*model.trainable, *model.frozen) if n <= zero.param_persistence_threshold
+    plan, widths = build_plan(config), widths_of(config)
+    run = Run(
+        world=world,
+        accumulation=config.gradient_accumulation_steps or 1,
+        gathered=_gathered(config.zero_config, model),
+        in_place=plan.stage == 0 and widths.param == 4,
+        device_is_host=device_is_host,
     )
-    ahead = min(int(zero.prefetch_bucket_size) + model.largest_layer, int(zero.max_live_parameters))
-    return memory_plan(
-        model,
-        plan,
-        widths,
-        Run(
-            world=world,
-            accumulation=config.gradient_accumulation_steps or 1,
-            gathered=small + ahead,
-            in_place=plan.stage == 0 and widths.param == 4,
-            device_is_host=device_is_host,
-        ),
-    )
+    return memory_plan(model, plan, widths, run)
 
 
 def refuse_what_cannot_fit(config: Any, model: Any, world: int, device: Any, trains: bool) -> None:
@@ -100,6 +84,17 @@ def refuse_what_cannot_fit(config: Any, model: Any, world: int, device: Any, tra
     if device.type != "cpu":
         free[DEVICE] = get_accelerator().available_memory() + held[device.type]
     check_fits(plan, free)
+
+
+def _gathered(zero: Any, model: ModelSize) -> int:
+    """Elements of sharded parameters that the residency rules of stage 3 keep whole at once, at most."""
+    small = sum(
+        n for n in (*model.trainable, *model.frozen) if n <= zero.param_persistence_threshold
+    )
+    ahead = int(zero.prefetch_bucket_size) + model.largest_layer
+    # What forward leaves whole for backward: of each element the way back is as long as the way there.
+    kept = int(zero.max_reuse_distance) // 2
+    return small + min(int(zero.max_live_parameters), max(ahead, kept))
 
 
 def widths_of(config: Any) -> Widths:
@@ -297,8 +292,3 @@ def _without_auto(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _without_auto(v) for k, v in value.items() if v != "auto"}
     return value
-
-
-def _device_of(section: Any) -> str:
-    device = getattr(section, "device", None)
-    return str(getattr(device, "value", device))

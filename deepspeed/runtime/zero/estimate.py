@@ -21,6 +21,8 @@ DEVICE, HOST = "device", "host"
 # What the reducer holds at most of each bucket, and how many are under way; see reducer.py.
 _LARGEST_BUCKET_NUMEL = 32 * 1024 * 1024
 _BUCKETS_IN_FLIGHT = 2
+# Of states in files: the part that is stepped, the next one, and the one before; see spill.py.
+_PARTS_IN_MEMORY = 3
 
 
 class DeepSpeedMemoryError(DeepSpeedError, MemoryError):
@@ -89,7 +91,6 @@ class Run:
         world: ranks of the data axis.
         accumulation: micro-batches per step.
         gathered: elements of sharded parameters that are whole at one time, at most (stage 3).
-        staging: elements of master weights in memory at one time when states live in files.
         in_place: the optimizer steps the module's own parameters (stage 0 in fp32).
         device_is_host: the model computes in host memory.
     """
@@ -97,7 +98,6 @@ class Run:
     world: int = 1
     accumulation: int = 1
     gathered: int | None = None
-    staging: int | None = None
     in_place: bool = False
     device_is_host: bool = False
 
@@ -264,9 +264,10 @@ def _state_rows(
             yield Row("master weights", tier, length * widths.master)
         yield Row("optimizer states", tier, length * widths.state * widths.states)
         if tier not in (DEVICE, HOST):
-            chunk = run.staging or -(-max(model.trainable, default=0) // run.world)
+            chunk = min(length, plan.part_numel)
             each = widths.master + widths.state * widths.states
-            yield Row("staging of states", HOST, 2 * chunk * each, lasting=False)
+            rounds = min(_PARTS_IN_MEMORY, -(-length // max(1, chunk)))
+            yield Row("buffers of states", HOST, rounds * chunk * each)
 
 
 def _grad_rows(model: ModelSize, plan: Plan, widths: Widths, run: Run, shard: int) -> Iterable[Row]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +45,31 @@ def test_configuration_with_auto_values_is_planned():
     assert found["master weights", "file"] == 2000 * 4
     assert found["optimizer states", "file"] == 2000 * 8
     assert found["gathered params", "device"] == 8000 * 2
+
+
+@pytest.mark.parametrize(
+    ("zero", "whole"),
+    [
+        ({}, 6000),  # kept for the backward pass: 1e9 / 2 elements would be
+        ({"max_reuse_distance": 0, "prefetch_bucket_size": 0}, 1000),
+        ({"max_reuse_distance": 0, "prefetch_bucket_size": 500}, 1500),
+        ({"max_reuse_distance": 5000, "prefetch_bucket_size": 0}, 2500),
+        ({"max_reuse_distance": 5000, "max_live_parameters": 2000}, 2000),
+        (
+            {
+                "max_reuse_distance": 0,
+                "prefetch_bucket_size": 0,
+                "param_persistence_threshold": 1000,
+            },
+            6000,
+        ),
+    ],
+)
+def test_whole_params_follow_the_residency_rules(zero, whole):
+    section = {f"stage3_{k}": v for k, v in {"param_persistence_threshold": 0, **zero}.items()}
+    config = {"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3, **section}}
+    found = bytes_by_place(config, ModelSize((1000,) * 6, largest_layer=1000), world=2)
+    assert found["gathered params", "device"] == whole * 4
 
 
 @pytest.mark.parametrize(
@@ -175,4 +199,3 @@ def test_narrow_states_are_counted_narrow():
         {"optimizer": {"type": "Adam", "params": {"fp32_optimizer_states": False}}}
     )
     assert memory_plan.widths_of(config).state == 2
-    assert memory_plan._device_of(SimpleNamespace(device="cpu")) == "cpu"

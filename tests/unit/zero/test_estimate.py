@@ -93,12 +93,14 @@ def test_files_hold_states_and_memory_only_what_is_staged():
     from dataclasses import replace
 
     size = ModelSize((1000, 3000), largest_layer=3000)
-    on_disk = replace(Plan.for_stage(3), state_tier=TierKind.FILE, param_tier=TierKind.HOST)
-    plan = memory_plan(size, on_disk, Widths(param=2, grad=2), Run(world=2, staging=100))
+    on_disk = replace(
+        Plan.for_stage(3), state_tier=TierKind.FILE, param_tier=TierKind.HOST, part_numel=100
+    )
+    plan = memory_plan(size, on_disk, Widths(param=2, grad=2), Run(world=2))
     by_tier = {(row.role, row.tier): row.nbytes for row in plan.rows}
     assert by_tier["master weights", "file"] == 2000 * 4
     assert by_tier["optimizer states", "file"] == 2000 * 8
-    assert by_tier["staging of states", "host"] == 2 * 100 * 12
+    assert by_tier["buffers of states", "host"] == 3 * 100 * 12
     assert by_tier["params", "host"] == by_tier["gradients", "host"] == 2000 * 2
     assert by_tier["gathered params", "device"] == 4000 * 2
 
