@@ -60,6 +60,14 @@ def test_cifar10_example_in_low_precision(windows, folder, dtype):
     assert re.search(r"loss [\d.]+ -> [\d.]+ in", done.stdout), done.stdout
 
 
+def test_cifar10_example_on_two_ranks(windows, folder):
+    example = copy_of(winpy.ROOT / "examples" / "cifar10", folder)
+    words = ["--num_gpus", "2", "train.py", "--epochs", "1", "--pictures", "1280"]
+    done = windows.run("deepspeed", *words, cwd=example)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"loss [\d.]+ -> [\d.]+ in", done.stdout), done.stdout
+
+
 @promised
 @pytest.mark.parametrize(
     "words", [(), ("--stage", "1", "--dtype", "bf16"), ("--stage", "2", "--dtype", "fp32")]
