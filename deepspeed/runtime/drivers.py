@@ -146,7 +146,9 @@ class PlainDriver:
             return
         with_grad = [p for _, params in self.params for p in params if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(with_grad, self.clip_grad)
-        if self.scaler is None and not math.isfinite(norm):
+        if math.isfinite(norm):
+            self.grad_norm = norm.detach()
+        elif self.scaler is None:
             raise FloatingPointError(
                 explain(
                     "gradients are not finite, so the step was not taken and weights are as before",

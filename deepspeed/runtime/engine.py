@@ -307,7 +307,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
             param.grad = None
 
     def get_global_grad_norm(self) -> Any:
-        """The 2-norm of the last step's gradients before clipping; None before the first, and in plain fp32."""
+        """The 2-norm of the last step's gradients before clipping; None before the first, and where fp32 neither shards nor clips."""
         return self.driver.grad_norm
 
     # - data and batch sizes

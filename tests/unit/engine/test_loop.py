@@ -287,8 +287,9 @@ def test_our_scheduler_of_the_configuration_drives_the_rate():
     assert seen == pytest.approx([0.0, 0.025, 0.05, 0.075, 0.1, 0.1])
 
 
-def test_the_norm_is_none_before_the_first_step_and_that_of_the_gradients_after():
-    engine, by_hand = start(2, gradient_clipping=0.01), model()
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_norm_is_none_before_the_first_step_and_that_of_the_gradients_after(stage):
+    engine, by_hand = start(stage, gradient_clipping=0.01), model()
     assert engine.get_global_grad_norm() is None
     engine.backward(loss_of(engine, *data()))
     engine.step()
