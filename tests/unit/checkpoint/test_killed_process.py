@@ -69,7 +69,12 @@ def test_a_killed_save_costs_nothing(
 ) -> None:
     command = [sys.executable, "-c", PROGRAM, operation, str(at), tag]
     done = subprocess.run(
-        command, env=environment(), cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=120
+        command,
+        env=environment(KMP_AFFINITY="disabled"),
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
     )
     assert done.stdout.splitlines()[-1] == "dying", done.stdout + done.stderr
     if os.name != "nt":
