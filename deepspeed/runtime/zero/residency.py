@@ -13,6 +13,12 @@ comes next while the current module computes, and keep what is needed again soon
 expect ends the looking ahead for this pass, and the next pass is recorded anew. As every rank runs the same
 record, gathers start in one order everywhere; a rank that goes its own way alone would hang in any scheme that gathers
 on use, which is what leaf modules are for: they gather all that is below them at once.
+
+[Note: What stays]
+Small parameters stay whole between passes. So do those whose slice is all of their values and already where the module
+computes (one rank, no offloading to other memory): there, gathering is no more than pointing at the slice, and costs no
+memory. Modules that have only parameters that stay are left out of the record, and without gradients their hooks do
+next to nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +31,13 @@ from typing import Any
 import torch
 
 from .prefetch import Record
-from .sharded_param import ZeroParamStatus, finish_gather, release, start_gather
+from .sharded_param import (
+    ZeroParamStatus,
+    finish_gather,
+    is_its_slice,
+    release,
+    start_gather,
+)
 from .utils import is_zero_param
 
 
@@ -71,6 +83,9 @@ class Residency:
         self._live_numel = 0
         self.hook(module)
         self.persistent = self._choose_persistent()
+        everything = dict.fromkeys(p for params in self._params for p in params)
+        self._free = {id(p) for p in everything if is_its_slice(p)}
+        self._staying = self._free | {id(p) for p in self.persistent}
 
     # - which module needs what
 
@@ -116,8 +131,12 @@ class Residency:
 
     def needs(self, number: int) -> list[torch.nn.Parameter]:
         """Parameters of a module, and those of others that it was seen to use."""
-        external = getattr(self._modules[number], "_external_params", None)
+        # Not by getattr: a module without the attribute would take a hundred times as long to say so.
+        external = self._modules[number].__dict__.get("_external_params")
         return self._params[number] + list(external.values()) if external else self._params[number]
+
+    def _all_stay(self, params: list[torch.nn.Parameter]) -> bool:
+        return all(id(p) in self._staying for p in params)
 
     # - hooks
 
@@ -127,6 +146,9 @@ class Residency:
         self._stack.append(number)
         params = self.needs(number)
         if not params:
+            return
+        if not torch.is_grad_enabled() and self._all_stay(params):
+            self._make_whole(params)
             return
         self._enter(number)
         if torch.is_grad_enabled() and not all(p.requires_grad for p in params):
@@ -139,7 +161,10 @@ class Residency:
             del self._stack[self._stack.index(number) :]
         params = self.needs(number)
         graph = False
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            if self._all_stay(params):
+                params = []
+        else:
             for tensor in _tensors(output):
                 if tensor.requires_grad:
                     graph = True
@@ -202,13 +227,12 @@ class Residency:
         self._stack.clear()
         for param in self._live.values():
             param.ds_active_sub_modules.clear()
-        self._let_go(p for p in list(self._live.values()) if not p.ds_persist)
+        self._let_go([p for p in self._live.values() if id(p) not in self._staying])
 
     def after_step(self) -> None:
         """The slices have changed: gathered copies are stale."""
-        self._let_go(list(self._live.values()))
-        self._start(self.persistent)
-        finish_gather(self.persistent)
+        self._let_go([p for p in self._live.values() if id(p) not in self._free])
+        self._make_whole(self.persistent)
 
     def release_all(self) -> None:
         """Let everything go, persistent parameters too; the next use gathers them again."""
@@ -218,6 +242,11 @@ class Residency:
         return sum(p.ds_numel for p in self.needs(number))
 
     # - in and out of use
+
+    def _make_whole(self, params: list[torch.nn.Parameter]) -> None:
+        if any(p.ds_status is not ZeroParamStatus.AVAILABLE for p in params):
+            self._start(params)
+            finish_gather(params)
 
     def _enter(self, number: int) -> None:
         params = self.needs(number)
@@ -245,7 +274,7 @@ class Residency:
         self._let_go(
             p
             for p in params
-            if not p.ds_persist
+            if id(p) not in self._staying
             and not p.ds_active_sub_modules
             and (crowded or not self._record.soon(p, self.needs, self.policy.max_reuse_distance))
         )
@@ -254,14 +283,18 @@ class Residency:
         for param in params:
             if id(param) not in self._live:
                 self._live[id(param)] = param
-                self._live_numel += param.ds_numel
+                self._live_numel += self._weight_of(param)
         start_gather(params)
 
     def _let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
         for param in params:
             if self._live.pop(id(param), None) is not None:
-                self._live_numel -= param.ds_numel
+                self._live_numel -= self._weight_of(param)
             release([param])
+
+    def _weight_of(self, param: torch.nn.Parameter) -> int:
+        """Elements of memory that being whole takes."""
+        return 0 if id(param) in self._free else param.ds_numel
 
 
 def register_external(module: torch.nn.Module, param: torch.nn.Parameter) -> None:
@@ -322,7 +355,8 @@ class WatchedParams(dict):
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
-        if param is not None and is_zero_param(param):
+        status = getattr(param, "ds_status", None)
+        if status is not None and status is not ZeroParamStatus.AVAILABLE:
             self.residency.access(param)
         return param
 

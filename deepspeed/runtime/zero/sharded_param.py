@@ -134,6 +134,16 @@ def piece_of(param: torch.nn.Parameter) -> int:
     return -(-total // param.ds_axis.size)
 
 
+def is_its_slice(param: torch.nn.Parameter) -> bool:
+    """Whether this rank's slice is all of the values, as they are, where the parameter is gathered to."""
+    return (
+        param.ds_axis.size == 1
+        and param.ds_codec is None
+        and param.ds_spill is None
+        and param.ds_tensor.device == param.ds_device
+    )
+
+
 def slice_of(param: torch.nn.Parameter) -> torch.Tensor:
     """This rank's slice, flat: the slice itself, or a copy read from its file."""
     return param.ds_tensor if param.ds_spill is None else param.ds_spill.take()
