@@ -6,30 +6,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from deepspeed.comm.mesh import Axis, Mesh
-from deepspeed.ops.aio.library import Options
 from deepspeed.utils import groups
-from deepspeed.utils.errors import DeepSpeedConfigError, explain
+from deepspeed.utils.errors import explain
+from deepspeed.utils.logging import set_log_level_from_string
 
 from .config_unbuilt import refuse_unbuilt
 from .drivers import Driver, NoDriver, PlainDriver, SlabDriver
 from .fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase, UnguardedLossScaler
 from .module_prep import named_strays
 from .precision import Precision
-from .zero.codec import GroupCodec, schemes_of_weights
+from .sharding import spill_folder
 from .zero.optimizer import ZeroOptimizer, expert_group_name
 from .zero.parameter_offload import DeepSpeedZeRoOffload
-from .zero.plan import Placement, Plan, TierKind
-from .zero.residency import Residency, ResidencyPolicy
-from .zero.sharded_param import recode, release, shard_param, spill
-from .zero.spill import SpillFolder
-from .zero.tiers import tier_for
-from .zero.utils import is_zero_param
+from .zero.plan import Plan, TierKind
 
 # Elements of states that are in memory at once when they live in files, whatever larger sub_group_size says.
 LARGEST_FILE_PART = 32 * 1024 * 1024
@@ -52,12 +46,14 @@ def accept(config: Any, optimizer: Any, lr_scheduler: Any) -> Any:
 
 
 def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any) -> None:
-    """Refuse combinations of arguments that cannot work.
+    """Refuse combinations of arguments that cannot work; the configured log level holds from here on.
 
     Raises:
         AssertionError: ZeRO 1 or 2 without an optimizer; a scheduler object without an optimizer object.
         ValueError: nothing to train.
     """
+    if config.log_level is not None:
+        set_log_level_from_string(config.log_level)
     has_optimizer = optimizer is not None or config.optimizer_name is not None
     if config.zero_optimization_stage in (1, 2) and not has_optimizer:
         raise AssertionError(
@@ -169,88 +165,12 @@ def build_plan(config: Any) -> Plan:
         plan = replace(
             plan.on_host(1.0, offload.pin_memory), state_tier=TierKind.FILE, part_numel=numel
         )
-    if (
-        plan.stage == 3
-        and zero.offload_param is not None
-        and _name(zero.offload_param.device) == "cpu"
-    ):
-        plan = replace(plan, param_tier=TierKind.HOST)
-    if (
-        plan.stage == 3
-        and zero.offload_param is not None
-        and _name(zero.offload_param.device) == "nvme"
-    ):
-        plan = replace(plan, param_tier=TierKind.FILE)
-    return plan
-
-
-def spill_folder(config: Any, section: Any, *names: str) -> SpillFolder:
-    """The folder of this rank for state that an `offload_*` section sends to NVMe.
-
-    Raises:
-        DeepSpeedConfigError: without `nvme_path`.
-        OSError: for a folder that cannot be used.
-    """
-    if section.nvme_path is None:
-        raise DeepSpeedConfigError(
-            explain(
-                "offloading to NVMe needs a folder",
-                got='"device": "nvme" without "nvme_path"',
-                expected="a folder on the disk to use",
-                fix='add "nvme_path" to the same section',
-            )
+    if plan.stage == 3 and zero.offload_param is not None:
+        tiers = {"cpu": TierKind.HOST, "nvme": TierKind.FILE}
+        plan = replace(
+            plan, param_tier=tiers.get(_name(zero.offload_param.device), TierKind.DEVICE)
         )
-    aio = config.aio_config
-    options = Options(
-        block_size=aio["block_size"],
-        queue_depth=aio["queue_depth"],
-        single_submit=aio["single_submit"],
-        overlap_events=aio["overlap_events"],
-        intra_op_parallelism=aio["intra_op_parallelism"],
-    )
-    rank = groups.current_mesh().world.rank
-    return SpillFolder(Path(section.nvme_path).joinpath(*names, f"rank{rank}"), options)
-
-
-def shard_params(engine: Any) -> Residency | None:
-    """At stage 3, cut the module's parameters over the ranks and place the hooks that gather them."""
-    if engine.plan.params is not Placement.SHARDED:
-        return None
-    zero = engine._config.zero_config
-    tier = tier_for(
-        engine.device, engine.plan.param_tier is not TierKind.DEVICE, engine.plan.pin_memory
-    )
-    folder = None
-    if engine.plan.param_tier is TierKind.FILE:
-        kind = str(engine.get_data_types()[0]).removeprefix("torch.")
-        folder = spill_folder(engine._config, zero.offload_param, "zero_stage_3", f"{kind}params")
-    schemes = schemes_of_weights(engine.module, _section(engine._config.weight_quantization_config))
-    for param in engine.module.parameters():
-        name = expert_group_name(param)
-        axis = engine.mesh.sequence_data if name is None else engine.mesh.expert_data[name]
-        scheme = schemes.get(param)
-        if not is_zero_param(param):
-            codec = None if scheme is None else GroupCodec.of(scheme, param)
-            shard_param(param, axis, engine.device, tier, folder, codec)
-        else:
-            if scheme is not None:
-                recode(param, tier, GroupCodec.of(scheme, param))
-            if folder is not None and param.ds_spill is None:
-                spill(param, folder, param.ds_tensor)
-        param.ds_enable_sanity_checks = zero.enable_sanity_checks
-    release(engine.module.parameters())
-    policy = ResidencyPolicy(
-        prefetch_numel=1 if zero.allgather_sequential else int(zero.prefetch_bucket_size),
-        max_live_numel=int(zero.max_live_parameters),
-        max_reuse_distance=int(zero.max_reuse_distance),
-        persist_numel=int(zero.param_persistence_threshold),
-        model_persist_numel=int(zero.model_persistence_threshold),
-    )
-    return Residency(engine.module, policy)
-
-
-def _section(section: Any) -> dict[str, Any] | None:
-    return None if section is None else section.model_dump()
+    return plan
 
 
 def _name(device: Any) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from deepspeed.accelerator.lowp_products import products_context
-from deepspeed.utils.logging import set_log_level_from_string
 
-from . import build, engine_checkpoint, engine_load, memory_plan, module_prep
+from . import build, engine_checkpoint, engine_load, memory_plan, module_prep, sharding
 from .backward import BackwardWatch
 from .clock import AccumulationClock
 from .engine_accessors import ConfigAccessors
 from .observers import build_observers
+from .zero import offload_states
 
 
 class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
@@ -63,8 +63,6 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         self.dont_change_device = dont_change_device
         self.local_rank = module_prep.take_local_rank(args)
         build.check_request(self._config, model, optimizer, lr_scheduler)
-        if self._config.log_level is not None:
-            set_log_level_from_string(self._config.log_level)
         self.device = module_prep.take_device(args, self.local_rank, model, dont_change_device)
         self.has_moe_layers, self.num_experts = module_prep.prepare_moe(model, self._config)
         self.mesh = build.build_mesh(self._config, mpu, model)
@@ -73,19 +71,18 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         self.clock = AccumulationClock(
             self._config.gradient_accumulation_steps, self._config.managed_gradient_accumulation
         )
-        trains = optimizer is not None or self._config.optimizer_name is not None
         memory_plan.refuse_what_cannot_fit(
-            self._config, model, self.mesh.sequence_data.size, self.device, trains
+            self._config, model, self.mesh.sequence_data.size, self.device, optimizer
         )
         self.module = module_prep.prepare_module(
             model, self.precision, self.mesh, self.device, dont_change_device
         )
         self.param_names = {param: name for name, param in model.named_parameters()}
-        self.residency = build.shard_params(self)
+        self.residency = sharding.shard_params(self)
         self._set_up_topology()
         self.observers = build_observers(self)
         self.training_dataloader = (
-            self.deepspeed_io(training_data) if training_data is not None else None
+            None if training_data is None else self.deepspeed_io(training_data)
         )
         self.basic_optimizer = build.build_basic_optimizer(
             self._config, model, optimizer, model_parameters
@@ -96,18 +93,14 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         )
         self._set_up_backward()
         self.checkpoint_engine = build.build_checkpoint_engine(self._config)
-        self.enable_backward_allreduce = True
         self._is_compiled = False
-        self.observers.progress(self, 0)
         self._log_configuration()
 
     # - construction
 
     def _set_up_topology(self) -> None:
-        self.global_rank, self.world_size = (
-            self.mesh.world.ranks[self.mesh.world.rank],
-            self.mesh.world.size,
-        )
+        world = self.mesh.world
+        self.global_rank, self.world_size = world.ranks[world.rank], world.size
         self.dp_world_size = self.seq_dp_world_size = self.mesh.data.size
         self.mp_world_size, self.sequence_parallel_size = (
             self.mesh.tensor.size,
@@ -156,6 +149,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         ]
 
     def _log_configuration(self) -> None:
+        self.observers.progress(self, 0)
         if self.global_rank == 0:
             self._config.print("DeepSpeedEngine configuration")
         if self._config.dump_state and self.global_rank == 0:
@@ -186,6 +180,8 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Call the module, in the precision that was configured; returns what it returns."""
+        if getattr(self.optimizer, "offloaded_states", None):
+            offload_states.refuse_use(self.optimizer)
         with (
             self.observers.during("forward", self),
             self._products,
@@ -468,6 +464,22 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
     @property
     def is_compiled(self) -> bool:
         return self._is_compiled
+
+    def offload_states(
+        self,
+        include: Any = None,
+        device: Any = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Move states out of the device's memory until `reload_states`; see `runtime.zero.offload_states`."""
+        offload_states.offload_states(
+            module_prep.need_sharded(self.optimizer), include, device, pin_memory, non_blocking
+        )
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what `offload_states` moved."""
+        offload_states.reload_states(module_prep.need_sharded(self.optimizer), non_blocking)
 
     def empty_partition_cache(self) -> None:
         """Let go of all sharded parameters that are whole (stage 3)."""

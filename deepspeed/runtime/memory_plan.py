@@ -58,7 +58,9 @@ def plan_for(
     return memory_plan(model, plan, widths, run)
 
 
-def refuse_what_cannot_fit(config: Any, model: Any, world: int, device: Any, trains: bool) -> None:
+def refuse_what_cannot_fit(
+    config: Any, model: Any, world: int, device: Any, optimizer: Any
+) -> None:
     """Compare the memory plan of a run with the memory that is free now, before anything is allocated.
 
     Args:
@@ -66,13 +68,13 @@ def refuse_what_cannot_fit(config: Any, model: Any, world: int, device: Any, tra
         model: the torch module; the memory that it holds already counts as free.
         world: ranks of the data axis.
         device: where the model computes.
-        trains: whether there is an optimizer.
+        optimizer: the caller's; None leaves it to the configuration.
 
     Raises:
         DeepSpeedMemoryError: a MemoryError whose message holds the table.
     """
     size = ModelSize.of_module(model)
-    if not trains:
+    if optimizer is None and config.optimizer_name is None:
         size = ModelSize((), (*size.trainable, *size.frozen), size.largest_layer)
     plan = plan_for(config, size, world, device_is_host=device.type == "cpu")
     held = {"cpu": 0, device.type: 0}

@@ -170,6 +170,23 @@ def check_loss(loss: Any, optimizer: Any) -> None:
         )
 
 
+def need_sharded(optimizer: Any) -> Any:
+    """An optimizer whose states can be moved.
+
+    Raises:
+        AssertionError: for none, or a plain torch optimizer.
+    """
+    if not hasattr(optimizer, "groups"):
+        raise AssertionError(
+            explain(
+                "only the states of a ZeRO optimizer can be offloaded and reloaded",
+                got=type(optimizer).__name__,
+                expected="stage 1, 2 or 3",
+            )
+        )
+    return optimizer
+
+
 def compile_module(
     module: torch.nn.Module,
     backend: str | None,

@@ -40,6 +40,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.elasticity": 5,
     "deepspeed.inference.quantization": 5,
     "deepspeed.nebula": 5,
+    "deepspeed.runtime.sharding": 5,
     "deepspeed.runtime.activation_checkpointing": 5,
     "deepspeed.runtime.data_pipeline": 5,
     "deepspeed.runtime.model_checkpointing": 5,

@@ -32,7 +32,7 @@ BUDGET = {
     "deepspeed/ops": 7000,
     "deepspeed/runtime/engine.py deepspeed/runtime/engine_accessors.py": 920,
     # every rule of loading: three stages, two wrappers, older names, experts, any number of ranks
-    "deepspeed/runtime/engine_checkpoint.py deepspeed/runtime/engine_load.py": 620,
+    "deepspeed/runtime/engine_checkpoint.py deepspeed/runtime/engine_load.py": 750,
     # requests are refused here, in words: more than half of it is messages
     "deepspeed/runtime/build.py deepspeed/runtime/optimizers.py": 560,
     # configurations and model files of several kinds, and the words of the report
@@ -47,7 +47,8 @@ BUDGET = {
     "deepspeed/runtime/base_optimizer.py deepspeed/runtime/utils.py": 350,
     # both ways of running a block again, saved inputs in parts, and random streams, each a thought of its own
     "deepspeed/runtime/activation_checkpointing": 720,
-    "deepspeed/runtime/zero": 4490,
+    # with the memory plan, packed weights, states that go and come back, and files on disk
+    "deepspeed/runtime/zero": 5600,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned
     "deepspeed/checkpoint": 2000,
     # loading, cutting, quantizing and offloading the base, each with the others

@@ -95,6 +95,22 @@ def reload_states(optimizer: Any, non_blocking: bool = False) -> None:
     _settle(non_blocking)
 
 
+def refuse_use(optimizer: Any) -> None:
+    """Called before a forward pass while states are away.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        explain(
+            "states are offloaded",
+            got=", ".join(sorted(kind.value for kind in _away(optimizer))),
+            expected="all of them on the device",
+            fix="call engine.reload_states() before the forward pass",
+        )
+    )
+
+
 def get_state_devices(model: Any, state: OffloadStateTypeEnum) -> set[torch.device]:
     """Where one kind of state is at the moment.
 

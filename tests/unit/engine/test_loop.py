@@ -375,3 +375,22 @@ def test_a_copy_of_the_module_lives_by_itself(stage):
     engine.backward(loss_of(engine, *data()))
     engine.step()
     assert same(before, list(twin.parameters()))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_go_and_come_back(stage):
+    engine, other = start(stage), start(stage)
+    for each in (engine, other):
+        each.backward(loss_of(each, *data(0)))
+        each.step()
+    engine.offload_states()
+    engine.reload_states()
+    for each in (engine, other):
+        each.backward(loss_of(each, *data(1)))
+        each.step()
+    assert same(weights(engine), weights(other))
+
+
+def test_only_sharded_states_can_go():
+    with pytest.raises(AssertionError, match="stage 1, 2 or 3"):
+        start(0).offload_states()
