@@ -39,6 +39,7 @@ FILES = (
     "io/uring_engine.cpp",
     "io/iocp_engine.cpp",
     "io/worker.cpp",
+    "io/lock.cpp",
     "io/queue.cpp",
     "io/memory.cpp",
     "io/io_api.cpp",

@@ -3,7 +3,6 @@
 
 #include <stdlib.h>
 
-#include <chrono>
 #include <new>
 #include <system_error>
 
@@ -19,7 +18,7 @@ Request::~Request() {
 
 Queue::~Queue() {
     {
-        std::lock_guard<std::mutex> lock(mutex_);
+        std::lock_guard<Mutex> lock(mutex_);
         closing_ = true;
     }
     work_.notify_all();
@@ -49,7 +48,7 @@ int64_t Queue::submit(const Target &target, int64_t offset, int64_t bytes, void 
     const int64_t blocks = (offset + bytes - first + options_.block - 1) / options_.block;
     int64_t count = blocks < options_.workers ? blocks : options_.workers;
     if (count < 1) count = 1;
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<Mutex> lock(mutex_);
     if (!start_workers()) {
         *error = error_no_memory();
         return -1;
@@ -71,15 +70,14 @@ int64_t Queue::submit(const Target &target, int64_t offset, int64_t bytes, void 
 }
 
 bool Queue::wait(int64_t ticket, int milliseconds, Outcome *outcome) {
-    std::unique_lock<std::mutex> lock(mutex_);
+    std::unique_lock<Mutex> lock(mutex_);
     const auto found = requests_.find(ticket);
     if (found == requests_.end()) return false;
     const std::shared_ptr<Request> request = found->second;
     const auto over = [&] { return request->parts_left == 0; };
-    if (milliseconds < 0)
-        done_.wait(lock, over);
-    else
-        done_.wait_for(lock, std::chrono::milliseconds(milliseconds), over);
+    // Another request's end may wake us; the caller asks again when the time is over.
+    while (!over() && done_.wait(lock, milliseconds)) {
+    }
     *outcome = request->outcome;
     if (!over()) {
         outcome->state = kPending;
@@ -113,8 +111,8 @@ bool Queue::start_workers() {
 }
 
 Part *Queue::take(bool patient) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (patient) work_.wait(lock, [this] { return closing_ || !parts_.empty(); });
+    std::unique_lock<Mutex> lock(mutex_);
+    while (patient && !closing_ && parts_.empty()) work_.wait(lock);
     if (closing_ || parts_.empty()) return nullptr;
     Part *part = parts_.front();
     parts_.pop_front();
@@ -123,7 +121,7 @@ Part *Queue::take(bool patient) {
 
 void Queue::retire(Part *part) {
     {
-        std::lock_guard<std::mutex> lock(mutex_);
+        std::lock_guard<Mutex> lock(mutex_);
         Request &request = *part->request;
         if (closing_ && part->next < part->end && request.outcome.state == kPending)
             request.outcome.state = kCancelled;
@@ -134,12 +132,12 @@ void Queue::retire(Part *part) {
 }
 
 void Queue::moved(Part *part, int64_t bytes) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<Mutex> lock(mutex_);
     part->request->outcome.moved += bytes;
 }
 
 void Queue::fail(Part *part, State state, int error, int64_t offset, int64_t bytes) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<Mutex> lock(mutex_);
     Outcome &outcome = part->request->outcome;
     if (outcome.state != kPending) return;  // the first failure is the one to tell
     outcome.state = state;
@@ -149,7 +147,7 @@ void Queue::fail(Part *part, State state, int error, int64_t offset, int64_t byt
 }
 
 bool Queue::hopeless(Part *part) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<Mutex> lock(mutex_);
     return closing_ || part->request->outcome.state != kPending;
 }
 

@@ -4,15 +4,14 @@
 
 #include <stdint.h>
 
-#include <condition_variable>
 #include <deque>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
 
 #include "engine.h"
+#include "lock.h"
 
 namespace ds {
 namespace io {
@@ -88,8 +87,8 @@ private:
     bool hopeless(Part *part);
 
     const Options options_;
-    std::mutex mutex_;
-    std::condition_variable work_, done_;
+    Mutex mutex_;
+    Condition work_, done_;
     std::deque<Part *> parts_;
     std::map<int64_t, std::shared_ptr<Request>> requests_;
     int64_t last_ticket_ = 0;
