@@ -217,9 +217,7 @@ class _Settings:
 
 def _settings(config: Any) -> _Settings:
     if config is None:
-        return _Settings(
-            torch.float16 if get_accelerator().is_fp16_supported() else torch.float32
-        )
+        return _Settings(torch.float16 if get_accelerator().is_fp16_supported() else torch.float32)
     from deepspeed.runtime.config import load_config
     from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
 

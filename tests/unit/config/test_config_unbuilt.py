@@ -24,9 +24,7 @@ def zero(stage, **keys):
 
 
 GROUP = {"g": {"params": {"start_bits": 8, "target_bits": 4}}}
-QUANTIZED = {
-    "weight_quantization": {"quantized_initialization": {"num_bits": 4, "group_size": 64}}
-}
+QUANTIZED = {"weight_quantization": {"quantized_initialization": {"num_bits": 4, "group_size": 64}}}
 # key -> a configuration that asks for it
 ASKING = {
     "zero_optimization.mics_shard_size": zero(3, mics_shard_size=2),
