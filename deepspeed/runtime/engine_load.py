@@ -253,7 +253,8 @@ class _Load:
         for name, shape in (self.model.get(Model.FROZEN_PARAM_SHAPES) or {}).items():
             weights[name] = self._frozen(name, shape, saved.world)
         for alias, name in (self.model.get(Model.SHARED_PARAMS) or {}).items():
-            weights[alias] = weights[name]
+            if name in weights:  # frozen ones may have been left out
+                weights[alias] = weights[name]
         return weights
 
     def _frozen(self, name: str, shape: torch.Size, world: int) -> torch.Tensor:

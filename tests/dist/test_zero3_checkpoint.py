@@ -112,3 +112,42 @@ def refused(rank, folder):
 def test_whole_weights_are_written_only_if_asked_for(ranks2, tmp_path):
     assert ranks2.run(refused, tmp_path) == [False, False]
     assert not list(tmp_path.iterdir())
+
+
+class OnFrozen(torch.nn.Module):
+    """An adapter between frozen layers that share their weight."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(7, 7)
+        self.last = torch.nn.Linear(7, 7)
+        self.last.weight = self.first.weight
+        self.requires_grad_(False)
+        torch.manual_seed(seed)
+        self.adapter = torch.nn.Linear(7, 7)
+
+    def forward(self, x):
+        return self.last(self.adapter(self.first(x)))
+
+
+def save_adapter(rank, folder, stage):
+    engine = start(stage, "fp32", OnFrozen(1))
+    steps(engine, 0, 2)
+    engine.save_checkpoint(folder, tag="t", exclude_frozen_parameters=True)
+    return steps(engine, 2, 4)
+
+
+def load_adapter(rank, folder, stage):
+    engine = start(stage, "fp32", OnFrozen(2))
+    engine.load_checkpoint(folder, load_module_strict=False)
+    return steps(engine, 2, 4)
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 3), (3, 2), (2, 3)])
+def test_a_checkpoint_without_frozen_weights_resumes_beside_them(old, new, ranks2, tmp_path):
+    want = ranks2.run(save_adapter, tmp_path, old)
+    assert ranks2.run(load_adapter, tmp_path, new) == want
+    weights = get_fp32_state_dict_from_zero_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    assert sorted(weights) == ["adapter.bias", "adapter.weight"]
+    assert all(value.numel() for value in weights.values())
