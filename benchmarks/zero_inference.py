@@ -4,7 +4,8 @@
     python benchmarks/zero_inference.py [--size tiny|small|medium] [--dtype fp32|bf16] [--rounds 5] [--upstream PYTHON]
 
 Contenders generate from the same Llama with random weights, in turns, so that a machine that changes speed changes all
-of them; what counts is the ratio to the resident model of the same round. `--upstream` names an interpreter with
+of them; what counts is the ratio to the resident model of the same round. On a machine that others use as well, the CPU
+seconds of the best round say more. `--upstream` names an interpreter with
 upstream's package, which runs its rows, and its own resident one, right after. On a machine with a GPU, accelerate and
 ZeRO bring the weights to it for each use.
 """
@@ -111,20 +112,21 @@ def work(args: argparse.Namespace) -> None:
     mask = torch.ones_like(ids)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         rows = contenders(args, Path(folder))
-        times: dict[str, list[float]] = {name: [] for name in rows}
+        times: dict[str, list[list[float]]] = {name: [] for name in rows}
         for round_ in range(args.rounds + 1):
             for name, net in rows.items():
-                begin = time.perf_counter()
+                begin = time.perf_counter(), time.process_time()
                 out = net.generate(
                     ids, attention_mask=mask, max_new_tokens=args.tokens, do_sample=False
                 )
                 out.cpu()
                 if round_:
-                    times[name].append(time.perf_counter() - begin)
+                    end = time.perf_counter(), time.process_time()
+                    times[name].append([end[0] - begin[0], end[1] - begin[1]])
         Path(args.out).write_text(json.dumps(times), encoding="utf-8")
 
 
-def run(python: str, args: argparse.Namespace, extra: list[str]) -> dict[str, list[float]]:
+def run(python: str, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "times.json"
         command = [python, str(Path(__file__).resolve()), "--out", str(out), *extra]
@@ -134,14 +136,19 @@ def run(python: str, args: argparse.Namespace, extra: list[str]) -> dict[str, li
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def table(times: dict[str, list[float]], args: argparse.Namespace, label: str) -> None:
+def table(times: dict[str, Any], args: argparse.Namespace, label: str) -> None:
     tokens = SIZES[args.size][4] * args.tokens
-    for name, seconds in times.items():
+    for name, rounds in times.items():
         ratio = statistics.median(
-            base / own for base, own in zip(times["resident"], seconds, strict=True)
+            base[0] / own[0] for base, own in zip(times["resident"], rounds, strict=True)
         )
-        speed = tokens / statistics.median(seconds)
-        print(f"{label + name:28} {speed:10.1f} tokens/s   {ratio:6.2f} of resident")
+        speed = tokens / statistics.median(wall for wall, _ in rounds)
+        cpu = min(cpu for _, cpu in rounds)
+        share = min(cpu for _, cpu in times["resident"]) / cpu
+        print(
+            f"{label + name:26} {speed:8.1f} tokens/s {ratio:6.2f} of resident"
+            f"   {cpu:8.3f} CPU s {share:6.2f} of resident"
+        )
 
 
 def main() -> None:
