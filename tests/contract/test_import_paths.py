@@ -69,6 +69,12 @@ BUILT = {
     "deepspeed.env_report": "cli_main main",
     "deepspeed.git_version_info": "version git_hash git_branch",
     "deepspeed.inference.config": "DeepSpeedInferenceConfig",
+    "deepspeed.inference.quantization.layers": (
+        "QuantizedEmbedding QuantizedLinear QUANTIZATION_LAYER_MAPPINGS"
+    ),
+    "deepspeed.inference.quantization.quantization": "_init_group_wise_weight_quantization",
+    "deepspeed.inference.quantization.quantization_context": "QuantizationContext",
+    "deepspeed.inference.quantization.utils": "DeQuantizer Quantizer",
     "deepspeed.inference.v2": "",
     "deepspeed.launcher.launch": "main",
     "deepspeed.launcher.runner": "main DEEPSPEED_ENVIRONMENT_NAME",
