@@ -22,6 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
 TESTS = ("unit", "contract", "structure", "dist", "cuda")
+PACKED = (".py", ".toml", ".md", ".cpp", ".h", ".inl", ".c", ".cu", ".cuh")
 SOURCES = ("pyproject.toml", "setup.py", "deepspeed", "csrc", "op_builder", "README.md")
 
 
@@ -69,9 +70,10 @@ class Environment:
         say(f"install {torch} and deepspeed" + (f" [{extras}]" if extras else ""))
         self.stamp.unlink(missing_ok=True)
         shutil.rmtree(HERE / "build", ignore_errors=True)  # old modules there would be packed again
-        package = str(HERE) + (f"[{extras}]" if extras else "")
+        # tests read the tree, so its native library is built there; training uses a copy, as users have
+        package = ["-e", f"{HERE}[{extras}]"] if extras else [str(HERE)]
         options = ["--disable-pip-version-check", *([] if sys.stdout.isatty() else ["-qq"])]
-        if run([self.python, "-m", "pip", "install", *options, torch, package]) != 0:
+        if run([self.python, "-m", "pip", "install", *options, torch, *package]) != 0:
             sys.exit("the installation failed; its last lines say why")
         self.stamp.write_text(json.dumps(want), encoding="utf-8")
 
@@ -82,18 +84,9 @@ def fingerprint() -> str:
     for name in SOURCES:
         top = HERE / name
         for path in [top] if top.is_file() else sorted(top.rglob("*")):
-            if path.is_file() and path.suffix in (
-                ".py",
-                ".toml",
-                ".md",
-                ".cpp",
-                ".h",
-                ".inl",
-                ".c",
-            ):
-                digest.update(
-                    path.relative_to(HERE).as_posix().encode() + b"\0" + path.read_bytes()
-                )
+            if path.is_file() and path.suffix in PACKED:
+                name = path.relative_to(HERE).as_posix()
+                digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -141,28 +134,28 @@ def test(environment: Environment, rest: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
+        usage="python quickstart.py [train | test] [options] [words for the script or for pytest]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Further words go to the training script (--epochs 5, --dtype bf16) or to pytest.",
     )
-    parser.add_argument("command", nargs="?", choices=("train", "test"), default="train")
     parser.add_argument(
         "--data", type=Path, help="a folder with CIFAR-10 (else pictures are drawn)"
     )
     parser.add_argument("--env", type=Path, default=HERE / ".venv", help="the environment's folder")
     parser.add_argument("--torch", default=TORCH, help=f"what pip installs, default {TORCH}")
     parser.add_argument("--no-install", action="store_true", help="use --env as it is")
-    options, rest = parser.parse_known_args()
+    words = sys.argv[1:]
+    command = words.pop(0) if words[:1] in (["train"], ["test"]) else "train"
+    options, rest = parser.parse_known_args(words)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
     if sys.version_info < (3, 10) or sys.maxsize < 2**32:
         sys.exit(f"needs a 64-bit Python 3.10 or newer, this is {sys.version}")
     environment = Environment(options.env.resolve())
     if not options.no_install:
-        environment.install(options.torch, "dev" if options.command == "test" else "")
-    return (
-        test(environment, rest) if options.command == "test" else train(environment, options, rest)
-    )
+        environment.install(options.torch, "dev" if command == "test" else "")
+    return test(environment, rest) if command == "test" else train(environment, options, rest)
 
 
 if __name__ == "__main__":
