@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from enum import Enum
@@ -252,6 +253,12 @@ class DeepSpeedZeroConfig(DeepSpeedConfigModel):
         default_factory=DeepSpeedZeroLeafModuleConfig,
         description="Modules whose params are fetched all at once (stage 3).",
     )
+
+    @field_validator("prefetch_bucket_size", mode="before")
+    @classmethod
+    def _whole_elements(cls, value: Any) -> Any:
+        # transformers up to 4.44 writes 0.9 * hidden_size * hidden_size for "auto", fraction and all.
+        return int(value) if isinstance(value, float) and math.isfinite(value) else value
 
     @field_validator("overlap_comm")
     @classmethod

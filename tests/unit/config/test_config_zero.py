@@ -139,6 +139,11 @@ def test_integral_floats_are_whole_numbers(value, expected):
     assert found == expected and isinstance(found, int)
 
 
+def test_the_fraction_that_older_trainers_write_for_the_prefetch_bucket_is_dropped():
+    found = zero(stage=3, stage3_prefetch_bucket_size=0.9 * 64 * 64).prefetch_bucket_size
+    assert found == 3686 and isinstance(found, int)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
