@@ -79,9 +79,10 @@ class AccumulationClock:
         """The extent of one `step()` call.
 
         Raises:
-            AssertionError: inside `no_sync()`.
+            AssertionError: inside `no_sync()`, where it would update weights (older accelerate calls it there between
+                the boundaries, after every micro-batch).
         """
-        if self.unsynchronized:
+        if self.unsynchronized and (self.at_boundary or not self.managed):
             raise AssertionError(
                 explain(
                     "step() was called inside no_sync()",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -146,6 +147,19 @@ def test_no_sync_is_legal_and_adds_up(stage):
                 engine.backward(loss)
             engine.step()
     assert same(weights(plain), weights(quiet))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_between_boundaries_may_be_inside_no_sync(stage):
+    outside, inside = (start(stage, gradient_accumulation_steps=2) for _ in range(2))
+    for micro in range(4):
+        outside.backward(loss_of(outside, *data(micro)))
+        outside.step()
+        with contextlib.nullcontext() if micro % 2 else inside.no_sync():
+            inside.backward(loss_of(inside, *data(micro)))
+            inside.step()
+    assert inside.global_steps == 2
+    assert same(weights(inside), weights(outside))
 
 
 def test_step_inside_no_sync_and_reentry_are_refused():
