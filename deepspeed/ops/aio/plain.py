@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from io import FileIO
 
 from deepspeed.ops.aio.library import (
@@ -57,6 +58,17 @@ class PlainQueue:
         wait(self._futures.values())
         self._pool.shutdown()
 
+    def abandon(self, held: object) -> None:
+        """Drop what has not begun, and let what has come to its end by itself; `held` is kept alive so long.
+
+        For finalizers: the garbage collector may run them in any thread at any place, inside the start of a thread
+        too, where waiting for another thread would never end.
+        """
+        self._closing.set()
+        for future in list(self._futures.values()):
+            future.add_done_callback(partial(_let_go, held))
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def _serve(self, request: Request) -> Outcome:
         done = 0
         try:
@@ -80,6 +92,10 @@ class PlainQueue:
         if done < request.nbytes:
             return Outcome(END_OF_FILE, 0, done, request.offset + done, request.nbytes - done)
         return Outcome(DONE, moved=done)
+
+
+def _let_go(held: object, future: Future[Outcome]) -> None:
+    """Carries what a request uses to the request's end."""
 
 
 def _move(file: FileIO, request: Request, piece: memoryview, offset: int) -> int | None:

@@ -165,6 +165,8 @@ class FileQueue:
             # What other threads wait for now comes to its end first; they begin no further wait.
             self._closing = True
             self._lock.wait_for(lambda: self._waiting == 0)
+            if self._finalizer.alive and os.getpid() == self._pid:
+                self._queue.close()
             self._finalizer()
 
     def __enter__(self) -> FileQueue:
@@ -286,9 +288,13 @@ def _open_queue(options: Options, backend: str | None) -> NativeQueue | PlainQue
 
 def _close_queue(queue: NativeQueue | PlainQueue, flights: dict[int, _Flight], owner: int) -> None:
     # A child of fork has neither the threads nor sound locks; the memory is the parent's business.
-    if os.getpid() == owner:
+    if os.getpid() != owner:
+        return
+    if isinstance(queue, PlainQueue):
+        queue.abandon(dict(flights))
+    else:
         queue.close()
-        flights.clear()
+    flights.clear()
 
 
 def _failure(request: Request, outcome: Outcome) -> OSError:

@@ -235,3 +235,25 @@ def test_the_variable_chooses_the_backend(monkeypatch):
     monkeypatch.setenv("DS_AIO_BACKEND", "threads" if "threads" in backends() else "python")
     with FileQueue() as queue:
         assert queue.backend == os.environ["DS_AIO_BACKEND"]
+
+
+def test_a_plain_queue_that_the_garbage_collector_ends_waits_for_nobody(tmp_path):
+    """It may run where threads are being started, and joining one there hangs for good."""
+    begun, go = threading.Event(), threading.Event()
+    queue = FileQueue(backend="python")
+    plain = queue._queue
+    serve = plain._serve
+
+    def slowly(request):
+        begun.set()
+        go.wait(10)
+        return serve(request)
+
+    plain._serve = slowly
+    queue.submit_write(tmp_path / "file", 0, torch.ones(4))
+    assert begun.wait(10)
+    finalizer = queue._finalizer
+    del queue, plain
+    gc.collect()
+    finalizer()  # returns while the request is still under way
+    go.set()
