@@ -37,6 +37,16 @@ def make_param(numel, dtype):
     return param
 
 
+def on_engine_pages(param):
+    """The same numbers where the engine keeps its slabs: on large pages, if the system gives them."""
+    from deepspeed.ops import pages
+
+    data, grad = param.data, param.grad
+    param.data = pages.zeros(data.numel(), data.dtype).copy_(data)
+    param.grad = pages.zeros(grad.numel(), grad.dtype).copy_(grad)
+    return param
+
+
 def timed(step):
     start = time.perf_counter()
     step()
@@ -49,7 +59,8 @@ class Ours:
     def __init__(self, numel, dtype):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        self.optimizer = DeepSpeedCPUAdam([make_param(numel, DTYPES[dtype])], **RULE)
+        param = on_engine_pages(make_param(numel, DTYPES[dtype]))
+        self.optimizer = DeepSpeedCPUAdam([param], **RULE)
 
     def turn(self):
         return timed(self.optimizer.step)
@@ -61,7 +72,7 @@ class OursMixed:
     def __init__(self, numel, dtype):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        self.param = make_param(numel, torch.float32)
+        self.param = on_engine_pages(make_param(numel, torch.float32))
         self.grad, self.param.grad = self.param.grad.to(DTYPES[dtype]), None
         self.low = torch.empty_like(self.grad)
         self.optimizer = DeepSpeedCPUAdam([self.param], **RULE)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from deepspeed.ops import pages
 from deepspeed.utils.errors import explain
 
 
@@ -137,6 +138,8 @@ def _zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Return zeros of the param's shape and strides, pinned where the param is."""
     # Asking whether memory is pinned would start CUDA; without CUDA nothing can be pinned.
     pinned = param.is_cpu and torch.cuda.is_initialized() and param.is_pinned()
+    if param.is_cpu and not pinned and param.is_contiguous():
+        return pages.zeros(param.numel(), dtype).view(param.shape)
     return torch.zeros_like(param, dtype=dtype, pin_memory=pinned, requires_grad=False)
 
 

@@ -90,6 +90,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.ops.aio": 2,
     "deepspeed.ops.cuda*": 2,
     "deepspeed.ops.packing": 2,
+    "deepspeed.ops.pages": 2,
     "deepspeed.ops.registry": 2,
     "deepspeed.ops.native": 2,
     "deepspeed.runtime.zero.estimate": 2,

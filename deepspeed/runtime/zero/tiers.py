@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from deepspeed.ops import pages
+
 
 class Tier(Protocol):
     """A place that holds flat buffers."""
@@ -30,6 +32,8 @@ class DeviceTier:
 
     def alloc(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D buffer of zeros on the device."""
+        if self.device.type == "cpu":
+            return pages.zeros(numel, dtype)
         return torch.zeros(numel, dtype=dtype, device=self.device)
 
 
@@ -47,7 +51,7 @@ class HostTier:
     def alloc(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D buffer of zeros, page-locked if asked for and possible."""
         if not self.pinned:
-            return torch.zeros(numel, dtype=dtype)
+            return pages.zeros(numel, dtype)
         try:
             return torch.zeros(numel, dtype=dtype, pin_memory=True)
         except RuntimeError:
