@@ -52,6 +52,7 @@ def there_and_back(values, settings):
 
 def by_hand(dtype, **settings):
     """Outputs of the plain model with weights that went there and back."""
+    torch.set_num_threads(1)  # as in the ranks: products are cut, and so rounded, by threads
     net = Net().to(dtype)
     for name, each in settings.items():
         weight = net.get_submodule(name).weight
