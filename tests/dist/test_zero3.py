@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -191,6 +193,39 @@ def train_checkpointed(rank, kind):
 def test_activation_checkpointing_of_either_kind(kind, ranks2):
     want = by_hand(Deep(), 2, 4, plain_loss)
     for got in ranks2.run(train_checkpointed, kind):
+        agree(got, want)
+
+
+class EndsInALayer(torch.nn.Module):
+    """Checkpointed blocks whose recomputation stops in the middle of their last layer: its output is not needed."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(6)
+        blocks = [(torch.nn.Linear(7, 11), torch.nn.Tanh(), torch.nn.Linear(11, 7, bias=False))] * 2
+        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(*copy.deepcopy(b)) for b in blocks)
+        self.kind = None
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + (block(x) if self.kind is None else checkpoint(block, x, use_reentrant=False))
+        return x
+
+
+def train_stopped_early(rank, residency):
+    net = EndsInALayer()
+    net.kind = False
+    engine = start(net, residency)
+    for step in range(4):
+        engine.backward(engine(x_of(rank, step)).square().sum())
+        engine.step()
+    return whole(engine)
+
+
+@pytest.mark.parametrize("residency", [None, {"stage3_param_persistence_threshold": 0}])
+def test_a_recomputation_may_stop_inside_a_module(residency, ranks2):
+    want = by_hand(EndsInALayer(), 2, 4, plain_loss)
+    for got in ranks2.run(train_stopped_early, residency):
         agree(got, want)
 
 

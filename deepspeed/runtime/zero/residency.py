@@ -170,7 +170,9 @@ class Residency:
                     graph = True
                     if params:
                         tensor.register_hook(partial(self._enter_backward, number))
-        if params and not (graph and _in_backward()):
+        # A recomputation for the backward pass under way may be stopped early, in the middle of a module: no output.
+        recomputed = _in_backward() and (graph or (output is None and torch.is_grad_enabled()))
+        if params and not recomputed:
             self._leave(number, params)
         if not self._stack and not graph and not _in_backward():
             self._end_pass()
