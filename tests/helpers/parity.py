@@ -7,6 +7,7 @@ in the weights' dtype. It sees the batches of all ranks and averages by hand, so
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,13 +204,18 @@ def grid(stages: tuple[int, ...] = (0, 1, 2, 3)) -> list[Cell]:
     ]
 
 
+# torch's Windows build fuses multiply and add in the vector body of `lerp` and `add(alpha=)` but not in the scalar
+# tail, so an element's last bit depends on where it lies: in a slab not as in its own param
+SLABS_ROUND_ALIKE = sys.platform != "win32"
+
+
 def compare(got: Run, want: Run, cell: Cell, exact: bool) -> None:
     """Fail unless two runs agree.
 
-    `exact`: bit for bit. Otherwise the native rule may fuse a multiply and an add, which moves a master weight by one
+    `exact`: bit for bit, where the place of an element does not show (SLABS_ROUND_ALIKE). Otherwise the native rule may fuse a multiply and an add, which moves a master weight by one
     ulp a step; the weights, all below 1 here, by STEPS ulps of fp32 at 1, and a 16-bit weight by one rounding of its own.
     """
-    if exact:
+    if exact and SLABS_ROUND_ALIKE:
         assert got.losses == want.losses
         for name, value in want.weights.items():
             assert torch.equal(got.weights[name], value), name

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import deepspeed
-from tests.helpers.parity import batch, loss_of, model
+from tests.helpers.parity import SLABS_ROUND_ALIKE, batch, loss_of, model
 
 STAGES = [0, 1, 2]
 
@@ -258,7 +258,10 @@ def test_groups_keep_their_own_rate_and_decay(stage):
         optimizer.zero_grad()
         loss_of(by_hand, *data(micro)).backward()
         optimizer.step()
-    assert same(weights(engine), list(by_hand.parameters()))
+    if SLABS_ROUND_ALIKE:
+        assert same(weights(engine), list(by_hand.parameters()))
+    else:  # an ulp of fp32 at 1 a step; all weights are below 1
+        torch.testing.assert_close(weights(engine), list(by_hand.parameters()), rtol=0, atol=4e-7)
 
 
 @pytest.mark.parametrize("stage", STAGES)

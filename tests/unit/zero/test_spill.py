@@ -9,7 +9,7 @@ import torch
 import deepspeed
 from deepspeed.ops.registry import use_isa
 from deepspeed.runtime.zero.spill import SpilledSlice, SpillFolder
-from tests.helpers.parity import Cell, batch, compare, engine_run, loss_of, model
+from tests.helpers.parity import SLABS_ROUND_ALIKE, Cell, batch, compare, engine_run, loss_of, model
 
 
 @pytest.fixture
@@ -100,7 +100,8 @@ def test_another_optimizer_of_torch_steps_from_files_too(tmp_path):
             engine.backward(loss_of(engine, *batch(0, micro, 0, torch.float32)))
             engine.step()
         runs.append([p.detach().clone() for p in net.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    tolerance = 0.0 if SLABS_ROUND_ALIKE else 4e-7  # an ulp of fp32 at 1 for each of the steps
+    torch.testing.assert_close(runs[0], runs[1], rtol=0.0, atol=tolerance)
 
 
 def test_files_go_when_the_engine_does(tmp_path):
