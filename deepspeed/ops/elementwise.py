@@ -139,7 +139,9 @@ def _zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
     # Asking whether memory is pinned would start CUDA; without CUDA nothing can be pinned.
     pinned = param.is_cpu and torch.cuda.is_initialized() and param.is_pinned()
     if param.is_cpu and not pinned and param.is_contiguous():
-        return pages.zeros(param.numel(), dtype).view(param.shape)
+        flat = pages.zeros(param.numel(), dtype)
+        # Not a view: one keeps the flat tensor, and its memory, alive when the state is moved elsewhere.
+        return flat.new_empty(0).set_(flat.untyped_storage(), 0, param.shape, param.stride())
     return torch.zeros_like(param, dtype=dtype, pin_memory=pinned, requires_grad=False)
 
 
