@@ -330,7 +330,10 @@ for _ in range(200):
     assert image == b"image" * 40000
     for file in cuda_cache.folder().iterdir():
         if sys.argv[1] == "breaks":
-            file.unlink(missing_ok=True)
+            try:
+                file.unlink(missing_ok=True)
+            except PermissionError:  # Windows keeps a file that the other process is reading
+                pass
 """
 
 
