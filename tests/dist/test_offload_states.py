@@ -8,6 +8,7 @@ import torch
 
 import deepspeed
 from deepspeed.runtime.zero import offload_states as moving
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
 
 def losses(rank, stage, threshold, move):
@@ -32,8 +33,9 @@ def losses(rank, stage, threshold, move):
             engine.step()
             found.append(loss.item())
             if move:
-                assert moving.offload_states(engine.optimizer)
-                moving.reload_states(engine.optimizer)
+                engine.optimizer.offload_states(device=OffloadDeviceEnum.cpu, non_blocking=True)
+                assert engine.optimizer.offloaded_states
+                engine.optimizer.reload_states(non_blocking=True)
     finally:
         moving._is_away_from = elsewhere
         engine.destroy()

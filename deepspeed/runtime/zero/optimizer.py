@@ -24,7 +24,7 @@ from deepspeed.runtime.precision import Precision
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
-from . import state
+from . import offload_states, state
 from .plan import Placement, Plan
 from .reducer import Reducer
 from .shard_group import ShardGroup, ShardPart
@@ -429,6 +429,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.reducer.end_step(release=sharded and not self.plan.reduces_each_backward)
 
     # - lifetime
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Move states out of the device's memory; arguments as of `engine.offload_states`."""
+        offload_states.offload_states(self, *args, **kwargs)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what `offload_states` moved."""
+        offload_states.reload_states(self, non_blocking)
 
     def destroy(self) -> None:
         """Remove the hooks on the parameters, and the files of offloaded states."""
