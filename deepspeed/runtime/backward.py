@@ -20,6 +20,7 @@ import torch
 from deepspeed.utils.errors import explain
 
 from .clock import AccumulationClock
+from .zero.residency import tensors_in
 
 
 class BackwardWatch:
@@ -137,18 +138,3 @@ class BackwardWatch:
     def _end_plain(self) -> None:
         self._plain = self._scaled = False
         self._end()
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested tuples, lists, mappings and dataclass-like outputs."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from tensors_in(getattr(value, name, None))

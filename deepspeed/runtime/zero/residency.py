@@ -152,7 +152,7 @@ class Residency:
             return
         self._enter(number)
         if torch.is_grad_enabled() and not all(p.requires_grad for p in params):
-            for tensor in _tensors((args, kwargs)):
+            for tensor in tensors_in((args, kwargs)):
                 if tensor.requires_grad and not tensor.is_leaf:
                     tensor.register_hook(partial(self._leave_backward, number))
 
@@ -165,7 +165,7 @@ class Residency:
             if self._all_stay(params):
                 params = []
         else:
-            for tensor in _tensors(output):
+            for tensor in tensors_in(output):
                 if tensor.requires_grad:
                     graph = True
                     if params:
@@ -336,18 +336,19 @@ def _down_to_leaves(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
     yield from walk(root)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested tuples, lists, mappings and dataclass-like outputs."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
-            yield from _tensors(getattr(value, name, None))
+            yield from tensors_in(getattr(value, name, None))
 
 
 class WatchedParams(dict):
