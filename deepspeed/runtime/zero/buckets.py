@@ -218,8 +218,8 @@ class SliceBucket(Bucket):
         self.fresh = False
 
 
-def cut_buckets(group: ShardGroup, most: int, plan: Plan) -> list[Bucket]:
-    """Cut a group's parameters into buckets of at most `most` elements (or one parameter), last parameters first."""
+def cut_buckets(group: ShardGroup, plan: Plan) -> list[Bucket]:
+    """Cut a group's parameters into buckets of the plan's size (or of one parameter), last parameters first."""
     if group.shard_axis.size == 1:
         kind: type[Bucket] = SlabBucket
     else:
@@ -228,7 +228,7 @@ def cut_buckets(group: ShardGroup, most: int, plan: Plan) -> list[Bucket]:
     numels = group.layout.numels
     last, size = len(numels), 0
     for index in reversed(range(len(numels))):
-        if size and size + numels[index] > most:
+        if size and size + numels[index] > plan.bucket_numel:
             buckets.append(kind(group, index + 1, last, plan))
             last, size = index + 1, 0
         size += numels[index]

@@ -18,9 +18,6 @@ from .plan import Placement, Plan
 
 DEVICE, HOST = "device", "host"
 
-# What the reducer holds at most of each bucket, and how many are under way; see reducer.py.
-_LARGEST_BUCKET_NUMEL = 32 * 1024 * 1024
-_BUCKETS_IN_FLIGHT = 2
 # Of states in files: the part that is stepped, the next one, and the one before; see spill.py.
 _PARTS_IN_MEMORY = 3
 
@@ -286,9 +283,8 @@ def _grad_rows(model: ModelSize, plan: Plan, widths: Widths, run: Run, shard: in
             width = max(widths.param, widths.grad)
             yield Row("unreduced gradients", DEVICE, total * width, lasting=False)
     if run.world > 1:
-        limit = max(1, min(plan.reduce_bucket_numel, _LARGEST_BUCKET_NUMEL))
-        filling = max(limit, max(model.trainable, default=0))
-        flying = _BUCKETS_IN_FLIGHT * limit * plan.overlap_reduce
+        filling = max(plan.bucket_numel, max(model.trainable, default=0))
+        flying = plan.buckets_in_flight * plan.bucket_numel
         held = min(total, filling + flying)
         yield Row("reduce buckets", DEVICE, held * widths.reduce, lasting=False)
     else:

@@ -10,6 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+# A collective above this size gains no bandwidth, but holds memory and starts later.
+_LARGEST_BUCKET_NUMEL = 32 * 1024 * 1024
+# Buckets whose reduction may be under way at once, where reduction overlaps with the backward pass.
+_BUCKETS_IN_FLIGHT = 2
+
 
 class Placement(Enum):
     """How the ranks of the data axis hold one kind of state."""
@@ -43,7 +48,7 @@ class Plan:
         host_ratio: share of each rank's states that goes to the host tier, 0 to 1; the rest stays on the device.
         pin_memory: whether host memory is page-locked where the device can use that.
         part_numel: most elements of states that are stepped, and read from files, at once.
-        reduce_bucket_numel: most elements that one gradient collective carries (one parameter may exceed it).
+        reduce_bucket_numel: elements that one gradient collective is to carry at most; `bucket_numel` is what it does.
         overlap_reduce: start gradient collectives during the backward pass and wait for them at its end.
         round_robin: lay parameters so that neighbours in the backward pass belong to different ranks.
         gradient_op: "mean" or "sum" over the data axis.
@@ -87,6 +92,16 @@ class Plan:
     def on_host(self, ratio: float = 1.0, pin_memory: bool = True) -> Plan:
         """The same row with `ratio` of the states in host memory."""
         return replace(self, state_tier=TierKind.HOST, host_ratio=ratio, pin_memory=pin_memory)
+
+    @property
+    def bucket_numel(self) -> int:
+        """Elements that one gradient collective carries at most, unless a single parameter has more."""
+        return max(1, min(self.reduce_bucket_numel, _LARGEST_BUCKET_NUMEL))
+
+    @property
+    def buckets_in_flight(self) -> int:
+        """Buckets whose reduction is under way while the next one fills, at most."""
+        return _BUCKETS_IN_FLIGHT if self.overlap_reduce else 0
 
     @property
     def reduces_each_backward(self) -> bool:

@@ -27,11 +27,6 @@ from .buckets import Bucket, cut_buckets, scale_factors
 from .plan import Plan
 from .shard_group import ShardGroup
 
-# A collective above this size gains no bandwidth, but holds memory and starts later.
-LARGEST_BUCKET_NUMEL = 32 * 1024 * 1024
-# Buckets whose reduction may be under way at once; bounds the memory of the bucket buffers.
-BUCKETS_IN_FLIGHT = 2
-
 
 class Reducer:
     """Collects gradients through hooks, averages them over the ranks and leaves them in the groups' shards.
@@ -57,12 +52,11 @@ class Reducer:
         self._next = 0
         self._flying: list[tuple[Bucket, flat.Handle]] = []
         self._held: dict[int, torch.Tensor] = {}
-        most = max(1, min(plan.reduce_bucket_numel, LARGEST_BUCKET_NUMEL))
         self._buckets = [
             bucket
             for group in reversed(self.groups)
             if group.shard_axis.size > 1 or group.replica_axis.size > 1
-            for bucket in cut_buckets(group, most, plan)
+            for bucket in cut_buckets(group, plan)
         ]
         self._bucket_of = {
             (id(bucket.group), index): bucket
@@ -203,8 +197,7 @@ class Reducer:
                 bucket.lack(index)
         bucket.launched = True
         self._flying.append((bucket, bucket.launch()))
-        most = BUCKETS_IN_FLIGHT if self.plan.overlap_reduce else 0
-        while len(self._flying) > most:
+        while len(self._flying) > self.plan.buckets_in_flight:
             self._land()
 
     def _land(self) -> None:
@@ -227,7 +220,7 @@ def average_grads(
     if axis.size == 1:
         return
     before, after = scale_factors(plan, axis.size)
-    for bucket in _by_size(params, min(plan.reduce_bucket_numel, LARGEST_BUCKET_NUMEL)):
+    for bucket in _by_size(params, plan.bucket_numel):
         wire = dtype or bucket[0].dtype
         values = torch.cat([_grad_or_zeros(p).reshape(-1).to(wire) for p in bucket])
         flat.all_reduce_(values.mul_(before) if before != 1.0 else values, axis)
