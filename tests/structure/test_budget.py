@@ -37,7 +37,7 @@ BUDGET = {
     "deepspeed/runtime/build.py deepspeed/runtime/optimizers.py": 560,
     # configurations and model files of several kinds, and the words of the report
     "deepspeed/runtime/memory_plan.py": 265,
-    "deepspeed/runtime/clock.py deepspeed/runtime/observers.py": 320,
+    "deepspeed/runtime/clock.py deepspeed/runtime/observers.py": 360,
     "deepspeed/runtime/backward.py deepspeed/runtime/drivers.py deepspeed/runtime/module_prep.py": 500,
     "deepspeed/runtime/precision.py deepspeed/runtime/fp16": 414,
     # each key of the schema is a typed field with its description, the unbuilt ones too
@@ -56,11 +56,12 @@ BUDGET = {
     "deepspeed/nvme deepspeed/io": 800,
     "deepspeed/moe": 1100,
     "deepspeed/monitor": 400,
+    "deepspeed/profiling": 650,
     "deepspeed/elasticity": 400,
     # job objects, process groups and signals of two systems take more than the design's 1,050
     "deepspeed/launcher": 1700,  # with process families, Windows jobs and six backends of several nodes
     # tables of facts for every key, rule and op; the design counted the first wave only
-    "tests": 20000,
+    "tests": 30000,
 }
 HEADROOM = 1.2
 SUFFIXES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".c", ".toml", ".md", ".bat", ""}

@@ -25,6 +25,7 @@ from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
 from . import offload_states, state
+from .pieces import in_pieces
 from .plan import Placement, Plan
 from .reducer import Reducer
 from .shard_group import ShardGroup, ShardPart
@@ -392,7 +393,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         groups = self.optimizer.param_groups
         self.optimizer.param_groups = [{**inner, "params": [part.master]}]
         try:
-            self.optimizer.step()
+            with in_pieces(self.optimizer):
+                self.optimizer.step()
         finally:
             self.optimizer.param_groups = groups
             part.master.grad = None
@@ -416,7 +418,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             )
             if grad_scale != 1.0:
                 part.master.grad.mul_(grad_scale)
-        self.optimizer.step()
+        with in_pieces(self.optimizer):
+            self.optimizer.step()
         for group, part in self._parts():
             part.master.grad = None
             group.lower(part)
