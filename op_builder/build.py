@@ -11,24 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc"
 DEFAULT_OUT = ROOT / "deepspeed" / "ops" / "lib"
-
-# system -> file name of the library
-_NAMES = {"windows": "ds_cpu.dll", "darwin": "libds_cpu.dylib", "linux": "libds_cpu.so"}
-LIBRARIES = tuple(_NAMES.values())
 
 COMMON = ("api/error.cpp", "cpu/cpuid.cpp", "cpu/pool.cpp", "cpu/dispatch.cpp")
 ENTRIES = ("cpu/optim.cpp", "cpu/norm.cpp")
@@ -75,80 +69,25 @@ class BuildError(RuntimeError):
     """The library could not be built; the message names the compiler and shows its words."""
 
 
-class Target(NamedTuple):
-    """What to build for.
-
-    Attributes:
-        tag: the wheel's platform tag, with "-" and "." as "_".
-        system: "windows", "darwin" or "linux".
-        machine: a key of UNITS.
-    """
-
-    tag: str
-    system: str
-    machine: str
-
-    @property
-    def library(self) -> str:
-        """File name of the shared library."""
-        return _NAMES[self.system]
-
-    @property
-    def zig(self) -> str:
-        """The target as zig names it; an old glibc, so that the library runs on old systems."""
-        machine = {"arm64": "aarch64"}.get(self.machine, self.machine)
-        return {"windows": f"{machine}-windows-gnu", "darwin": f"{machine}-macos"}.get(
-            self.system, f"{machine}-linux-gnu.2.17"
-        )
+def _compilers_module() -> ModuleType:
+    """Load the package's table of compilers by its path: importing deepspeed would want torch."""
+    path = ROOT / "deepspeed" / "ops" / "op_builder" / "compilers.py"
+    spec = spec_from_file_location("_ds_compilers", path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-class Compiler(NamedTuple):
-    """A C++ compiler: the words that start it, and the family of its flags ("gnu", "zig" or "msvc")."""
-
-    words: tuple[str, ...]
-    family: str
-
-    @property
-    def name(self) -> str:
-        """The words, for messages and records."""
-        return " ".join(self.words)
-
-
-def native_target() -> Target:
-    """Return the target of the running Python."""
-    return target_of(sysconfig.get_platform())
-
-
-def target_of(tag: str) -> Target:
-    """Return the target of a platform tag such as "win_amd64" or "linux_x86_64"."""
-    tag = tag.replace("-", "_").replace(".", "_")
-    system = "windows" if tag.startswith("win") else "darwin" if tag.startswith("mac") else "linux"
-    ending = platform.machine().lower() if tag.endswith("universal2") else tag
-    if ending.endswith(("amd64", "x86_64")):
-        machine = "x86_64"
-    elif ending.endswith(("arm64", "aarch64")):
-        machine = "arm64"
-    else:
-        machine = "other"
-    return Target(tag, system, machine)
+_compilers = _compilers_module()
+Compiler, Target = _compilers.Compiler, _compilers.Target
+native_target, target_of = _compilers.native_target, _compilers.target_of
+LIBRARIES = tuple(_compilers.LIBRARY_NAMES.values())
 
 
 def find_compilers(target: Target) -> list[Compiler]:
     """Return the compilers of this machine that can build for the target, best first."""
-    named = os.environ.get("CXX")
-    found = [Compiler(tuple(named.split()), "gnu")] if named else []
-    if target.tag == native_target().tag:
-        if target.system == "windows" and shutil.which("cl"):
-            found.append(Compiler(("cl",), "msvc"))
-        names = ("g++", "clang++") if target.system == "linux" else ("clang++", "g++")
-        found += [Compiler((name,), "gnu") for name in names if shutil.which(name)]
-    elif target.system == "windows" and target.machine == "x86_64":
-        # std::thread needs the flavour with POSIX threads.
-        cross = "x86_64-w64-mingw32-g++-posix"
-        found += [Compiler((cross,), "gnu")] if shutil.which(cross) else []
-    if find_spec("ziglang") is not None and target.machine != "other":
-        found.append(Compiler((sys.executable, "-m", "ziglang", "c++"), "zig"))
-    return found
+    return _compilers.find_compilers(target, os.environ.get("CXX"))
 
 
 def build(out: Path = DEFAULT_OUT, target: Target | None = None, compiler: str = "") -> Path:
