@@ -24,6 +24,7 @@ from typing import Any
 
 import deepspeed
 from deepspeed import git_version_info
+from deepspeed.monitor import train_log
 from deepspeed.runtime import memory_plan
 from deepspeed.utils import env, numa
 
@@ -338,9 +339,7 @@ def op_report(facts: Mapping[str, Any] | None = None) -> None:
     print(RULE)
     print("DeepSpeed C++/CUDA extension op report")
     print(RULE)
-    print(
-        "NOTE: the ops below come compiled in one native library; where it is missing they run by"
-    )
+    print("NOTE: the ops below come compiled in one native library; without it they run by")
     print("      their torch reference. Only ops of your own are JIT compiled.")
     print(RULE)
     print("JIT compiled ops requires ninja")
@@ -481,7 +480,10 @@ def cli_main(args: Sequence[str] | None = None) -> None:
     add("--hide_errors_and_warnings", action="store_true", help="drop what libraries say meanwhile")
     add("--json", action="store_true", help="print all facts as JSON")
     memory_plan.add_arguments(parser)
+    train_log.add_arguments(parser)
     words = parser.parse_args(args)
+    if words.train_log is not None:
+        return train_log.report(parser, words.train_log, words.plot_out)
     if words.plan is not None:
         return memory_plan.report(parser, words, on_cpu=env.DS_ACCELERATOR.get() == "cpu")
     if hasattr(sys.stdout, "reconfigure"):

@@ -191,13 +191,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         _OFF,
     ),
     Unbuilt("autotuning.enabled", "autotuning", lambda c: c.autotuning_config.enabled, _OFF),
-    # ------------------------------------------------------------------ watching
-    Unbuilt(
-        "flops_profiler.enabled",
-        "the flops profiler",
-        lambda config: config.flops_profiler_config.enabled,
-        "Set it to false; 'wall_clock_breakdown' gives times.",
-    ),
     # ------------------------------------------------------------------ checkpoints
     Unbuilt(
         "checkpoint.writer",

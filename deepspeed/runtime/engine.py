@@ -226,6 +226,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         share = loss / steps if steps > 1 else loss
         with self.observers.during("backward", self), self.watch.engine_backward():
             self.driver.scale(share).backward(retain_graph=retain_graph)
+        self.observers.saw_loss(self, share)
         return share
 
     def allreduce_gradients(self, bucket_size: int = 500_000_000) -> None:

@@ -108,6 +108,11 @@ BUILT = {
     "deepspeed.ops.lion": "DeepSpeedCPULion FusedLion",
     "deepspeed.ops.op_builder": "CPUAdamBuilder FusedAdamBuilder AsyncIOBuilder",
     "deepspeed.profiling.config": "DeepSpeedFlopsProfilerConfig",
+    "deepspeed.profiling.flops_profiler": (
+        "get_model_profile FlopsProfiler number_to_string flops_to_string macs_to_string "
+        "params_to_string duration_to_string bytes_to_string"
+    ),
+    "deepspeed.profiling.flops_profiler.profiler": "get_model_profile FlopsProfiler",
     "deepspeed.runtime.activation_checkpointing.checkpointing": (
         "checkpoint non_reentrant_checkpoint configure is_configured reset get_cuda_rng_tracker "
         "model_parallel_cuda_manual_seed model_parallel_reconfigure_tp_seed "
@@ -261,9 +266,6 @@ LATER = {
     "deepspeed.nvme": "",
     "deepspeed.ops.adam": "ZenFlowCPUAdam ZenFlowSelectiveAdamW ZenFlowSelectiveAdamW_stage3",
     "deepspeed.pipe": "PipelineModule LayerSpec TiedLayerSpec",
-    "deepspeed.profiling.flops_profiler": (
-        "get_model_profile FlopsProfiler number_to_string flops_to_string"
-    ),
     "deepspeed.runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
     "deepspeed.runtime.data_pipeline.data_sampling.data_analyzer": (
         "DataAnalyzer DistributedDataAnalyzer"

@@ -51,6 +51,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.io": 5,
     "deepspeed.moe": 5,
     "deepspeed.monitor": 5,
+    "deepspeed.profiling.flops_profiler": 5,
     # L4: the training state as a whole
     "deepspeed.runtime.zero": 4,
     "deepspeed.runtime.base_optimizer": 4,

@@ -64,7 +64,6 @@ ASKING = {
     "curriculum_learning.enabled": {"curriculum_learning": {"enabled": True}},
     "data_efficiency.enabled": {"data_efficiency": {"enabled": True}},
     "autotuning.enabled": {"autotuning": {"enabled": True}},
-    "flops_profiler.enabled": {"flops_profiler": {"enabled": True}},
     "checkpoint.writer": {"checkpoint": {"writer": {"type": "FAST"}}},
     "checkpoint.load_universal": {"checkpoint": {"load_universal": True}},
     "aio.use_gds": {"aio": {"use_gds": True}},
@@ -127,7 +126,6 @@ HARMLESS = {
     "techniques, off": {
         "amp": {"enabled": False},
         "comms_logger": {"enabled": False, "prof_all": True},
-        "flops_profiler": {"enabled": False},
         "progressive_layer_drop": {"enabled": False},
         "curriculum_learning": {"enabled": False},
         "data_efficiency": {"enabled": False, "data_sampling": {"enabled": True}},

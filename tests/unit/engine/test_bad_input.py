@@ -142,7 +142,7 @@ def test_a_missing_local_rank(monkeypatch):
             "zero_hpz_partition_size",
         ),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
-        ({"flops_profiler": {"enabled": True}}, "flops_profiler"),
+        ({"autotuning": {"enabled": True}}, "autotuning"),
     ],
 )
 def test_what_is_not_built_is_named(section, key):
