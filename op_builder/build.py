@@ -82,6 +82,7 @@ def _compilers_module() -> ModuleType:
 _compilers = _compilers_module()
 Compiler, Target = _compilers.Compiler, _compilers.Target
 native_target, target_of = _compilers.native_target, _compilers.target_of
+GLIBC_FLOOR = _compilers.GLIBC_FLOOR
 LIBRARIES = tuple(_compilers.LIBRARY_NAMES.values())
 
 
