@@ -30,7 +30,10 @@ from typing import Any
 
 import torch
 
+from deepspeed.runtime.compiler import disable
+
 from .prefetch import Record
+from .saved_weights import SavedWeights
 from .sharded_param import (
     ZeroParamStatus,
     finish_gather,
@@ -79,8 +82,10 @@ class Residency:
         self._records = {True: Record(), False: Record()}
         self._record = self._records[False]
         self._open = False
+        self.access_kept_out = disable(self.access)
         self._live: dict[int, torch.nn.Parameter] = {}
         self._live_numel = 0
+        self._saved = SavedWeights(disable(self._bring))
         self.hook(module)
         self.persistent = self._choose_persistent()
         everything = dict.fromkeys(p for params in self._params for p in params)
@@ -91,6 +96,7 @@ class Residency:
 
     def hook(self, root: torch.nn.Module) -> None:
         """Place the hooks on `root` and what is below it, down to leaf modules."""
+        before, after = disable(self._before), disable(self._after)
         for module in _down_to_leaves(root):
             number = self._number_of(module)
             is_leaf = getattr(module, "_z3_leaf", False)
@@ -99,8 +105,8 @@ class Residency:
             for inner in module.modules() if is_leaf else [module]:
                 _watch_access(inner, self)
             self.forward_hooks += [
-                module.register_forward_pre_hook(partial(self._before, number), with_kwargs=True),
-                module.register_forward_hook(partial(self._after, number), always_call=True),
+                module.register_forward_pre_hook(partial(before, number), with_kwargs=True),
+                module.register_forward_hook(partial(after, number), always_call=True),
             ]
 
     def _number_of(self, module: torch.nn.Module) -> int:
@@ -151,7 +157,10 @@ class Residency:
             self._make_whole(params)
             return
         self._enter(number)
-        if torch.is_grad_enabled() and not all(p.requires_grad for p in params):
+        if not torch.is_grad_enabled():
+            return
+        self._saved.begin(len(self._stack), [p for p in params if id(p) not in self._staying])
+        if not all(p.requires_grad for p in params):
             for tensor in tensors_in((args, kwargs)):
                 if tensor.requires_grad and not tensor.is_leaf:
                     tensor.register_hook(partial(self._leave_backward, number))
@@ -159,6 +168,7 @@ class Residency:
     def _after(self, number: int, module: torch.nn.Module, args: Any, output: Any) -> None:
         if number in self._stack:
             del self._stack[self._stack.index(number) :]
+            self._saved.end(len(self._stack) + 1)
         params = self.needs(number)
         graph = False
         if not torch.is_grad_enabled():
@@ -201,8 +211,8 @@ class Residency:
         number = self._stack[-1]
         register_external(self._modules[number], param)
         param.ds_active_sub_modules.add(number)
-        self._start([param])
-        finish_gather([param])
+        self._bring(param)
+        self._saved.know([param])
 
     # - passes
 
@@ -227,12 +237,14 @@ class Residency:
         self._open = False
         self._record.end(self._weigh)
         self._stack.clear()
+        self._saved.forget()
         for param in self._live.values():
             param.ds_active_sub_modules.clear()
         self._let_go([p for p in self._live.values() if id(p) not in self._staying])
 
     def after_step(self) -> None:
         """The slices have changed: gathered copies are stale."""
+        self._saved.after_step()
         self._let_go([p for p in self._live.values() if id(p) not in self._free])
         self._make_whole(self.persistent)
 
@@ -258,6 +270,10 @@ class Residency:
         self._record.visit(number)
         self._look_ahead()
         finish_gather(params)
+
+    def _bring(self, param: torch.nn.Parameter) -> None:
+        """Make one parameter whole that no module has asked for; the end of the pass lets it go."""
+        self._make_whole([param])
 
     def _look_ahead(self) -> None:
         for number in self._record.window(self.policy.prefetch_numel):
@@ -360,7 +376,7 @@ class WatchedParams(dict):
         param = super().__getitem__(name)
         status = getattr(param, "ds_status", None)
         if status is not None and status is not ZeroParamStatus.AVAILABLE:
-            self.residency.access(param)
+            self.residency.access_kept_out(param)
         return param
 
 
