@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "ElasticityError",
             "ElasticityIncompatibleWorldSize",
         ],
+        ".elastic_agent": ["DSElasticAgent"],
         ".elasticity": [
             "compute_elastic_config",
             "elasticity_enabled",

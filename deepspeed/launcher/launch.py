@@ -4,25 +4,23 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import psutil
 
-from deepspeed.constants import CROSS_RANK, CROSS_SIZE, TORCH_DISTRIBUTED_DEFAULT_PORT
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.utils import numa
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger, set_log_level_from_string
@@ -30,6 +28,7 @@ from deepspeed.utils.logging import logger, set_log_level_from_string
 from .arguments import ScriptParser, check_program
 from .constants import NO_RANK_LOG
 from .hostfile import decode_world_info
+from .lifeline import watch
 from .processes import (
     LINUX,
     POLL_S,
@@ -39,12 +38,11 @@ from .processes import (
     exit_status,
     terminate_process_tree,
 )
+from .world import VISIBLE_DEVICES, World, rank_command
 
-__all__ = ["main", "parse_args", "terminate_process_tree"]
+__all__ = ["VISIBLE_DEVICES", "main", "parse_args", "terminate_process_tree"]
 
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"  # of both accelerators, cpu and cuda
 PID_FILE_BASEPATH = tempfile.gettempdir()
-POD_ENV = Path("/dlts-runtime/env/pod.env")
 
 # after one rank failed, the others may say why they fail as well, then are asked, then forced
 FAILURE_GRACE_S = 0.5
@@ -73,104 +71,17 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_elastic_nodes", type=int, default=-1, help="most nodes of an elastic run")
     add("--save_pid", type=int, default=0, help="write our process id to <temp>/<N>.deepspeed")
     add("--enable_each_rank_log", default=NO_RANK_LOG, help="folder for one log file a rank")
+    add(
+        "--lifeline",
+        type=float,
+        default=None,
+        help="end when standard input ends, or after so long",
+    )
     add("--bind_cores_to_rank", action="store_true", help="give each rank cores of its own")
     add("--bind_core_list", default=None, help="cores to share out, such as 0-7,12-19")
     add("--log_level", default="info", help="debug, info, warning, error or critical")
     add("-q", "--quiet", action="store_true", help="the same as --log_level error")
     return parser.parse_args(args)
-
-
-@dataclass(frozen=True)
-class World:
-    """Who runs where.
-
-    Attributes:
-        ranks: global ranks of each host.
-        slots: this node's slots; their position is the local rank.
-        host: this node's name in the world info.
-        node_rank: its index among the hosts.
-    """
-
-    ranks: Mapping[str, list[int]]
-    slots: list[int]
-    host: str
-    node_rank: int
-
-    @classmethod
-    def build(cls, info: Mapping[str, list[int]], node_rank: int) -> World:
-        """Number the slots of all hosts in order.
-
-        Raises:
-            ValueError: there is no node ``node_rank``, or it has no slot.
-        """
-        hosts = list(info)
-        if not 0 <= node_rank < len(hosts):
-            raise ValueError(
-                explain(
-                    "no such node in the world info",
-                    got=f"--node_rank={node_rank}",
-                    expected=f"0 to {len(hosts) - 1}",
-                )
-            )
-        ranks: dict[str, list[int]] = defaultdict(list)
-        count = 0
-        for host, slots in info.items():
-            ranks[host] = list(range(count, count + len(slots)))
-            count += len(slots)
-        host = hosts[node_rank]
-        if not info[host]:
-            raise ValueError(explain(f"host {host!r} has no slot", got=repr(dict(info))))
-        return cls(ranks, info[host], host, node_rank)
-
-    @property
-    def size(self) -> int:
-        """Number of ranks on all hosts."""
-        return sum(map(len, self.ranks.values()))
-
-    def say(self, info: Mapping[str, list[int]]) -> None:
-        """Log who runs where."""
-        logger.info("WORLD INFO DICT: %s", dict(info))
-        logger.info(
-            "nnodes=%d, num_local_procs=%d, node_rank=%d",
-            len(self.ranks),
-            len(self.slots),
-            self.node_rank,
-        )
-        logger.info("global_rank_mapping=%s", self.ranks)
-        logger.info("dist_world_size=%d", self.size)
-
-    def environment(
-        self, inherited: Mapping[str, str], master_addr: str, master_port: int
-    ) -> list[dict[str, str]]:
-        """Return the environment of each rank of this node."""
-        visible = ",".join(map(str, self.slots))
-        logger.info("Setting %s=%s", VISIBLE_DEVICES, visible)
-        shared = {
-            **inherited,
-            **_pod_environment(),
-            VISIBLE_DEVICES: visible,
-            "MASTER_ADDR": master_addr,
-            "MASTER_PORT": str(master_port),
-            "WORLD_SIZE": str(self.size),
-            CROSS_RANK: str(self.node_rank),
-            CROSS_SIZE: str(len(self.ranks)),
-            "LOCAL_SIZE": str(len(self.slots)),
-        }
-        if WINDOWS:  # torch's Windows wheels ask for a libuv that they were built without
-            shared.setdefault("USE_LIBUV", "0")
-        return [
-            {**shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
-            for local, rank in enumerate(self.ranks[self.host])
-        ]
-
-
-def _pod_environment() -> dict[str, str]:
-    """Return what a DLTS pod exports: lines ``export NAME=VALUE``."""
-    if not POD_ENV.is_file():
-        return {}
-    lines = POD_ENV.read_text(encoding="utf-8", errors="replace").splitlines()
-    pairs = (line.removeprefix("export ").strip().partition("=") for line in lines)
-    return {name.strip(): value.strip() for name, equals, value in pairs if equals}
 
 
 def check_port(port: int) -> None:
@@ -229,26 +140,6 @@ def pid_file(number: int) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
-
-
-def rank_command(args: argparse.Namespace, local_rank: int) -> list[str]:
-    """Return the words that start one rank, without core binding."""
-    script = args.training_script
-    if args.no_python:
-        command = [_program(script)]
-    else:
-        command = [sys.executable, "-u", *(["-m"] if args.module else []), script]
-    if not args.no_local_rank:
-        command.append(f"--local_rank={local_rank}")
-    return command + args.training_script_args
-
-
-def _program(script: str) -> str:
-    """Return a program's name so that the system finds what `check_program` found."""
-    found = shutil.which(script)
-    if found is None:
-        return str(Path(script).resolve())
-    return found if WINDOWS else script  # Windows itself would not try .cmd and .bat
 
 
 def _open_log(folder: str, rank: int) -> BinaryIO:
@@ -325,6 +216,11 @@ def _failed(family: Family, failed: subprocess.Popen) -> int:
     return exit_status(code)
 
 
+def _cut_off(signals: Signals, number: int, why: str) -> None:
+    logger.warning("ending this node's ranks: %s", why)
+    signals.note(number)
+
+
 def launch(args: argparse.Namespace) -> int:
     """Start the ranks that ``args`` describes and wait for them.
 
@@ -336,10 +232,6 @@ def launch(args: argparse.Namespace) -> int:
         OSError: the program or the port cannot be used.
     """
     set_log_level_from_string("error" if args.quiet else args.log_level, logger)
-    if args.enable_elastic_training:
-        raise NotImplementedError(
-            explain("elastic training is not available yet", fix="Drop --elastic_training.")
-        )
     if args.world_info == "None":
         raise ValueError(
             explain("--world_info is required", fix="Start ranks with the deepspeed command.")
@@ -350,8 +242,15 @@ def launch(args: argparse.Namespace) -> int:
     world.say(info)
     if world.node_rank == 0:
         check_port(args.master_port)
+    if args.enable_elastic_training:
+        from .elastic import launch_elastically
+
+        with pid_file(args.save_pid):
+            return launch_elastically(args, world)
     envs = world.environment(os.environ, args.master_addr, args.master_port)
     with Signals() as signals, pid_file(args.save_pid), ExitStack() as logs:
+        if args.lifeline is not None:
+            watch(args.lifeline, functools.partial(_cut_off, signals))
         family = Family(death_signal=signal.SIGTERM if WINDOWS else signal.SIGKILL)
         try:
             _start_ranks(args, envs, family, logs)

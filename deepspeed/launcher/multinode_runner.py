@@ -2,13 +2,14 @@
 """Command lines that start ranks on several nodes: one class for each program that can do it.
 
 A runner only writes the command. Words that a remote shell will read (pdsh) are quoted for it; those that
-go straight into a program are not.
+go straight into a program are not. (Plain ssh is a runner of its own: `deepspeed.launcher.ssh`.)
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from deepspeed.utils import numa
 from deepspeed.utils.errors import explain
 
+from .commands import launch_words, split_words
 from .constants import (
     IMPI_LAUNCHER,
     MPICH_LAUNCHER,
@@ -76,7 +78,15 @@ class MultiNodeRunner(ABC):
         """Return the command that starts the ranks (pdsh: and the one that ends them, and its environment)."""
 
     def add_export(self, key: str, var: str) -> None:
-        """Have the ranks see ``key=var`` in their environment."""
+        """Have the ranks see ``key=var`` in their environment.
+
+        Raises:
+            ValueError: ``key`` is no name of a variable.
+        """
+        if not key.strip().isidentifier() or not key.isascii():
+            raise ValueError(
+                explain("not a name of an environment variable", got=repr(key), expected="NAME")
+            )
         self.exports[key.strip()] = var.strip()
 
     def parse_user_args(self) -> list[str]:
@@ -117,7 +127,7 @@ class MultiNodeRunner(ABC):
         return sum(self.resource_pool.values())
 
     def _launcher_words(self) -> list[str]:
-        return shlex.split(self.args.launcher_args)
+        return split_words(self.args.launcher_args)
 
     def _script_words(self) -> list[str]:
         python = [] if self.args.no_python else [sys.executable, "-u"]
@@ -143,24 +153,26 @@ class PDSHRunner(MultiNodeRunner):
             environment["PDSH_SSH_ARGS_APPEND"] = f"{given} -p {args.ssh_port}".strip()
         pdsh = ["pdsh", "-S", "-f", str(PDSH_MAX_FAN_OUT), "-w", ",".join(active_resources)]
         pdsh += self._launcher_words()
-        remote = [f"source {shlex.quote(args.venv_script)};"] if args.venv_script else []
-        remote += [f"export {key}={shlex.quote(value)};" for key, value in self.exports.items()]
-        remote += [f"cd {shlex.quote(os.getcwd())};", shlex.quote(sys.executable)]
+        remote = [f"source {_quoted(args.venv_script)};"] if args.venv_script else []
+        remote += [f"export {key}={_quoted(value)};" for key, value in self.exports.items()]
+        remote += [f"cd {_quoted(os.getcwd())};", _quoted(sys.executable)]
         remote += ["-u", "-m", "deepspeed.launcher.launch"]
-        remote += [f"--world_info={self.world_info_base64}", "--node_rank=%n"]
-        remote += [f"--master_addr={args.master_addr}", f"--master_port={args.master_port}"]
-        flags = ("no_python", "module", "no_local_rank", "bind_cores_to_rank", "quiet")
-        remote += [f"--{flag}" for flag in flags if getattr(args, flag)]
-        if args.bind_core_list:
-            remote.append(f"--bind_core_list={args.bind_core_list}")
-        if args.save_pid:
-            remote.append(f"--save_pid={os.getpid()}")
-        remote.append(f"--enable_each_rank_log={shlex.quote(args.enable_each_rank_log)}")
-        remote.append(f"--log_level={args.log_level}")
-        remote += [shlex.quote(word) for word in (self.user_script, *self.user_arguments)]
-        # brackets: the shell that carries this pattern does not match it itself
-        pattern = f"deepspeed[.]launcher[.]launch --world_info={self.world_info_base64}"
-        return [*pdsh, *remote], [*pdsh, "pkill", "-f", shlex.quote(pattern)], environment
+        flags = launch_words(args, self.world_info_base64, node_rank="%n", lifeline=0)
+        remote += [word if word == "--node_rank=%n" else _quoted(word) for word in flags]
+        remote += [_quoted(word) for word in (self.user_script, *self.user_arguments)]
+        # only the program itself, not the shells that carry it or this pattern; the address and the port
+        # tell this job from others on the same nodes
+        pattern = (
+            f"^{re.escape(sys.executable)} -u -m deepspeed[.]launcher[.]launch "
+            f"--world_info={self.world_info_base64} "
+            f"--node_rank=[0-9]+ --master_addr={args.master_addr} --master_port={args.master_port} "
+        )
+        return [*pdsh, *remote], [*pdsh, "pkill", "-f", _quoted(pattern)], environment
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for the remote shell, and its percent signs for pdsh (which fills in %n and %h)."""
+    return shlex.quote(word).replace("%", "%%")
 
 
 class OpenMPIRunner(MultiNodeRunner):
@@ -271,14 +283,22 @@ class SlurmRunner(MultiNodeRunner):
         args = self.args
         pool = {host: len(slots) for host, slots in _as_slots(active_resources).items()}
         each = self._slots_per_node(pool)
-        command = ["srun", "-n", str(sum(pool.values())), *self._launcher_words()]
+        command = ["srun", "-n", str(sum(pool.values())), "--kill-on-bad-exit=1"]
+        command += self._launcher_words()
         if getattr(args, "slurm_comment", ""):
             command += ["--comment", args.slurm_comment]
         if args.include or args.exclude or args.num_nodes > 0:
             command += ["--nodelist", ",".join(pool), "--nodes", str(len(pool))]
         if args.num_gpus > 0:
             command += ["--gpus-per-node", str(each)]
-        exports = "".join(f",{key}={value}" for key, value in self.exports.items())
+        # a comma would start another variable, a quote or backslash means something to srun: such
+        # values go by srun's own environment, of which ALL is exported
+        exports = ""
+        for key, value in self.exports.items():
+            if set(value) & set(",'\"\\\n"):
+                environment[key] = value
+            else:
+                exports += f",{key}={value}"
         return [*command, f"--export=ALL{exports}", *self._script_words()]
 
 

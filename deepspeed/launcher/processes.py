@@ -88,6 +88,8 @@ class Family:
         *,
         log: BinaryIO | None = None,
         cores: Sequence[int] | None = None,
+        pipes: bool = False,
+        errors_to_us: bool = False,
         own_session: bool = False,
     ) -> subprocess.Popen:
         """Start a member.
@@ -97,12 +99,18 @@ class Family:
             env: its whole environment.
             log: takes its standard output and error; None shares ours.
             cores: cores that it may use; None does not bind it.
+            pipes: give all three standard streams to us instead.
+            errors_to_us: give standard error to us, and nothing to read to it.
             own_session: shield it from the terminal's signals (POSIX); we pass them on ourselves.
 
         Raises:
             OSError: there is no such program, or it cannot be run.
         """
-        streams = {} if log is None else {"stdout": log, "stderr": subprocess.STDOUT}
+        streams: dict = {} if log is None else {"stdout": log, "stderr": subprocess.STDOUT}
+        if pipes:
+            streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        if errors_to_us:
+            streams |= {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         if WINDOWS:
             child = self._start_suspended(command, env, cores, streams)
         else:
@@ -256,7 +264,8 @@ class Signals:
         self._first_at = 0.0
         self._previous: dict[int, object] = {}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None = None) -> None:
+        """Take a signal, or what amounts to one."""
         now = time.monotonic()
         if self.received is None:
             self.received, self._first_at = number, now
@@ -270,7 +279,7 @@ class Signals:
             if ignored and number not in (signal.SIGINT, signal.SIGTERM):
                 continue  # nohup
             try:
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self.note)
             except ValueError:  # not the main thread: the program around us handles signals
                 break
         return self

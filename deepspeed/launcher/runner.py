@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``deepspeed`` command: finds the slots of this machine, and has launch.py start the ranks on them."""
+"""The ``deepspeed`` command: finds the slots to use, and has launch.py start the ranks on them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger, set_log_level_from_string
 
 from .arguments import ScriptParser, check_program
+from .commands import launch_words
 from .constants import (
     DEEPSPEED_ENVIRONMENT_NAME,
     DEFAULT_HOSTFILE,
@@ -35,6 +36,7 @@ from .hostfile import (
     parse_resource_filter,
 )
 from .launch import VISIBLE_DEVICES, show, speak_any_script, told_clearly
+from .nodes import run_on_nodes
 from .processes import POLL_S, WINDOWS, Family, Signals, exit_status
 
 __all__ = [
@@ -68,7 +70,10 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     _add_resource_flags(parser)
     _add_run_flags(parser)
-    return parser.parse_args(args)
+    parsed = parser.parse_args(args)
+    parsed.launcher_chosen = parsed.launcher is not None
+    parsed.launcher = parsed.launcher or PDSH_LAUNCHER
+    return parsed
 
 
 def _add_resource_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +94,10 @@ def _add_resource_flags(parser: argparse.ArgumentParser) -> None:
     add("--master_port", type=int, default=TORCH_DISTRIBUTED_DEFAULT_PORT, help="rendezvous port")
     add("--master_addr", default="", help="address of the node of rank 0")
     add("--node_rank", type=int, default=-1, help="this node's index, with --no_ssh")
-    add("--launcher", default=PDSH_LAUNCHER, help=f"for several nodes: {', '.join(LAUNCHERS)}")
+    add(
+        "--launcher",
+        help=f"for several nodes: {', '.join(LAUNCHERS)}; without it pdsh, or ssh where pdsh is missing",
+    )
     add("--launcher_args", default="", help="words for that launcher's own command")
     add("--no_ssh", action="store_true", help="start only this node's ranks of a larger run")
     add("--no_ssh_check", action="store_true", help="do not try ssh before starting")
@@ -127,21 +135,9 @@ def run_autotuning(args: argparse.Namespace, active_resources: Mapping[str, list
 def _refuse_the_unbuilt(args: argparse.Namespace) -> None:
     if args.autotuning:
         run_autotuning(args, {})
-    if args.elastic_training:
-        raise NotImplementedError(
-            explain("--elastic_training is not available yet", fix="Start a fixed number of ranks.")
-        )
     if args.launcher.lower() not in LAUNCHERS:
         raise NotImplementedError(
             explain("unknown launcher", got=args.launcher, expected=", ".join(LAUNCHERS))
-        )
-    if args.venv_script is not None:
-        raise ValueError(
-            explain(
-                "--venv_script concerns several nodes only",
-                got=f"--venv_script {args.venv_script} on one node",
-                fix="Activate the environment here, and drop the flag.",
-            )
         )
 
 
@@ -296,8 +292,8 @@ def select_resources(args: argparse.Namespace) -> dict[str, list[int]]:
     return active
 
 
-def _check_nodes(args: argparse.Namespace, active: Mapping[str, list[int]]) -> None:
-    """Refuse what needs another machine's help."""
+def _on_other_nodes(args: argparse.Namespace, active: Mapping[str, list[int]]) -> bool:
+    """Say whether ranks have to be started elsewhere; refuse flags that do not go with the answer."""
     if args.no_ssh:
         if not 0 <= args.node_rank < len(active) or not args.master_addr:
             raise ValueError(
@@ -308,39 +304,43 @@ def _check_nodes(args: argparse.Namespace, active: Mapping[str, list[int]]) -> N
                 )
             )
     elif len(active) > 1 or args.force_multi:
-        what = "--force_multi" if args.force_multi else f"hosts {', '.join(active)}"
-        raise NotImplementedError(
+        return True
+    if args.venv_script is not None:
+        raise ValueError(
             explain(
-                "starting ranks on several nodes is not available yet",
-                got=what,
-                expected="one host",
-                fix="Choose one with --include, or start each node's ranks there with --no_ssh, "
-                "--node_rank and --master_addr.",
+                "--venv_script concerns several nodes only",
+                got=f"--venv_script {args.venv_script} on one node",
+                fix="Activate the environment here, and drop the flag.",
+            )
+        )
+    return False
+
+
+def _check_elastic(args: argparse.Namespace, nodes: int) -> None:
+    """Fill in the limits of an elastic run, and refuse those that cannot be."""
+    if not args.elastic_training:
+        return
+    if args.min_elastic_nodes == -1:
+        args.min_elastic_nodes = 1
+    if args.max_elastic_nodes == -1:
+        args.max_elastic_nodes = nodes
+    if not 1 <= args.min_elastic_nodes <= min(args.max_elastic_nodes, nodes):
+        raise ValueError(
+            explain(
+                "impossible numbers of elastic nodes",
+                got=f"--min_elastic_nodes {args.min_elastic_nodes} "
+                f"--max_elastic_nodes {args.max_elastic_nodes} on {nodes} nodes",
+                expected="1 <= min <= max, and at least min nodes",
             )
         )
 
 
 def launch_command(args: argparse.Namespace, active: Mapping[str, list[int]]) -> list[str]:
     """Return the command that starts this node's ranks."""
-    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
-    command.append(f"--world_info={encode_world_info(active)}")
-    if args.no_ssh:
-        command.append(f"--node_rank={args.node_rank}")
-    command.append(f"--master_addr={args.master_addr or LOCAL_ADDRESS}")
-    command.append(f"--master_port={args.master_port}")
-    for flag in ("no_python", "module", "no_local_rank"):
-        if getattr(args, flag):
-            command.append(f"--{flag}")
-    if args.save_pid:
-        command.append(f"--save_pid={os.getpid()}")
-    command.append(f"--enable_each_rank_log={args.enable_each_rank_log}")
-    if args.bind_cores_to_rank:
-        command.append("--bind_cores_to_rank")
-    if args.bind_core_list is not None:
-        command.append(f"--bind_core_list={args.bind_core_list}")
-    if args.quiet:
-        command.append("--quiet")
-    command.append(f"--log_level={args.log_level}")
+    args.master_addr = args.master_addr or LOCAL_ADDRESS
+    node_rank = str(args.node_rank) if args.no_ssh else None
+    words = launch_words(args, encode_world_info(active), node_rank=node_rank)
+    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *words]
     return [*command, args.user_script, *args.user_args]
 
 
@@ -380,7 +380,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: flags contradict each other, or name what is not there.
         FileNotFoundError: the script or the hostfile is not there.
         NotImplementedError: a flag's feature is not built yet.
-        RuntimeError: this machine has no device.
+        RuntimeError: this machine has no device, or other nodes cannot be reached.
     """
     if args.quiet:
         args.log_level = "error"
@@ -388,7 +388,10 @@ def run(args: argparse.Namespace) -> int:
     _refuse_the_unbuilt(args)
     with Signals() as signals:
         active = select_resources(args)
-        _check_nodes(args, active)
+        elsewhere = _on_other_nodes(args, active)
+        _check_elastic(args, len(active))
+        if elsewhere:
+            return run_on_nodes(args, active, signals)
         check_program(args.user_script, module=args.module, no_python=args.no_python)
         command = launch_command(args, active)
         logger.info("cmd = %s", show(command))

@@ -7,7 +7,8 @@ No other module (but the launcher, which builds its children's environment) touc
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from .errors import explain
@@ -90,6 +91,18 @@ _DECLARED: dict[str, EnvVar] = {}
 def declared() -> dict[str, EnvVar]:
     """Return every declared variable by name, in the order of declaration."""
     return dict(_DECLARED)
+
+
+@contextmanager
+def overlaid(values: Mapping[str, str]) -> Iterator[None]:
+    """Have the environment hold ``values`` too while entered: processes started meanwhile inherit it."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _text(name: str, doc: str, default: str | None = None) -> EnvVar[str | None]:

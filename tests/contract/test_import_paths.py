@@ -63,7 +63,7 @@ BUILT = {
         "CROSS_RANK CROSS_SIZE default_pg_timeout"
     ),
     "deepspeed.elasticity": (
-        "compute_elastic_config elasticity_enabled ensure_immutable_elastic_config "
+        "DSElasticAgent compute_elastic_config elasticity_enabled ensure_immutable_elastic_config "
         "ElasticityError ElasticityConfigError ElasticityIncompatibleWorldSize"
     ),
     "deepspeed.env_report": "cli_main main",
@@ -253,7 +253,6 @@ LATER = {
     "deepspeed.compression": "init_compression redundancy_clean",
     "deepspeed.compression.compress": "init_compression redundancy_clean",
     "deepspeed.compression.helper": "convert_conv1d_to_linear",
-    "deepspeed.elasticity": "DSElasticAgent",
     "deepspeed.inference.engine": "InferenceEngine",
     "deepspeed.inference.v2": "build_hf_engine InferenceEngineV2 RaggedInferenceEngineConfig",
     "deepspeed.io": "FastFileWriter FastFileWriterConfig PyFileWriter MockFileWriter",

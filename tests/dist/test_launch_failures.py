@@ -220,9 +220,8 @@ def test_missing_hostfile(tmp_path):
         (("--num_nodes", "2"), "--num_nodes 2"),
         (("--module", "--no_python"), "exclude each other"),
         (("--autotuning", "run"), "--autotuning is not available yet"),
-        (("--elastic_training",), "--elastic_training is not available yet"),
         (("--venv_script", "env.sh"), "--venv_script concerns several nodes"),
-        (("--force_multi",), "several nodes is not available yet"),
+        (("--elastic_training", "--min_elastic_nodes", "2"), "impossible numbers of elastic nodes"),
         (("--launcher", "pigeon"), "unknown launcher"),
         (("--log_level", "loud"), "unknown log level"),
         (("--master_port", "70000"), "--master_port=70000"),
@@ -231,12 +230,6 @@ def test_missing_hostfile(tmp_path):
 )
 def test_bad_flags(tmp_path, flags, part):
     assert_one_clear_line(launch(tmp_path, *flags), part)
-
-
-def test_several_hosts_are_named_in_the_refusal(tmp_path):
-    (tmp_path / "hosts").write_text("worker-0 slots=1\nworker-1 slots=1\n", encoding="utf-8")
-    done = launch(tmp_path, "--hostfile", "hosts")
-    assert_one_clear_line(done, "worker-0, worker-1", "several nodes is not available yet")
 
 
 def test_port_in_use_is_named(tmp_path):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from deepspeed.launcher import launch, runner
+from deepspeed.launcher import launch, runner, world
 from deepspeed.launcher.hostfile import decode_world_info
 from deepspeed.launcher.processes import exit_status
 
@@ -178,10 +178,29 @@ def test_hostfile_slots_nodes_and_filters(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["-H", "hosts"], ["--force_multi"]])
-def test_several_nodes_are_refused_by_name(words, tmp_path):
+def test_several_nodes_are_handed_on(words, tmp_path, monkeypatch):
     (tmp_path / "hosts").write_text("a slots=2\nb slots=3\n", encoding="utf-8")
-    with pytest.raises(NotImplementedError, match="several nodes is not available yet"):
-        runner.main([*words, "train.py"])
+    seen = []
+    monkeypatch.setattr(runner, "run_on_nodes", lambda args, active, signals: seen.append(active))
+    runner.main([*words, "train.py"])
+    (active,) = seen
+    assert list(active) == (["a", "b"] if words[0] == "-H" else ["localhost"])
+
+
+@pytest.mark.parametrize("limits", [("0", "1"), ("2", "1"), ("3", "3"), ("1", "0")])
+def test_impossible_elastic_limits_are_refused(limits, tmp_path):
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=3\n", encoding="utf-8")
+    words = ["--min_elastic_nodes", limits[0], "--max_elastic_nodes", limits[1]]
+    with pytest.raises(ValueError, match="impossible numbers of elastic nodes"):
+        runner.main(["-H", "hosts", "--elastic_training", *words, "train.py"])
+
+
+def test_elastic_limits_travel_to_the_nodes():
+    args = runner.parse_args(["--elastic_training", "--max_elastic_nodes", "4", "t.py"])
+    runner._check_elastic(args, 2)
+    command = runner.launch_command(args, {"localhost": [0]})
+    at = command.index("--enable_elastic_training")
+    assert command[at + 1 : at + 3] == ["--max_elastic_nodes=4", "--min_elastic_nodes=1"]
 
 
 def test_the_command_carries_every_flag_in_order():
@@ -218,9 +237,9 @@ def test_launch_reads_the_command_that_the_runner_writes():
 
 def test_ranks_are_numbered_over_all_hosts():
     info = {"a": [0, 1], "b": [5], "c": [2, 7]}
-    world = launch.World.build(info, 2)
-    assert (world.size, world.host, world.slots) == (5, "c", [2, 7])
-    envs = world.environment({"KEEP": "1"}, "10.0.0.1", 4321)
+    ranks = launch.World.build(info, 2)
+    assert (ranks.size, ranks.host, ranks.slots) == (5, "c", [2, 7])
+    envs = ranks.environment({"KEEP": "1"}, "10.0.0.1", 4321)
     assert [(e["RANK"], e["LOCAL_RANK"]) for e in envs] == [("3", "0"), ("4", "1")]
     for env in envs:
         assert (env["CROSS_RANK"], env["CROSS_SIZE"], env["LOCAL_SIZE"]) == ("2", "3", "2")
@@ -238,7 +257,7 @@ def test_a_node_outside_the_world_is_refused(node_rank):
 def test_pod_environment_reaches_the_ranks(monkeypatch, tmp_path):
     pod = tmp_path / "pod.env"
     pod.write_text("export POD_NAME=x=y\n# note\nOTHER=1\n", encoding="utf-8")
-    monkeypatch.setattr(launch, "POD_ENV", pod)
+    monkeypatch.setattr(world, "POD_ENV", pod)
     (env,) = launch.World.build({"a": [0]}, 0).environment({"OTHER": "0"}, "h", 1)
     assert (env["POD_NAME"], env["OTHER"]) == ("x=y", "1")
 
