@@ -56,6 +56,8 @@ const uint64_t kYmm = 0x06, kZmm = 0xe6;
 
 namespace ds {
 
+bool cpu_has_clmul() { return bit(leaf(1).c, 1); }
+
 bool cpu_has_avx2() {
     const Leaf one = leaf(1), seven = leaf(7);
     return bit(one.c, 28) && bit(one.c, 29) && bit(seven.b, 5) && system_saves(kYmm);
@@ -73,6 +75,7 @@ bool cpu_has_avx512() {
 
 namespace ds {
 
+bool cpu_has_clmul() { return false; }
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 

@@ -3,31 +3,34 @@
 
 [Note: Order of a save]
 1. The leading rank clears what an earlier, killed save left, and makes `<tag>.tmp` with a mark in it.
-2. Every rank writes its files there, each flushed to the disk, hashing what it writes.
+2. Every rank writes its files there, each flushed to the disk, summing what it writes.
 3. All ranks tell each other how it went. One failure raises on all of them and the partial folder is removed.
-4. The leading rank writes the manifest (sizes and hashes), takes the mark away, moves an existing `<tag>` aside to
+4. The leading rank writes the manifest (sizes and checksums), takes the mark away, moves an existing `<tag>` aside to
    `<tag>.old`, renames `<tag>.tmp` to `<tag>`, then replaces `latest`, and removes `<tag>.old`.
 Every rename is preceded by a flush of what it publishes. Killed before the rename: the previous tag is untouched, or
 found under `<tag>.old` (`resolve` looks there). Killed after it: the new tag is complete.
+
+Steps 1 and 3 are collective and step 2 is not, so training may go on in between (`Publication`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from ..utils.logging import logger
+from .digest import CRC32, crc32, text_of
 from .format import (
     LATEST,
     MANIFEST,
@@ -38,11 +41,16 @@ from .format import (
     tag_problem,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..ops.aio.queue import FileQueue
+
 T = TypeVar("T")
 
 _SHARING_ERRORS = (5, 32, 33)  # Windows: access denied, sharing violation, lock violation
 _RETRY_SECONDS = 5.0
-_HASHED_BESIDE = 1 << 20  # bytes from which a second thread is worth its while
+_SUMMED_BESIDE = 1 << 20  # bytes from which a second thread is worth its while
 _FOREIGN_PARTIAL_SECONDS = 3600.0
 
 
@@ -58,6 +66,20 @@ class Disk:
         view = memoryview(data)
         while view.nbytes:
             view = view[file.write(view) :]
+
+    def open_queue(self) -> FileQueue:
+        """Make a queue for `send` and `settle`."""
+        from ..ops.aio.queue import FileQueue
+
+        return FileQueue()
+
+    def send(self, queue: FileQueue, path: Path, offset: int, data: Tensor) -> int:
+        """Begin to write the bytes of a host tensor, which must stay as it is until `settle`; returns a ticket."""
+        return queue.submit_write(path, offset, data)
+
+    def settle(self, queue: FileQueue, ticket: int) -> None:
+        """Wait until what was sent is written."""
+        queue.wait(ticket)
 
     def sync(self, file: BinaryIO) -> None:
         """Make what was written survive a power cut."""
@@ -99,7 +121,7 @@ class Entry:
 
     name: str
     size: int
-    sha256: str
+    crc32: str
 
 
 @dataclass(frozen=True)
@@ -142,7 +164,7 @@ class Crew:
 
 
 class HashedFile:
-    """A file that is hashed while it is written and flushed to the disk when it is closed.
+    """A file that is summed while it is written and flushed to the disk when it is closed.
 
     Has what `torch.save` needs of a file object: `write` and `flush`.
     """
@@ -150,26 +172,26 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = disk.create(path)
-        self._hash = hashlib.sha256()
+        self._sum = 0
         self._size = 0
-        self._hasher: ThreadPoolExecutor | None = None
+        self._summer: ThreadPoolExecutor | None = None
 
-    def write(self, data: bytes | memoryview) -> int:
-        """Write all of `data`, hashing it meanwhile; returns its length in bytes."""
-        length = memoryview(data).nbytes
-        self._size += length
-        if length < _HASHED_BESIDE:
-            self._hash.update(data)
-            disk.write(self._file, data)
-            return length
-        if self._hasher is None:
-            self._hasher = ThreadPoolExecutor(1, "checkpoint-hash")
-        hashed = self._hasher.submit(self._hash.update, data)
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write all of `data`, summing it meanwhile; returns its length in bytes."""
+        view = memoryview(data).cast("B")
+        self._size += view.nbytes
+        if view.nbytes < _SUMMED_BESIDE:
+            self._sum = crc32(view, self._sum)
+            disk.write(self._file, view)
+            return view.nbytes
+        if self._summer is None:
+            self._summer = ThreadPoolExecutor(1, "checkpoint-sum")
+        summed = self._summer.submit(crc32, view, self._sum)
         try:
-            disk.write(self._file, data)
+            disk.write(self._file, view)
         finally:
-            hashed.result()  # the caller's buffer must outlive the hashing
-        return length
+            self._sum = summed.result()  # the caller's buffer must outlive the summing
+        return view.nbytes
 
     def flush(self) -> None:
         """Nothing is held back; here for file-like use."""
@@ -183,12 +205,12 @@ class HashedFile:
                 disk.sync(self._file)
         finally:
             self._file.close()
-            if self._hasher is not None:
-                self._hasher.shutdown()
+            if self._summer is not None:
+                self._summer.shutdown()
 
     def entry(self) -> Entry:
         """What the manifest says about this file."""
-        return Entry(self.path.name, self._size, self._hash.hexdigest())
+        return Entry(self.path.name, self._size, text_of(self._sum))
 
 
 def write_small(path: Path, data: bytes) -> Entry:
@@ -250,22 +272,57 @@ def publish(
         DeepSpeedCheckpointError: another rank failed. The failing rank raises its own error. Nothing was published.
         OSError: the disk is full, or will be.
     """
-    final = save_dir / checked_tag(tag)
-    partial = _beside(final, PARTIAL_SUFFIX)
-    try:
-        shares = crew.together(lambda: (needed, crew.leads))
-        total = sum(share for share, _ in shares) // sum(leads for _, leads in shares)
-        crew.together(lambda: _prepare(final, partial, total) if crew.leads else None)
-        written = crew.together(lambda: [asdict(entry) for entry in write(partial)])
-    except Exception:
-        if crew.leads:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    entries = [Entry(**fields) for fields_of_rank in written for fields in fields_of_rank]
-    crew.together(
-        lambda: _publish(save_dir, tag, final, partial, entries, latest) if crew.leads else None
-    )
-    return final
+    publication = Publication(save_dir, tag, crew, latest)
+    publication.begin(needed)
+    return publication.finish(lambda: write(publication.partial))
+
+
+class Publication:
+    """One save on its way: `begin`, then files are written into `partial`, then `finish`.
+
+    Args:
+        save_dir, tag, crew, latest: as for `publish`.
+
+    Attributes:
+        partial: the folder to write into, between `begin` and `finish`.
+        final: what it is going to be.
+    """
+
+    def __init__(self, save_dir: Path, tag: str, crew: Crew, latest: str | None = LATEST) -> None:
+        self.save_dir, self.tag, self.crew, self.latest = save_dir, checked_tag(tag), crew, latest
+        self.final = save_dir / self.tag
+        self.partial = _beside(self.final, PARTIAL_SUFFIX)
+
+    def begin(self, needed: int) -> None:
+        """Collectively: check that there is room for `needed` bytes of this rank, and make the partial folder."""
+        with self._cleaned():
+            shares = self.crew.together(lambda: (needed, self.crew.leads))
+            total = sum(share for share, _ in shares) // sum(leads for _, leads in shares)
+            self._lead(lambda: _prepare(self.final, self.partial, total))
+
+    def finish(self, write: Callable[[], Sequence[Entry]]) -> Path:
+        """Collectively: call `write` for this rank's entries (it may raise), vote, and publish; returns the folder."""
+        with self._cleaned():
+            written = self.crew.together(lambda: [asdict(entry) for entry in write()])
+        self._lead(lambda: self.publish_alone(written))
+        return self.final
+
+    def publish_alone(self, written: Sequence[Sequence[dict[str, Any]]]) -> None:
+        """Without the others: publish what all ranks have written, given as lists of entries' fields."""
+        entries = [Entry(**fields) for fields_of_rank in written for fields in fields_of_rank]
+        _publish(self.save_dir, self.tag, self.final, self.partial, entries, self.latest)
+
+    def _lead(self, action: Callable[[], None]) -> None:
+        self.crew.together(lambda: action() if self.crew.leads else None)
+
+    @contextlib.contextmanager
+    def _cleaned(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            if self.crew.leads:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
 
 
 def resolve(save_dir: Path, tag: str) -> Path:
@@ -354,9 +411,9 @@ def _publish(
     latest: str | None,
 ) -> None:
     files = {
-        e.name: {"size": e.size, "sha256": e.sha256} for e in entries if (partial / e.name).exists()
+        e.name: {"size": e.size, CRC32: e.crc32} for e in entries if (partial / e.name).exists()
     }
-    manifest = {"format": 1, "tag": tag, "files": dict(sorted(files.items()))}
+    manifest = {"format": 2, "tag": tag, "files": dict(sorted(files.items()))}
     write_small(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
     disk.remove(partial / PARTIAL_MARK)
     disk.sync_folder(partial)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
-import hashlib
 import io
 import json
 import os
@@ -26,9 +25,9 @@ import torch
 
 from ..utils.env import DS_TRUST_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
+from .digest import CRC32, SHA256, of_file
 from .format import MANIFEST, PARTIAL_MARK
 
-_CHUNK = 1 << 22
 _MAX_PICKLE = 1 << 30
 
 
@@ -78,10 +77,11 @@ def _rebuild_functions() -> tuple[Any, ...]:
     names = (
         "_rebuild_tensor",
         "_rebuild_tensor_v2",
+        "_rebuild_tensor_v3",
         "_rebuild_parameter",
         "_rebuild_sparse_tensor",
     )
-    return tuple(getattr(torch._utils, name) for name in names)
+    return tuple(getattr(torch._utils, name) for name in names if hasattr(torch._utils, name))
 
 
 def _harmless() -> dict[tuple[str, str], Any]:
@@ -364,8 +364,11 @@ class Folder:
             raise damaged(
                 path, f"{path.stat().st_size} bytes where the manifest says {entry['size']}"
             )
-        if _sha256(path) != entry["sha256"]:
-            raise damaged(path, "content that differs from what was saved (its hash is another)")
+        algorithm = next(name for name in (CRC32, SHA256) if name in entry)
+        if of_file(path, algorithm) != entry[algorithm]:
+            raise damaged(
+                path, f"content that differs from what was saved (its {algorithm} is another)"
+            )
         self._checked.add(name)
 
 
@@ -374,19 +377,16 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {
-            str(n): {"size": int(e["size"]), "sha256": str(e["sha256"])} for n, e in files.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {str(name): _expected(entry) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, str(error)) from error
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _expected(entry: dict[str, Any]) -> dict[str, Any]:
+    algorithm = next((name for name in (CRC32, SHA256) if name in entry), None)
+    if algorithm is None:
+        raise ValueError(f"no checksum that is known among {', '.join(map(str, entry))}")
+    return {"size": int(entry["size"]), algorithm: str(entry[algorithm])}
 
 
 def read_tag(save_dir: Path, pointer: str) -> str | None:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from ..utils.logging import logger
+from .archive import Archive
 from .atomic import Entry, HashedFile
 from .reader import is_readable_class
+from .stream import Settings, write_archive
 
 _LEAVES = (
     type(None),
@@ -34,19 +36,24 @@ _SLACK = 0.9
 _warned: set[type] = set()
 
 
-def save_file(path: Path, content: Any, *, as_zip: bool = True) -> Entry:
+def save_file(
+    path: Path, content: Any, *, as_zip: bool = True, settings: Settings | None = None
+) -> Entry:
     """Write one file and flush it to the disk.
 
     Args:
         path: the file.
         content: what to save; tensors that are small views of large storages are copied out of them first.
         as_zip: torch's zip format rather than its old one.
+        settings: how the zip format is written; the fast way if None.
 
     Returns:
         The manifest's entry for it.
     """
+    if as_zip:
+        return write_archive(path, Archive.of(compact(content)), settings)
     with HashedFile(path) as file:
-        torch.save(compact(content), file, _use_new_zipfile_serialization=as_zip)
+        torch.save(compact(content), file, _use_new_zipfile_serialization=False)
     return file.entry()
 
 

@@ -87,6 +87,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.checkpoint.format": 2,
     "deepspeed.checkpoint.atomic": 2,
     "deepspeed.comm": 2,
+    "deepspeed.checkpoint.digest": 2,
     "deepspeed.ops.abi": 2,
     "deepspeed.ops.aio": 2,
     "deepspeed.ops.cuda*": 2,

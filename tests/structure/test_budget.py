@@ -50,7 +50,7 @@ BUDGET = {
     # with the memory plan, packed weights, states that go and come back, and files on disk
     "deepspeed/runtime/zero": 5600,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned
-    "deepspeed/checkpoint": 2000,
+    "deepspeed/checkpoint": 3400,
     # loading, cutting, quantizing and offloading the base, each with the others
     "deepspeed/linear": 600,
     "deepspeed/nvme deepspeed/io": 800,

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing an `Archive`: many transfers at a time past the page cache, summed meanwhile; or one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..utils.logging import logger
+from . import atomic
+from .archive import Archive, Record, byte_view, record_bytes
+from .atomic import Entry, HashedFile
+from .digest import combine_all, crc32, crc32_of_address, text_of, threads
+from .progress import Progress
+
+FAST, PYTHON, MOCK = "FAST", "PYTHON", "MOCK"
+BY_QUEUE = 4 << 20
+"""Smaller files are not worth a queue."""
+_CHUNK = 16 << 20
+_IN_FLIGHT = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How files are written: the section ``checkpoint.writer``.
+
+    Attributes:
+        type: FAST (many transfers at a time), PYTHON (one after the other), MOCK (none, to measure the rest).
+        io_buffer_size: bytes of the buffer through which states of a device pass.
+        io_buffer_double: fill one half of it while the other is written.
+        show_statistics: print the speed of each file.
+        io_multiplier: write everything so many times (to measure).
+    """
+
+    type: str = FAST
+    io_buffer_size: int = 64 << 20
+    io_buffer_double: bool = True
+    show_statistics: bool = False
+    io_multiplier: int = 1
+
+
+def write_archive(
+    path: Path, archive: Archive, settings: Settings | None = None, progress: Progress | None = None
+) -> Entry:
+    """Write one file and flush it to the disk.
+
+    Args:
+        path: made anew.
+        archive: what to write; its storages must stay as they are meanwhile.
+        settings: how; the fast way if None.
+        progress: is told of every byte.
+
+    Returns:
+        The manifest's entry.
+
+    Raises:
+        OSError: the disk is full, or fails. All transfers are over then.
+    """
+    settings = settings or Settings()
+    progress = progress or Progress()
+    start = time.perf_counter()
+    for _ in range(settings.io_multiplier):
+        if settings.type == MOCK:
+            entry = _mock(path, archive)
+        elif settings.type == PYTHON or archive.size < BY_QUEUE:
+            entry = _in_a_row(path, archive, progress)
+        else:
+            entry = _Parallel(path, archive, settings, progress).write()
+    if settings.show_statistics:
+        seconds = time.perf_counter() - start
+        moved = archive.size * settings.io_multiplier
+        logger.warning(
+            f"checkpoint writer {settings.type}: {path.name}, {moved / 1e9:.3f} GB in {seconds:.3f} s, "
+            f"{moved / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+        )
+    return entry
+
+
+def _mock(path: Path, archive: Archive) -> Entry:
+    return Entry(path.name, archive.size, text_of(0))
+
+
+def _in_a_row(path: Path, archive: Archive, progress: Progress) -> Entry:
+    for record in archive.records:
+        record.crc = crc32(record_bytes(record)) if record.is_large else None
+    pieces: list[Any] = [record for record in archive.records if record.is_large]
+    with HashedFile(path) as file:
+        for _, gap in archive.gaps():
+            progress.add(file.write(gap))
+            if pieces:
+                progress.add(file.write(record_bytes(pieces.pop(0))))
+    return file.entry()
+
+
+class _Flight(NamedTuple):
+    record: Record
+    ticket: int
+    sum: Future[int]
+    length: int
+    lent: torch.Tensor | None
+    """The buffer that is free again afterwards."""
+
+
+class _Parallel:
+    """One file on its way through a queue."""
+
+    def __init__(
+        self, path: Path, archive: Archive, settings: Settings, progress: Progress
+    ) -> None:
+        self.path, self.archive, self.progress = path, archive, progress
+        self.halves = 2 if settings.io_buffer_double else 1
+        self.buffer_bytes = max(1 << 20, settings.io_buffer_size // self.halves)
+        self.free: list[torch.Tensor] | None = None
+        self.flights: deque[_Flight] = deque()
+        self.sums: dict[int, list[tuple[int, int]]] = {}
+
+    def write(self) -> Entry:
+        """Write it all; see `write_archive`."""
+        with atomic.disk.create(self.path) as file, ExitStack() as stack:
+            summers = stack.enter_context(ThreadPoolExecutor(threads(), "checkpoint-sum"))
+            self.queue = stack.enter_context(atomic.disk.open_queue())
+            stack.callback(summers.shutdown, cancel_futures=True)
+            for record in self.archive.records:
+                if record.is_large:
+                    self._send_record(record, summers)
+            while self.flights:
+                self._retire()
+            for record in self.archive.records:
+                if record.is_large:
+                    record.crc = combine_all(self.sums[id(record)])
+            gaps = [self._send_gap(start, gap) for start, gap in self.archive.gaps()]
+            atomic.disk.sync(file)
+        return Entry(self.path.name, self.archive.size, text_of(self.archive.crc(gaps)))
+
+    def _send_record(self, record: Record, summers: ThreadPoolExecutor) -> None:
+        self.sums[id(record)] = []
+        at = record.begin
+        for piece, lent in self._pieces(record):
+            if len(self.flights) >= _IN_FLIGHT:
+                self._retire()
+            length = piece.numel()
+            summed = summers.submit(_sum, piece)
+            ticket = atomic.disk.send(self.queue, self.path, at, piece)
+            self.flights.append(_Flight(record, ticket, summed, length, lent))
+            at += length
+
+    def _pieces(self, record: Record) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        source = record.source
+        if isinstance(source, bytes):
+            yield torch.frombuffer(bytearray(source), dtype=torch.uint8), None
+            return
+        view = byte_view(source)
+        if view.device.type == "cpu":
+            yield from ((piece, None) for piece in view.split(_CHUNK))
+            return
+        for piece in view.split(self.buffer_bytes):
+            buffer = self._take_buffer()
+            host = buffer[: piece.numel()]
+            host.copy_(piece)
+            yield host, buffer
+
+    def _take_buffer(self) -> torch.Tensor:
+        if self.free is None:
+            pinned = torch.cuda.is_available()
+            self.free = [
+                torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=pinned)
+                for _ in range(self.halves)
+            ]
+        while not self.free:
+            self._retire()
+        return self.free.pop()
+
+    def _retire(self) -> None:
+        flight = self.flights.popleft()
+        atomic.disk.settle(self.queue, flight.ticket)
+        self.sums[id(flight.record)].append((flight.sum.result(), flight.length))
+        self.progress.add(flight.length)
+        if flight.lent is not None and self.free is not None:
+            self.free.append(flight.lent)
+
+    def _send_gap(self, start: int, gap: bytearray) -> tuple[int, int, int]:
+        if gap:
+            data = torch.frombuffer(gap, dtype=torch.uint8)
+            atomic.disk.settle(self.queue, atomic.disk.send(self.queue, self.path, start, data))
+            self.progress.add(len(gap))
+        return start, crc32(gap), len(gap)
+
+
+def _sum(piece: torch.Tensor) -> int:
+    return crc32_of_address(piece.data_ptr(), piece.numel())
