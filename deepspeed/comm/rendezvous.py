@@ -19,6 +19,12 @@ from deepspeed.utils.logging import logger, warning_once
 
 # variables that an MPI or Slurm job step sets on each process
 _MPI_SIZES = (env.OMPI_SIZE, env.PMI_SIZE, env.MV2_SIZE, env.SLURM_STEP_NUM_TASKS)
+# rank, size and local rank, where a launcher of that kind tells all three
+_TOLD = (
+    (env.OMPI_RANK, env.OMPI_SIZE, env.OMPI_LOCAL_RANK),
+    (env.MV2_RANK, env.MV2_SIZE, env.MV2_LOCAL_RANK),
+    (env.SLURM_PROCID, env.SLURM_STEP_NUM_TASKS, env.SLURM_LOCALID),
+)
 _REQUIRED = (env.RANK, env.WORLD_SIZE, env.MASTER_ADDR, env.MASTER_PORT, env.LOCAL_RANK)
 
 
@@ -123,16 +129,24 @@ def _mpi_launched() -> bool:
 
 
 def mpi_discovery(distributed_port: int = 29500, verbose: bool = True) -> None:
-    """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT by asking MPI. Collective.
+    """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as MPI or Slurm has numbered us.
+
+    Where the environment tells the numbers and MASTER_ADDR is set (the deepspeed launcher sets it),
+    that is all; else mpi4py is asked, which is collective.
 
     Raises:
-        DeepSpeedCommError: mpi4py is not installed, or variables set already contradict MPI.
+        DeepSpeedCommError: mpi4py is needed and not installed, or variables set already contradict MPI.
     """
+    numbers = _told_numbers()
+    if numbers is not None and env.MASTER_ADDR.is_set():
+        _take(numbers, distributed_port, verbose)
+        return
     if importlib.util.find_spec("mpi4py") is None:
         raise DeepSpeedCommError(
             explain(
                 "this process was started by MPI, but mpi4py is not installed",
-                fix="pip install mpi4py, or start the script with the deepspeed launcher.",
+                fix="pip install mpi4py, or set MASTER_ADDR, or start the script with the deepspeed "
+                "launcher, which does.",
             )
         )
     from mpi4py import MPI  # type: ignore[import-not-found]
@@ -142,11 +156,23 @@ def mpi_discovery(distributed_port: int = 29500, verbose: bool = True) -> None:
     import socket
 
     address = world.bcast(socket.gethostbyname(socket.gethostname()), root=0)
-    for variable, value in (
-        (env.RANK, world.Get_rank()),
-        (env.WORLD_SIZE, world.Get_size()),
-        (env.LOCAL_RANK, local.Get_rank()),
-    ):
+    if not env.MASTER_ADDR.is_set():
+        env.MASTER_ADDR.set(address)
+    _take((world.Get_rank(), world.Get_size(), local.Get_rank()), distributed_port, verbose)
+
+
+def _told_numbers() -> tuple[int, int, int] | None:
+    """Return rank, size and local rank from the variables of a job of several processes, if all are there."""
+    for names in _TOLD:
+        rank, size, local = (name.get() for name in names)
+        if rank is not None and local is not None and size is not None and size > 1:
+            return rank, size, local
+    return None
+
+
+def _take(numbers: tuple[int, int, int], port: int, verbose: bool) -> None:
+    """Write the numbers to the environment; what is there must agree."""
+    for variable, value in zip((env.RANK, env.WORLD_SIZE, env.LOCAL_RANK), numbers, strict=True):
         if variable.is_set() and variable.get() != value:
             raise DeepSpeedCommError(
                 explain(
@@ -157,10 +183,8 @@ def mpi_discovery(distributed_port: int = 29500, verbose: bool = True) -> None:
                 )
             )
         variable.set(value)
-    if not env.MASTER_ADDR.is_set():
-        env.MASTER_ADDR.set(address)
     if not env.MASTER_PORT.is_set():
-        env.MASTER_PORT.set(distributed_port)
+        env.MASTER_PORT.set(port)
     if verbose:
         logger.info("MPI: %s", {variable.name: variable.raw() for variable in _REQUIRED})
 

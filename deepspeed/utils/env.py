@@ -133,7 +133,11 @@ OMPI_LOCAL_RANK = _integer("OMPI_COMM_WORLD_LOCAL_RANK", "Open MPI's name of LOC
 OMPI_LOCAL_SIZE = _integer("OMPI_COMM_WORLD_LOCAL_SIZE", "Open MPI's name of LOCAL_SIZE.")
 PMI_SIZE = _integer("PMI_SIZE", "MPICH's name of WORLD_SIZE.")
 MV2_SIZE = _integer("MV2_COMM_WORLD_SIZE", "MVAPICH2's name of WORLD_SIZE.")
+MV2_RANK = _integer("MV2_COMM_WORLD_RANK", "MVAPICH2's name of RANK.")
+MV2_LOCAL_RANK = _integer("MV2_COMM_WORLD_LOCAL_RANK", "MVAPICH2's name of LOCAL_RANK.")
 SLURM_STEP_NUM_TASKS = _integer("SLURM_STEP_NUM_TASKS", "Slurm: processes of this srun step.")
+SLURM_PROCID = _integer("SLURM_PROCID", "Slurm's name of RANK.")
+SLURM_LOCALID = _integer("SLURM_LOCALID", "Slurm's name of LOCAL_RANK.")
 ELASTIC_RUN_ID = _text("ELASTIC_RUN_ID", "Run id of the elastic agent.", "123456789")
 CUDA_VISIBLE_DEVICES = _text("CUDA_VISIBLE_DEVICES", "CUDA devices that this process may use.")
 

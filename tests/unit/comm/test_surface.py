@@ -119,6 +119,25 @@ def test_an_mpi_job_is_discovered(no_launcher, mpi):
     assert (env.MASTER_ADDR.get(), env.MASTER_PORT.get()) == ("10.1.2.3", 29511)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_RANK MV2_COMM_WORLD_SIZE MV2_COMM_WORLD_LOCAL_RANK",
+        "SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID",
+    ],
+)
+def test_a_job_numbered_by_its_launcher_needs_no_mpi4py(no_launcher, monkeypatch, names):
+    monkeypatch.setattr(rendezvous.importlib.util, "find_spec", lambda name: None)
+    for name, value in zip(names.split(), ("5", "8", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DeepSpeedCommError, match="MASTER_ADDR"):
+        rendezvous.discover(True, 29511, verbose=False)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    assert rendezvous.discover(True, 29511, verbose=False) == rendezvous.World(5, 8)
+    assert (env.LOCAL_RANK.get(), env.MASTER_PORT.get()) == (1, 29511)
+
+
 def test_mpi_processes_do_not_train_alone_by_mistake(no_launcher, mpi):
     with pytest.raises(DeepSpeedCommError, match="MPI started several processes"):
         rendezvous.discover(False, 29511, verbose=False)
