@@ -48,6 +48,32 @@ class Axis:
         ranks = tuple(dist.get_process_group_ranks(group))
         return Axis(None if len(ranks) == 1 else group, len(ranks), dist.get_rank(group), ranks)
 
+    def split(self, size: int, world: Axis) -> tuple[Axis, Axis]:
+        """Cut this axis into runs of ``size`` neighbours: the own run, and the ranks at the same place of all runs.
+
+        Collective over ``world``, whose ranks may be on different axes of the same kind.
+
+        Args:
+            size: ranks of a run; it must divide the axis.
+            world: everybody.
+
+        Raises:
+            DeepSpeedCommError: ``size`` does not divide the axis.
+        """
+        own = self.ranks[self.rank]
+        if size == self.size:
+            return self, Axis.alone(own)
+        if size == 1:
+            return Axis.alone(own), self
+        told: list[Any] = [self.ranks]
+        if world.size > 1:
+            import torch.distributed as dist
+
+            told = [None] * world.size
+            dist.all_gather_object(told, self.ranks, group=world.group)
+        within, across = neighbour_grid(sorted(set(told)), size)
+        return _join(own, within), _join(own, across)
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -62,6 +88,11 @@ class Mesh:
         pipe: ranks that hold the stages of one pipeline.
         expert: name -> ranks that share one set of experts.
         expert_data: name -> ranks that hold the same experts.
+        shard, replica: ranks that share ZeRO's shards, and those with equal shards, where these are not all of
+            ``sequence_data`` (MiCS, arXiv:2205.00119); else None. Read them through ``state_axes``.
+        second: neighbours that share a second, closer copy of sharded params (hpZ, arXiv:2306.10209); else None.
+        node, nodes: of the ranks of ``state_axes[0]`` those on this machine, and those at the same place of the other
+            machines, where collectives may go in two hops; else None.
     """
 
     world: Axis
@@ -72,6 +103,18 @@ class Mesh:
     sequence_data: Axis
     expert: Mapping[str, Axis] = field(default_factory=dict)
     expert_data: Mapping[str, Axis] = field(default_factory=dict)
+    shard: Axis | None = None
+    replica: Axis | None = None
+    second: Axis | None = None
+    node: Axis | None = None
+    nodes: Axis | None = None
+
+    @property
+    def state_axes(self) -> tuple[Axis, Axis]:
+        """The ranks that share ZeRO's shards of dense params, and those that hold equal shards."""
+        if self.shard is not None and self.replica is not None:
+            return self.shard, self.replica
+        return self.sequence_data, Axis.alone(self.world.ranks[self.world.rank])
 
     @staticmethod
     def single() -> Mesh:
@@ -202,8 +245,28 @@ def expert_grid(
                 fix="Change ep_size of the MoE layers, or the number of processes.",
             )
         )
-    within = [ranks[i : i + expert] for ranks in groups for i in range(0, width, expert)]
-    across = [ranks[i::expert] for ranks in groups for i in range(expert)]
+    return neighbour_grid(groups, expert)
+
+
+def neighbour_grid(
+    groups: Sequence[tuple[int, ...]], size: int
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Split lists of ranks into runs of ``size`` neighbours, and the ranks at equal places of a list's runs.
+
+    Raises:
+        DeepSpeedCommError: ``size`` does not divide a list's length.
+    """
+    for ranks in groups:
+        if size < 1 or len(ranks) % size:
+            raise DeepSpeedCommError(
+                explain(
+                    "groups of neighbours do not divide the ranks",
+                    got=f"groups of {size} among {len(ranks)} ranks",
+                    expected=f"a divisor of {len(ranks)}",
+                )
+            )
+    within = [ranks[i : i + size] for ranks in groups for i in range(0, len(ranks), size)]
+    across = [ranks[i::size] for ranks in groups for i in range(size)]
     return within, across
 
 

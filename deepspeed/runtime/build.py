@@ -20,7 +20,7 @@ from .drivers import Driver, NoDriver, PlainDriver, SlabDriver
 from .fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase, UnguardedLossScaler
 from .module_prep import named_strays
 from .precision import Precision
-from .sharding import spill_folder
+from .sharding import spill_folder, zero_axes
 from .zero.optimizer import ZeroOptimizer, expert_group_name
 from .zero.parameter_offload import DeepSpeedZeRoOffload
 from .zero.plan import Plan, TierKind
@@ -97,7 +97,7 @@ def build_mesh(config: Any, mpu: Any, model: torch.nn.Module) -> Mesh:
         if mpu.get_model_parallel_world_size() > 1:
             tensor = Axis.of_group(mpu.get_model_parallel_group())
         mesh = replace(mesh, data=data, sequence_data=data, tensor=tensor)
-    return mesh
+    return zero_axes(mesh, config.zero_config)
 
 
 def build_precision(config: Any) -> Precision:
@@ -317,11 +317,13 @@ def _wrapper_class(
     from .bf16_optimizer import BF16_Optimizer
     from .fp16.fused_optimizer import FP16_Optimizer
     from .fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from .zero.mics import MiCS_Optimizer
     from .zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from .zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     if plan.stage == 3:
-        return DeepSpeedZeroOptimizer_Stage3
+        mics = config.zero_config.mics_shard_size > 0
+        return MiCS_Optimizer if mics else DeepSpeedZeroOptimizer_Stage3
     if plan.stage == 0:
         return FP16_Optimizer if isinstance(basic, FusedAdam) else FP16_UnfusedOptimizer
     fp32_sums = config.bfloat16_config.enabled and grad_dtype == torch.float32

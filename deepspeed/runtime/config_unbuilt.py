@@ -76,22 +76,6 @@ _REMOVE = "Remove the key."
 
 UNBUILT: tuple[Unbuilt, ...] = (
     # ------------------------------------------------------------------ ZeRO
-    _at_stage_3("mics_shard_size", "MiCS", lambda zero: zero.mics_shard_size > 0, _REMOVE),
-    _at_stage_3(
-        "zero_hpz_partition_size",
-        "ZeRO++ hpZ",
-        lambda zero: zero.zero_hpz_partition_size > 1,
-        "Set it to 1.",
-    ),
-    _at_stage_3(
-        "zero_quantized_weights", "ZeRO++ qwZ", lambda zero: zero.zero_quantized_weights, _OFF
-    ),
-    _at_stage_3(
-        "zero_quantized_nontrainable_weights",
-        "quantised frozen params",
-        lambda zero: zero.zero_quantized_nontrainable_weights,
-        _OFF,
-    ),
     _at_stage_3(
         "zero_quantized_gradients", "ZeRO++ qgZ", lambda zero: zero.zero_quantized_gradients, _OFF
     ),
@@ -197,12 +181,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         "fast checkpoint writers",
         lambda config: config.checkpoint_config["writer"] is not None,
         "Remove the section: torch's format is written.",
-    ),
-    Unbuilt(
-        "checkpoint.load_universal",
-        "universal checkpoints",
-        lambda config: config.load_universal_checkpoint,
-        "Set it to false and load the checkpoint as it was saved.",
     ),
     Unbuilt(
         "aio.use_gds",

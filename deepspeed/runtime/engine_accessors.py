@@ -177,7 +177,7 @@ class ConfigAccessors(Counters):
         return self._config.compile_config.deepcompile
 
     def is_first_weights_partition_group(self) -> bool:
-        return self.zero_optimization_stage() < 3 or self.mics_shard_size() <= 0
+        return self.mesh.state_axes[1].rank == 0
 
     def is_sanity_checks_enabled(self) -> bool:
         return self._config.zero_config.enable_sanity_checks

@@ -26,7 +26,7 @@ from ..utils.logging import logger
 from .zero import state as zero_state
 from .zero.optimizer import ZeroOptimizer
 from .zero.partition_parameters import GatheredParameters
-from .zero.sharded_param import is_zero_param, shape_of, slice_of
+from .zero.sharded_param import is_zero_param, shape_of, values_of_slice
 
 GRAD_SCALER = "grad_scaler"
 """Ours: state of torch's scaler where fp16 autocast runs without a wrapper."""
@@ -59,10 +59,23 @@ def mp_rank_of(engine: Any) -> int:
 
 def _writes_model(engine: Any) -> bool:
     if has_slices(engine):
-        return True
+        return _writes_shard(engine)
     if _uses_node_storage(engine):
         return engine.local_rank == 0
     return engine.mesh.sequence_data.rank == 0
+
+
+def _writes_shard(engine: Any) -> bool:
+    """Whether this rank saves its shard: of ranks with equal shards (MiCS) one does, on each machine that needs it."""
+    shard, replica = engine.mesh.state_axes
+    if engine.mesh.sequence.rank != 0:
+        return False
+    return replica.rank == 0 or (_uses_node_storage(engine) and engine.local_rank < shard.size)
+
+
+def _shard_rank(engine: Any) -> int:
+    """The number of this rank's shard in file names."""
+    return engine.mesh.data.rank if engine.mesh.shard is None else engine.mesh.shard.rank
 
 
 def has_shards(engine: Any) -> bool:
@@ -170,10 +183,10 @@ def _files_of_rank(
         if engine.has_moe_layers:
             _move_experts_out(engine, model, files)
         model.update(client_state)
-        by_rank = names.zero3_model_file(engine.mesh.data.rank, mp_rank)
+        by_rank = names.zero3_model_file(_shard_rank(engine), mp_rank)
         files[by_rank if has_slices(engine) else names.model_file(mp_rank)] = model
-    if has_shards(engine) and engine.mesh.sequence.rank == 0:
-        name = names.optim_file(engine.mesh.data.rank, mp_rank, bf16=engine.bfloat16_enabled())
+    if has_shards(engine) and _writes_shard(engine):
+        name = names.optim_file(_shard_rank(engine), mp_rank, bf16=engine.bfloat16_enabled())
         files[name] = {
             Optim.STATE: engine.optimizer.state_dict(),
             Optim.DS_CONFIG: plain(_raw_config(engine)),
@@ -228,7 +241,7 @@ def _model_content(engine: Any, exclude_frozen: bool) -> dict[str, Any]:
 
 def _fragment(param: torch.nn.Parameter) -> torch.Tensor:
     """What this rank holds of a frozen parameter: all of it, or its slice."""
-    return (slice_of(param) if is_zero_param(param) else param).detach().cpu()
+    return (values_of_slice(param) if is_zero_param(param) else param).detach().cpu()
 
 
 def _refuse_packed(engine: Any) -> None:

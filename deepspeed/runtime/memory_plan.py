@@ -50,12 +50,24 @@ def plan_for(
     plan, widths = build_plan(config), widths_of(config)
     run = Run(
         world=world,
+        **_smaller_groups(config.zero_config, world),
         accumulation=config.gradient_accumulation_steps or 1,
         gathered=_gathered(config.zero_config, model),
         in_place=plan.stage == 0 and widths.param == 4,
         device_is_host=device_is_host,
     )
     return memory_plan(model, plan, widths, run)
+
+
+def _smaller_groups(zero: Any, world: int) -> dict[str, Any]:
+    """What MiCS and hpZ of stage 3 say of groups below all ranks."""
+    if int(zero.stage) != 3:
+        return {}
+    mics, second = int(zero.mics_shard_size), int(zero.zero_hpz_partition_size)
+    return {
+        "shards": mics if 0 < mics < world else None,
+        "second": second if 1 < second < world else 0,
+    }
 
 
 def refuse_what_cannot_fit(

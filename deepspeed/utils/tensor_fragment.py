@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,12 +84,17 @@ def _gathered(
     param: torch.Tensor, group: Any, values: Callable[[Any], torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
     """The whole of a state of `param`, on every rank: what each rank holds, zero elsewhere, summed."""
-    whole = torch.zeros(param.numel(), dtype=dtype, device=param.device)
+    whole = torch.zeros(_shape_of(param).numel(), dtype=dtype, device=param.device)
     for run in _own_runs(group, param):
         source = values(run.part).reshape(-1).narrow(0, run.start, run.length)
         whole.narrow(0, run.param_start, run.length).copy_(source)
     flat.all_reduce_(whole, group.shard_axis)
-    return whole.view(param.shape)
+    return whole.view(_shape_of(param))
+
+
+def _shape_of(param: torch.Tensor) -> torch.Size:
+    """The shape of a parameter when whole (ZeRO-3 keeps slices)."""
+    return getattr(param, "ds_shape", param.shape)
 
 
 @torch.no_grad()
@@ -96,18 +102,23 @@ def _scatter(
     param: torch.Tensor, group: Any, values: Callable[[Any], torch.Tensor], value: torch.Tensor
 ) -> None:
     """Write the elements of `value` that this rank holds."""
-    if value.shape != param.shape:
+    if value.shape != _shape_of(param):
         raise ValueError(
             explain(
                 "a value of another shape",
                 got=tuple(value.shape),
-                expected=f"the parameter's {tuple(param.shape)}",
+                expected=f"the parameter's {tuple(_shape_of(param))}",
             )
         )
     source = value.detach().reshape(-1)
     for run in _own_runs(group, param):
         target = values(run.part).view(-1).narrow(0, run.start, run.length)
         target.copy_(source.narrow(0, run.param_start, run.length))
+
+
+def _in_memory(param: torch.Tensor) -> AbstractContextManager:
+    """Extent in which the states of a parameter's optimizer are in memory, files or not."""
+    return param._zero_optimizer.in_memory()  # type: ignore[attr-defined]
 
 
 def _state_of(param: torch.Tensor, group: Any, key: str) -> Callable[[Any], torch.Tensor] | None:
@@ -132,7 +143,8 @@ def safe_get_full_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
     if group is None:
         return None
     dtype = torch.promote_types(group.parts[0].master.dtype, torch.float32)
-    return _gathered(param, group, lambda part: part.master.data, dtype)
+    with _in_memory(param):
+        return _gathered(param, group, lambda part: part.master.data, dtype)
 
 
 def safe_get_full_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> Any:
@@ -140,11 +152,12 @@ def safe_get_full_optimizer_state(param: torch.nn.Parameter, optim_state_key: st
     group = _group_of(param)
     if group is None:
         return None
-    values = _state_of(param, group, optim_state_key)
-    if values is None:
-        optimizer = param._zero_optimizer.optimizer  # type: ignore[attr-defined]
-        return optimizer.state.get(group.parts[0].master, {}).get(optim_state_key)
-    return _gathered(param, group, values, values(group.parts[0]).dtype)
+    with _in_memory(param):
+        values = _state_of(param, group, optim_state_key)
+        if values is None:
+            optimizer = param._zero_optimizer.optimizer  # type: ignore[attr-defined]
+            return optimizer.state.get(group.parts[0].master, {}).get(optim_state_key)
+        return _gathered(param, group, values, values(group.parts[0]).dtype)
 
 
 def safe_get_full_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
@@ -171,9 +184,13 @@ def safe_set_full_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> 
     group = _group_of(param)
     if group is None:
         return
-    _scatter(param, group, lambda part: part.master.data, value)
-    with torch.no_grad():
-        param.data.copy_(value)
+    with _in_memory(param):
+        _scatter(param, group, lambda part: part.master.data, value)
+        if group.params_sharded:
+            group.lower_param(param.param_idx_in_group)  # type: ignore[attr-defined]
+    if param.shape == value.shape:  # not while only the slice is there
+        with torch.no_grad():
+            param.data.copy_(value)
 
 
 def safe_set_full_optimizer_state(
@@ -187,14 +204,17 @@ def safe_set_full_optimizer_state(
     group = _group_of(param)
     if group is None:
         return
-    values = _state_of(param, group, optim_state_key)
-    if values is None:
-        raise KeyError(
-            explain(
-                "the optimizer keeps no such state", got=optim_state_key, fix="Take a step first."
+    with _in_memory(param):
+        values = _state_of(param, group, optim_state_key)
+        if values is None:
+            raise KeyError(
+                explain(
+                    "the optimizer keeps no such state",
+                    got=optim_state_key,
+                    fix="Take a step first.",
+                )
             )
-        )
-    _scatter(param, group, values, value)
+        _scatter(param, group, values, value)
 
 
 def safe_set_full_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from deepspeed.ops.group_quant import GroupScheme
 from deepspeed.runtime.zero.codec import GroupCodec
-from deepspeed.runtime.zero.sharded_param import recode
+from deepspeed.runtime.zero.slice_forms import recode
 from deepspeed.runtime.zero.tiers import tier_for
 from deepspeed.runtime.zero.utils import is_zero_param
 

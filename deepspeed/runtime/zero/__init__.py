@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         ".partition_parameters": [
+            "DeepSpeedTensorOverride",
             "GatheredParameters",
             "Init",
             "ZeroParamStatus",
@@ -16,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "is_zero_param",
             "register_external_parameter",
         ],
+        ".mics": ["MiCS_Init"],
         ".tiling": ["TiledLinear", "TiledLinearReturnBias"],
         ".config": ["DeepSpeedZeroConfig", "ZeroStageEnum"],
         ".parameter_offload": ["DeepSpeedZeRoOffload", "unwrap_model_for_generation"],

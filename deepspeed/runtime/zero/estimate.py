@@ -86,6 +86,8 @@ class Run:
 
     Attributes:
         world: ranks of the data axis.
+        shards: ranks that share sharded state, where these are not all of them (MiCS).
+        second: ranks that share a second copy of sharded parameters (hpZ); 0 for none.
         accumulation: micro-batches per step.
         gathered: elements of sharded parameters that are whole at one time, at most (stage 3).
         in_place: the optimizer steps the module's own parameters (stage 0 in fp32).
@@ -93,10 +95,17 @@ class Run:
     """
 
     world: int = 1
+    shards: int | None = None
+    second: int = 0
     accumulation: int = 1
     gathered: int | None = None
     in_place: bool = False
     device_is_host: bool = False
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that share sharded state."""
+        return self.world if self.shards is None else self.shards
 
 
 # - what is answered
@@ -173,7 +182,7 @@ def memory_plan(model: ModelSize, plan: Plan, widths: Widths, run: Run) -> Memor
         >>> memory_plan(size, Plan.for_stage(2), Widths(param=2), Run(world=4)).lasting("device")
         6000000
     """
-    shards = run.world if plan.states is Placement.SHARDED else 1
+    shards = run.sharing if plan.states is Placement.SHARDED else 1
     cut = Layout.per_param if plan.params is Placement.SHARDED else Layout.contiguous
     shard = cut(model.trainable, shards).shard_numel
     rows = [
@@ -244,8 +253,11 @@ def _param_rows(model: ModelSize, plan: Plan, widths: Widths, run: Run) -> Itera
         return
     tier = plan.param_tier.value
     for role, numels in (("params", model.trainable), ("frozen params", model.frozen)):
-        own = Layout.per_param(numels, run.world).shard_numel
+        own = Layout.per_param(numels, run.sharing).shard_numel
         yield Row(role, tier, own * widths.param)
+    if run.second:
+        near = Layout.per_param((*model.trainable, *model.frozen), run.second).shard_numel
+        yield Row("second copy of params", DEVICE, near * widths.param)
     gathered = 2 * model.largest_layer if run.gathered is None else run.gathered
     whole = min(model.numel, max(gathered, model.largest_layer))
     yield Row("gathered params", DEVICE, whole * widths.param, lasting=False)

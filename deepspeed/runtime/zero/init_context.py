@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from enum import Enum
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +26,7 @@ from deepspeed.utils.errors import explain
 
 from .codec import QUANTIZED_MODULES, GroupCodec, initial_scheme
 from .sharded_param import shard_param
+from .slice_forms import keep_quantized, keep_second, send_quantized
 from .tiers import Tier, tier_for
 from .utils import is_zero_param
 
@@ -32,6 +34,15 @@ _CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "r
 
 # Contexts that are active, outermost first.
 _active: list[InitContext] = []
+
+
+class DeepSpeedTensorOverride(Enum):
+    """What tensor constructors decide by themselves inside `zero.Init`, where the caller does not."""
+
+    dtype = 1
+    """Floating tensors have the dtype of the parameters."""
+    device = 2
+    """Tensors are made on the accelerator."""
 
 
 class InitContext:
@@ -48,13 +59,16 @@ class InitContext:
         enabled: False makes it do nothing.
         dtype: dtype of the parameters.
         mpu: object that knows the data-parallel group.
-        zero_param_parallel_group, zero_quantized_weights, zero_quantized_nontrainable_weights: ZeRO++; not built.
+        zero_param_parallel_group: neighbours that share a second copy (hpZ).
+        zero_quantized_weights: gathers carry 8-bit codes of matrices (qwZ).
+        zero_quantized_nontrainable_weights: matrices that require no gradient when their module is built are kept as codes.
         sequence_data_parallel_group: older name of `data_parallel_group`.
         param_swapper: not used.
-        tensor_overrides: accepted; constructors follow both dtype and device.
+        tensor_overrides: what tensor constructors decide by themselves; None is all of it.
 
     Raises:
-        NotImplementedError: for NVMe slices and for ZeRO++.
+        NotImplementedError: for NVMe slices.
+        DeepSpeedCommError: `mics_shard_size` of the configuration does not divide the ranks.
     """
 
     def __init__(
@@ -79,21 +93,21 @@ class InitContext:
         self.enabled = enabled
         if not enabled:
             return
-        if (
-            zero_param_parallel_group is not None
-            or zero_quantized_weights
-            or zero_quantized_nontrainable_weights
-        ):
-            raise NotImplementedError(
-                explain(
-                    "ZeRO++ (hpZ, qwZ) is not available yet",
-                    fix="leave zero_param_parallel_group and zero_quantized_* out",
-                )
-            )
         if not dist.is_initialized():
             dist.init_distributed()
         settings = _settings(config_dict_or_path if config_dict_or_path is not None else config)
-        self.axis = _axis(data_parallel_group or sequence_data_parallel_group, mpu)
+        self.home = _axis(data_parallel_group or sequence_data_parallel_group, mpu)
+        self.axis = self.home
+        if settings.mics_shard_size > 0:
+            self.axis, _ = self.home.split(settings.mics_shard_size, groups.current_mesh().world)
+        self.second = (
+            None if zero_param_parallel_group is None else Axis.of_group(zero_param_parallel_group)
+        )
+        self.sends_quantized = zero_quantized_weights
+        self.keeps_quantized = zero_quantized_nontrainable_weights
+        self.overrides = frozenset(
+            DeepSpeedTensorOverride if tensor_overrides is None else tensor_overrides
+        )
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype = dtype or settings.dtype
         self.scheme = settings.scheme
@@ -197,8 +211,23 @@ class InitContext:
         """Cut a module's own parameters."""
         quantized = isinstance(module, QUANTIZED_MODULES) and self.scheme is not None
         for name, param in module.named_parameters(recurse=False):
-            scheme = self.scheme if quantized and name == "weight" else None
-            _shard_whole(param, self.axis, self.device, self.tier, self.dtype, scheme)
+            if not is_zero_param(param):
+                self._shard(param, self.scheme if quantized and name == "weight" else None)
+
+    def _shard(self, param: torch.nn.Parameter, scheme: GroupScheme | None) -> None:
+        """Give a parameter the first rank's values, and cut it."""
+        floating = param.is_floating_point()
+        target = self.dtype if self.dtype is not None and floating else param.dtype
+        param.data = param.data.to(device=self.device, dtype=target)
+        flat.broadcast_(param.data, self.home)
+        codec = None if scheme is None or not floating else GroupCodec.of(scheme, param)
+        shard_param(param, self.axis, self.device, self.tier, codec=codec, home=self.home)
+        if self.sends_quantized:
+            send_quantized(param)
+        if self.keeps_quantized and not param.requires_grad:
+            keep_quantized(param, self.tier)
+        if self.second is not None:
+            keep_second(param, self.second)
 
 
 class _Settings:
@@ -210,9 +239,10 @@ class _Settings:
         param_device: str | None = None,
         pin_memory: bool = False,
         scheme: GroupScheme | None = None,
+        mics_shard_size: int = -1,
     ) -> None:
         self.dtype, self.param_device, self.pin_memory = dtype, param_device, pin_memory
-        self.scheme = scheme
+        self.scheme, self.mics_shard_size = scheme, mics_shard_size
 
 
 def _settings(config: Any) -> _Settings:
@@ -229,10 +259,12 @@ def _settings(config: Any) -> _Settings:
         dtype = torch.bfloat16
     elif get_float16_config(config).enabled:
         dtype = torch.float16
-    offload = get_zero_config(config).offload_param
+    zero = get_zero_config(config)
+    offload = zero.offload_param
     device = None if offload is None else str(getattr(offload.device, "value", offload.device))
     pin_memory = False if offload is None else offload.pin_memory
-    return _Settings(dtype, device, pin_memory, initial_scheme(config.get("weight_quantization")))
+    scheme = initial_scheme(config.get("weight_quantization"))
+    return _Settings(dtype, device, pin_memory, scheme, zero.mics_shard_size)
 
 
 def _axis(group: Any, mpu: Any) -> Axis:
@@ -251,25 +283,6 @@ def _tier(device: str | None, pin_memory: bool, accelerator: torch.device) -> Ti
             )
         )
     return tier_for(accelerator, device == "cpu", pin_memory)
-
-
-def _shard_whole(
-    param: torch.nn.Parameter,
-    axis: Axis,
-    device: torch.device,
-    tier: Tier,
-    dtype: torch.dtype | None,
-    scheme: GroupScheme | None,
-) -> None:
-    if is_zero_param(param):
-        return
-    target = dtype if dtype is not None and param.is_floating_point() else param.dtype
-    param.data = param.data.to(device=device, dtype=target)
-    flat.broadcast_(param.data, axis)
-    quantized = scheme is not None and param.is_floating_point()
-    shard_param(
-        param, axis, device, tier, codec=GroupCodec.of(scheme, param) if quantized else None
-    )
 
 
 def _all_subclasses(cls: type) -> Iterator[type]:

@@ -120,9 +120,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _axes(self, expert: str | None) -> tuple[Axis, Axis]:
         """The ranks that share a group's states, and those that hold copies of them."""
-        data = self.mesh.sequence_data if expert is None else self.mesh.expert_data[expert]
         alone = Axis.alone(self.mesh.world.ranks[self.mesh.world.rank])
-        return (data, alone) if self.plan.states is Placement.SHARDED else (alone, data)
+        shared = self.mesh.state_axes if expert is None else (self.mesh.expert_data[expert], alone)
+        if self.plan.states is Placement.SHARDED:
+            return shared
+        return alone, self.mesh.sequence_data if expert is None else shared[0]
 
     def _take_over_param_groups(self) -> None:
         for index, param_group in enumerate(self.optimizer.param_groups):

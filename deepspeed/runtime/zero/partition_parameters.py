@@ -13,7 +13,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import flat
 from deepspeed.utils.errors import explain
 
-from .init_context import InitContext, restore_init_context, shutdown_init_context
+from .init_context import (
+    DeepSpeedTensorOverride,
+    InitContext,
+    restore_init_context,
+    shutdown_init_context,
+)
 from .residency import register_external, unregister_external
 from .sharded_param import (
     ZeroParamStatus,
@@ -26,6 +31,7 @@ from .sharded_param import (
 from .utils import is_zero_param
 
 __all__ = [
+    "DeepSpeedTensorOverride",
     "GatheredParameters",
     "Init",
     "ZeroParamStatus",
@@ -52,13 +58,13 @@ _orig_torch_randn = torch.randn
 
 
 def zero_wrapper_for_fp_tensor_constructor(
-    fn: Any, target_fp_dtype: torch.dtype, target_device: Any = None
+    fn: Any, target_fp_dtype: torch.dtype | None, target_device: Any = None
 ) -> Any:
     """A tensor constructor that makes floating tensors of a dtype, on a device, unless told otherwise.
 
     Args:
         fn: the constructor.
-        target_fp_dtype: dtype of floating results.
+        target_fp_dtype: dtype of floating results; None leaves it.
         target_device: device where the caller names none.
     """
 
@@ -66,7 +72,7 @@ def zero_wrapper_for_fp_tensor_constructor(
         if kwargs.get("device") is None and target_device is not None:
             kwargs["device"] = target_device
         tensor = fn(*args, **kwargs)
-        if tensor.is_floating_point() and tensor.dtype != target_fp_dtype:
+        if target_fp_dtype is not None and tensor.is_floating_point():
             tensor.data = tensor.data.to(target_fp_dtype)
         return tensor
 
@@ -78,8 +84,11 @@ class Init(InitContext):
 
     def wrap_constructor(self, constructor: Any) -> Any:
         """The wrapper of this module, looked up now: other libraries replace it."""
+        by_itself = self.overrides
         return zero_wrapper_for_fp_tensor_constructor(
-            constructor, self.dtype, target_device=self.device
+            constructor,
+            self.dtype if DeepSpeedTensorOverride.dtype in by_itself else None,
+            target_device=self.device if DeepSpeedTensorOverride.device in by_itself else None,
         )
 
     def whole(self, params: list[torch.nn.Parameter]) -> GatheredParameters:
@@ -165,7 +174,7 @@ class GatheredParameters:
                     )
             return
         for param in self.params:
-            flat.broadcast_(param.data, param.ds_axis, src=self.modifier_rank)
+            flat.broadcast_(param.data, param.ds_home, src=self.modifier_rank)
             write_back(param)
             refresh = getattr(param, "_refresh_master", None)
             if refresh is not None:

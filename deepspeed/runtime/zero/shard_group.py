@@ -261,6 +261,15 @@ class ShardGroup:
                         source = self.read_own(segment.shard_start + offset, length)
                         part.master.data.narrow(0, start, length).copy_(source)
 
+    def lower_param(self, index: int) -> None:
+        """Write one parameter's master to its own slice (after the master was edited)."""
+        for segment in self.layout.segments(self.shard_axis.rank):
+            if segment.param == index:
+                for part, offset, start, length in self.runs(segment.shard_start, segment.length):
+                    if part.low is not None or self.own is None:
+                        values = part.master.data.narrow(0, start, length)
+                        self.write_own(segment.shard_start + offset, values)
+
     def params_from_masters(self) -> None:
         """Take the masters' values as those of the params, on all ranks."""
         for part in self.parts:

@@ -4,12 +4,18 @@
 The public face is a set of `ds_*` attributes on the parameter; they are set here and nowhere else. Between uses
 `param.data` is an empty tensor. Gathering makes a new buffer each time and letting go only drops it, so whoever kept a
 reference to gathered values goes on seeing them.
+
+[Note: Second copy]
+With hpZ (ZeRO++, arXiv:2306.10209) neighbours share a second copy of each parameter. Whenever a parameter has been
+gathered from all ranks, each rank keeps its part for the neighbours; gathers inside a backward pass then ask only these.
+They give what the last gather from all ranks gave, which the forward pass made, so that both passes see equal weights.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -19,7 +25,7 @@ import torch
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
 
-from .codec import GroupCodec
+from .codec import GroupCodec, SliceCodec
 from .spill import SpilledSlice, SpillFolder
 from .tiers import Tier
 
@@ -73,8 +79,9 @@ def shard_param(
     tier: Tier,
     folder: SpillFolder | None = None,
     codec: GroupCodec | None = None,
+    home: Axis | None = None,
 ) -> None:
-    """Keep this rank's slice of a whole parameter, on `tier`; its values must be equal on all ranks of `axis`.
+    """Keep this rank's slice of a whole parameter, on `tier`; its values must be equal on all ranks of `home`.
 
     Args:
         param: parameter that is not sharded yet.
@@ -83,27 +90,41 @@ def shard_param(
         tier: where the slice lives.
         folder: keep it in a file there instead.
         codec: what the slice holds the values with, if not as they are.
+        home: all ranks that have the parameter, where these are several times those of `axis` (MiCS).
     """
-    _describe(param, axis, device)
-    _cut(param, tier, folder, codec)
+    describe(param, axis, device, home or axis)
+    cut(param, tier, folder, codec)
     param.data = torch.empty(0, dtype=param.dtype, device=device)
 
 
-def recode(param: torch.nn.Parameter, tier: Tier, codec: GroupCodec | None) -> None:
-    """Hold a sharded parameter's slice with another codec, where it is; a collective of all its ranks."""
-    if param.ds_codec == codec:
-        return
-    gather([param])
-    _cut(param, tier, None if param.ds_spill is None else param.ds_spill.folder, codec)
-    release([param])
+@dataclass
+class SecondCopy:
+    """This rank's part of a copy that neighbours share.
+
+    Attributes:
+        axis: the neighbours.
+        part: flat, in the parameter's dtype.
+        ready: whether it holds what the last gather from all ranks gave.
+    """
+
+    axis: Axis
+    part: torch.Tensor
+    ready: bool = False
+
+    def take(self, values: torch.Tensor) -> None:
+        """Keep the own part of whole values."""
+        own = values.detach().reshape(-1)[self.axis.rank * self.part.numel() :][: self.part.numel()]
+        self.part[: own.numel()].copy_(own)
+        self.ready = True
 
 
-def _cut(
+def cut(
     param: torch.nn.Parameter, tier: Tier, folder: SpillFolder | None, codec: GroupCodec | None
 ) -> None:
     """Take a new slice from the whole values."""
     param.ds_codec = codec
-    shard = tier.alloc(piece_of(param), param.dtype if codec is None else torch.uint8)
+    plain = codec is None and not param.ds_packed
+    shard = tier.alloc(stored_numel(param), param.dtype if plain else torch.uint8)
     own = _own_of_whole(param)
     shard[: own.numel()].copy_(own)
     if folder is None:
@@ -116,7 +137,12 @@ def _own_of_whole(param: torch.nn.Parameter) -> torch.Tensor:
     """This rank's slice of the whole values, in the form that slices have, without padding."""
     values, piece, rank = param.data.detach(), piece_of(param), param.ds_axis.rank
     values = values.reshape(-1) if param.ds_codec is None else param.ds_codec.encode(values)
-    return values[rank * piece : (rank + 1) * piece]
+    own = values[rank * piece : (rank + 1) * piece]
+    if not param.ds_packed:
+        return own
+    padded = own.new_zeros(piece)
+    padded[: own.numel()] = own
+    return param.ds_wire.encode(padded)
 
 
 def spill(param: torch.nn.Parameter, folder: SpillFolder, shard: torch.Tensor) -> None:
@@ -129,9 +155,14 @@ def spill(param: torch.nn.Parameter, folder: SpillFolder, shard: torch.Tensor) -
 
 
 def piece_of(param: torch.nn.Parameter) -> int:
-    """Elements of one rank's slice (bytes, if it is encoded), padding included."""
+    """Elements that one rank's slice stands for (bytes, if the parameter is encoded whole), padding included."""
     total = param.ds_numel if param.ds_codec is None else param.ds_codec.nbytes
     return -(-total // param.ds_axis.size)
+
+
+def stored_numel(param: torch.nn.Parameter) -> int:
+    """Elements of the tensor that is one rank's slice: bytes, if it is encoded."""
+    return param.ds_wire.nbytes if param.ds_packed else piece_of(param)
 
 
 def is_its_slice(param: torch.nn.Parameter) -> bool:
@@ -139,6 +170,7 @@ def is_its_slice(param: torch.nn.Parameter) -> bool:
     return (
         param.ds_axis.size == 1
         and param.ds_codec is None
+        and not param.ds_packed
         and param.ds_spill is None
         and param.ds_tensor.device == param.ds_device
     )
@@ -149,16 +181,25 @@ def slice_of(param: torch.nn.Parameter) -> torch.Tensor:
     return param.ds_tensor if param.ds_spill is None else param.ds_spill.take()
 
 
-def _describe(param: torch.nn.Parameter, axis: Axis, device: torch.device) -> None:
+def values_of_slice(param: torch.nn.Parameter) -> torch.Tensor:
+    """The values of this rank's slice, flat, whatever form it is kept in (not if the parameter is encoded whole)."""
+    data = slice_of(param)
+    return param.ds_wire.decode(data) if param.ds_packed else data
+
+
+def describe(param: torch.nn.Parameter, axis: Axis, device: torch.device, home: Axis) -> None:
     """Set the public attributes and methods of a sharded parameter."""
-    param.ds_id = next(_ids)
+    if not is_zero_param(param):
+        param.ds_id = next(_ids)
     param.ds_shape, param.ds_numel = param.shape, param.numel()
     param.ds_numel_aligned = -(-param.numel() // axis.size) * axis.size
     param.ds_param_type, param.ds_status = ZeroParamType.PARTITIONED, ZeroParamStatus.NOT_AVAILABLE
     param.ds_persist = False
     param.ds_active_sub_modules = set()
     param.is_external_param = False
-    param.ds_axis, param.ds_device, param.ds_spill, param.ds_codec = axis, device, None, None
+    param.ds_axis, param.ds_home, param.ds_device = axis, home, device
+    param.ds_spill = param.ds_codec = param.ds_wire = param.ds_second = None
+    param.ds_packed = False
     param.ds_process_group = param.ds_zero_param_process_group = axis.group
     param.ds_zero_partition_rank, param.ds_zero_partition_world_size = axis.rank, axis.size
     param.ds_secondary_tensor, param.ds_secondary_tensor_group_size = None, 1
@@ -179,6 +220,7 @@ def hold(param: torch.nn.Parameter, shard: torch.Tensor) -> None:
     shard.ds_numel = shard.numel()
     shard.status = ZeroParamStatus.AVAILABLE
     shard.final_location = None
+    shard.ds_quant_scale = None
     param.ds_tensor = shard
 
 
@@ -193,15 +235,19 @@ class Gathering:
     """
 
     def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
-        self._params = list(params)
         self._launched = False
         self._landing: list[tuple[flat.Handle, Callable[[], None]]] = []
+        backward = in_backward()
+        self._sources: list[tuple[torch.nn.Parameter, SecondCopy | None]] = []
         from_file = False
-        for param in self._params:
+        for param in params:
             assert param.ds_status is ZeroParamStatus.NOT_AVAILABLE
             param.ds_status = ZeroParamStatus.INFLIGHT
             param.ds_gathering = self
-            if param.ds_spill is not None:
+            second = param.ds_second if backward else None
+            second = second if second is not None and second.ready else None
+            self._sources.append((param, second))
+            if param.ds_spill is not None and second is None:
                 param.ds_spill.start()
                 from_file = True
         if not from_file:
@@ -210,36 +256,35 @@ class Gathering:
     def _launch(self) -> None:
         """Start the collectives; slices that come from files must have arrived, so theirs start when waited for."""
         self._launched = True
-        small: dict[tuple[Axis, torch.dtype], list[torch.nn.Parameter]] = {}
-        for param in self._params:
-            axis = param.ds_axis
-            if axis.size == 1:
-                self._landing.append((flat.DONE, partial(_become_whole, param, _on_device(param))))
-            elif piece_of(param) < SMALL_SLICE:
-                small.setdefault((axis, param.ds_tensor.dtype), []).append(param)
+        small: dict[tuple[Axis, torch.dtype], list[_Travel]] = {}
+        for param, second in self._sources:
+            travel = _from_all(param) if second is None else _from_neighbours(param, second)
+            if travel.axis.size == 1:
+                self._landing.append((flat.DONE, partial(travel.land, travel.shard)))
+            elif travel.shard.numel() < SMALL_SLICE:
+                small.setdefault((travel.axis, travel.shard.dtype), []).append(travel)
             else:
-                self._start_one(param)
+                self._start_one(travel)
         for (axis, _), members in small.items():
             self._start_several(axis, members)
 
-    def _start_one(self, param: torch.nn.Parameter) -> None:
-        shard = _on_device(param)
-        whole = shard.new_empty(param.ds_axis.size * shard.numel())
-        handle = flat.all_gather_into(whole, shard, param.ds_axis, async_op=True)
-        self._landing.append((handle, partial(_become_whole, param, whole)))
+    def _start_one(self, travel: _Travel) -> None:
+        shard = travel.shard
+        whole = shard.new_empty(travel.axis.size * shard.numel())
+        handle = flat.all_gather_into(whole, shard, travel.axis, async_op=True)
+        self._landing.append((handle, partial(travel.land, whole)))
 
-    def _start_several(self, axis: Axis, params: list[torch.nn.Parameter]) -> None:
-        shard = torch.cat([_on_device(p) for p in params])
+    def _start_several(self, axis: Axis, members: list[_Travel]) -> None:
+        shard = torch.cat([travel.shard for travel in members])
+        lengths = [travel.shard.numel() for travel in members]
         rows = torch.empty(axis.size * shard.numel(), dtype=shard.dtype, device=shard.device)
         handle = flat.all_gather_into(rows, shard, axis, async_op=True)
 
         def land() -> None:
             at = 0
-            for param in params:
-                piece = piece_of(param)
-                whole = rows.view(axis.size, -1)[:, at : at + piece].reshape(-1)
-                _become_whole(param, whole)
-                at += piece
+            for travel, length in zip(members, lengths, strict=True):
+                travel.land(rows.view(axis.size, -1)[:, at : at + length].reshape(-1))
+                at += length
 
         self._landing.append((handle, land))
 
@@ -253,17 +298,49 @@ class Gathering:
             land()
 
 
-def _on_device(param: torch.nn.Parameter) -> torch.Tensor:
-    return slice_of(param).to(param.ds_device, non_blocking=True)
+@dataclass(frozen=True)
+class _Travel:
+    """One parameter's way to being whole: who has the pieces, this rank's, and what to do with all of them."""
+
+    axis: Axis
+    shard: torch.Tensor
+    land: Callable[[torch.Tensor], None]
+
+
+def _from_all(param: torch.nn.Parameter) -> _Travel:
+    shard = slice_of(param).to(param.ds_device, non_blocking=True)
+    wire = param.ds_wire
+    if wire is not None and not param.ds_packed:
+        if param.ds_axis.size == 1:
+            wire = None
+        else:
+            shard = wire.encode(shard)
+    return _Travel(param.ds_axis, shard, partial(_open, param, wire))
+
+
+def _from_neighbours(param: torch.nn.Parameter, second: SecondCopy) -> _Travel:
+    return _Travel(second.axis, second.part, lambda whole: _become_whole(param, whole))
+
+
+def _open(param: torch.nn.Parameter, wire: SliceCodec | None, whole: torch.Tensor) -> None:
+    if wire is not None:
+        whole = torch.cat([wire.decode(row) for row in whole.view(-1, wire.nbytes)])
+    elif param.ds_codec is not None:
+        whole = param.ds_codec.decode(whole).view(-1)
+    _become_whole(param, whole)
+    if param.ds_second is not None:
+        param.ds_second.take(param.data)
 
 
 def _become_whole(param: torch.nn.Parameter, whole: torch.Tensor) -> None:
-    codec = param.ds_codec
-    param.data = (
-        whole[: param.ds_numel].view(param.ds_shape) if codec is None else codec.decode(whole)
-    )
+    param.data = whole[: param.ds_numel].view(param.ds_shape)
     param.ds_status = ZeroParamStatus.AVAILABLE
     param.ds_gathering = None
+
+
+def in_backward() -> bool:
+    """Whether the caller runs inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def start_gather(params: Iterable[torch.nn.Parameter]) -> None:
@@ -300,6 +377,8 @@ def release(params: Iterable[torch.nn.Parameter]) -> None:
 def write_back(param: torch.nn.Parameter) -> None:
     """Take this rank's slice from the whole values."""
     own = _own_of_whole(param)
+    if param.ds_second is not None:
+        param.ds_second.take(param.data)
     if param.ds_spill is not None:
         param.ds_spill.write(0, own)
     elif own.data_ptr() != param.ds_tensor.data_ptr():
@@ -373,4 +452,4 @@ def _convert_like(param: torch.nn.Parameter, param_list: Iterable[torch.nn.Param
         if not is_zero_param(other):
             on_host = param.ds_tensor.device.type == "cpu" and param.ds_device.type != "cpu"
             tier = tier_for(param.ds_device, on_host, True)
-            shard_param(other, param.ds_axis, param.ds_device, tier)
+            shard_param(other, param.ds_axis, param.ds_device, tier, home=param.ds_home)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.utils.errors import explain
 
 from .estimate import (
     estimate_zero3_model_states_mem_needs,
@@ -16,6 +17,7 @@ from .estimate import (
 )
 from .optimizer import ZeroOptimizer
 from .parameter_offload import DeepSpeedZeRoOffload
+from .sharded_param import piece_of
 
 __all__ = [
     "DeepSpeedZeroOptimizer_Stage3",
@@ -65,6 +67,75 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
         """The data-parallel process group."""
         return self.mesh.data.group
 
+    # - one rank's part of a parameter's state; see deepspeed.utils.safe_get_local_fp32_param and its like
+
+    def get_local_fp32_param(
+        self, param: torch.nn.Parameter, optim_state_key: str | None = None
+    ) -> torch.Tensor | None:
+        """This rank's slice of the master weight, or of a state (None if there is none): flat, padding included."""
+        with self.in_memory():
+            found = self._local(param, optim_state_key)
+            return None if found is None else torch.cat(found)
+
+    def get_local_fp32_grad_for_param(self, param: torch.nn.Parameter) -> torch.Tensor | None:
+        """This rank's slice of the reduced gradient in fp32; None where there is none."""
+        found = self._local_grad(param)
+        return None if found is None else torch.cat(found).float()
+
+    def set_local_hp_param(
+        self,
+        value: torch.Tensor,
+        param: torch.nn.Parameter,
+        optim_state_key: str | None = None,
+    ) -> None:
+        """Set this rank's slice of the master weight (the parameter follows), or of a state.
+
+        Raises:
+            KeyError: the optimizer keeps no such state (yet).
+            ValueError: a value of another size.
+        """
+        with self.in_memory():
+            found = self._local(param, optim_state_key)
+            if found is None:
+                raise KeyError(explain("the optimizer keeps no such state", got=optim_state_key))
+            _fill(found, value)
+            if optim_state_key is None:
+                self._group_of(param).lower_param(param.param_idx_in_group)
+
+    def set_local_grad_for_param(self, value: torch.Tensor, param: torch.nn.Parameter) -> None:
+        """Set this rank's slice of the gradient that the next step uses.
+
+        Raises:
+            ValueError: a value of another size.
+        """
+        found = self._local_grad(param)
+        if found is not None:
+            _fill(found, value)
+
+    def _group_of(self, param: torch.nn.Parameter) -> Any:
+        return self.groups[param._index_in_param_group]
+
+    def _runs(self, param: torch.nn.Parameter) -> list[Any]:
+        group = self._group_of(param)
+        return group.runs(group.layout.starts[param.param_idx_in_group], piece_of(param))
+
+    def _local(self, param: torch.nn.Parameter, key: str | None) -> list[torch.Tensor] | None:
+        found = []
+        for part, _, start, length in self._runs(param):
+            source = part.master.data
+            if key is not None:
+                source = self.optimizer.state.get(part.master, {}).get(key)
+            if not isinstance(source, torch.Tensor) or source.numel() != part.length:
+                return None
+            found.append(source.view(-1).narrow(0, start, length))
+        return found
+
+    def _local_grad(self, param: torch.nn.Parameter) -> list[torch.Tensor] | None:
+        runs = self._runs(param)
+        if any(part.grad is None for part, *_ in runs):
+            return None
+        return [part.grad.narrow(0, start, length) for part, _, start, length in runs]
+
     def empty_partition_cache(self) -> None:
         """Let go of everything that is whole."""
         self.parameter_offload.empty_partition_cache()
@@ -73,3 +144,17 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
         """Write the master weights into the model."""
         super().update_lp_params()
         self.parameter_offload.residency.after_step()
+
+
+@torch.no_grad()
+def _fill(targets: list[torch.Tensor], value: torch.Tensor) -> None:
+    """Copy flat values into consecutive runs."""
+    lengths = [target.numel() for target in targets]
+    if value.numel() != sum(lengths):
+        raise ValueError(
+            explain(
+                "a value of another size", got=value.numel(), expected=f"{sum(lengths)} elements"
+            )
+        )
+    for target, piece in zip(targets, value.detach().reshape(-1).split(lengths), strict=True):
+        target.copy_(piece)

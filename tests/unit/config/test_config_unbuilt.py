@@ -27,12 +27,6 @@ GROUP = {"g": {"params": {"start_bits": 8, "target_bits": 4}}}
 QUANTIZED = {"weight_quantization": {"quantized_initialization": {"num_bits": 4, "group_size": 64}}}
 # key -> a configuration that asks for it
 ASKING = {
-    "zero_optimization.mics_shard_size": zero(3, mics_shard_size=2),
-    "zero_optimization.zero_hpz_partition_size": zero(3, zero_hpz_partition_size=2),
-    "zero_optimization.zero_quantized_weights": zero(3, zero_quantized_weights=True),
-    "zero_optimization.zero_quantized_nontrainable_weights": zero(
-        3, zero_quantized_nontrainable_weights=True
-    ),
     "zero_optimization.zero_quantized_gradients": zero(3, zero_quantized_gradients=True),
     "zero_optimization.offload_optimizer.super_offload": zero(
         3, offload_optimizer={"device": "cpu", "super_offload": True}
@@ -65,7 +59,6 @@ ASKING = {
     "data_efficiency.enabled": {"data_efficiency": {"enabled": True}},
     "autotuning.enabled": {"autotuning": {"enabled": True}},
     "checkpoint.writer": {"checkpoint": {"writer": {"type": "FAST"}}},
-    "checkpoint.load_universal": {"checkpoint": {"load_universal": True}},
     "aio.use_gds": {"aio": {"use_gds": True}},
     "nebula.enabled": {"nebula": {"enabled": True}},
     "datastates_ckpt": {"datastates_ckpt": {}},
@@ -134,6 +127,8 @@ HARMLESS = {
         "datastates_ckpt": False,
         "nebula": {"enabled": False},
     },
+    "stage 3 in smaller groups": zero(3, mics_shard_size=2),
+    "stage 3 with a second copy": zero(3, zero_hpz_partition_size=2, zero_quantized_weights=True),
     "stage 3, its params on the host": zero(3, offload_param={"device": "cpu"}),
     "quantized weights at stage 3": {**zero(3), **QUANTIZED},
     "quantized weights, nothing said of how": {"weight_quantization": {}},
@@ -153,10 +148,10 @@ def test_harmless_requests_pass(name):
 
 
 def test_all_refused_keys_are_told_at_once():
-    config = parse(**zero(3, mics_shard_size=2), amp={"enabled": True}, nebula={"enabled": True})
+    config = parse(**zero(1, legacy_stage1=True), amp={"enabled": True}, nebula={"enabled": True})
     lines = find_unbuilt(config)
     assert [line.split("'")[1] for line in lines] == [
-        "zero_optimization.mics_shard_size",
+        "zero_optimization.legacy_stage1",
         "amp.enabled",
         "nebula.enabled",
     ]

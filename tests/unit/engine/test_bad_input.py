@@ -137,10 +137,6 @@ def test_a_missing_local_rank(monkeypatch):
 @pytest.mark.parametrize(
     ("section", "key"),
     [
-        (
-            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
-            "zero_hpz_partition_size",
-        ),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
         ({"autotuning": {"enabled": True}}, "autotuning"),
     ],
