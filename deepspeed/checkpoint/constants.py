@@ -29,6 +29,10 @@ FROZEN_PARAM_FRAGMENTS = Model.FROZEN_PARAM_FRAGMENTS
 SHARED_PARAMS = Model.SHARED_PARAMS
 DS_CONFIG = Model.DS_CONFIG
 DS_VERSION = Model.DS_VERSION
+CHECKPOINT_PARALLEL_DIMS = Model.PARALLEL_DIMENSIONS
+CHECKPOINT_PP_DEGREE = "pp_degree"
+CHECKPOINT_TP_DEGREE = "tp_degree"
+PARAM_ALIGNMENT_PADDINGS = Zero.PARAM_PADDINGS
 
 # ------------------------------------------------------------------ file names
 MODEL_FILE_PREFIX = "mp_rank_"
@@ -54,7 +58,13 @@ VOCABULARY_PARAMETER_PATTERNS = "vocabulary_parameter_patterns"
 PIPELINE_REPLICATED_PARAMETER_PATTERNS = "pipeline_replicated_parameter_patterns"
 PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0 = "parameter_with_2_sub_params_cat_dim_0"
 PARAMETER_WITH_SUB_PARAMS = "parameter_with_sub_params"
+SUB_PARAMS_SHAPE = "sub_params_shape"
+SUB_PARAM_SHARD_WIDTHS = "sub_param_shard_widths"
+AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS = "autotp_unsupported_parameter_patterns"
+EXPERT_PARAMETER_PATTERNS = "expert_parameter_patterns"
 ORIGINAL_VOCAB_SIZE = "original_vocab_size"
+PADDED_VOCAB_SIZE = "padded_vocab_size"
+FP32_WEIGHT_KEY = "fp32"
 
 # ------------------------------------------------------------------ automatic expert parallelism
 AUTOEP_LAYERS_KEY = "ds_autoep_layers"

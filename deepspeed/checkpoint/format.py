@@ -85,6 +85,22 @@ class Zero:
     """Ours: parameter names of each flat group of a stage 0 wrapper, in flat order."""
 
 
+class Universal:
+    """Names inside a universal checkpoint, and keys of its state files."""
+
+    FOLDER = "zero"
+    PARAM = "param"
+    CAT_DIM = "cat_dim"
+    N_SUB_PARAMS = "param_n_sub_params"
+    SUB_PARAM_SHAPE = "sub_param_shape"
+    VOCAB = "vocab_tensor"
+
+
+def universal_state_file(name: str, state: str) -> str:
+    """Path of one state of a parameter inside a universal folder."""
+    return f"{Universal.FOLDER}/{name}/{state}.pt"
+
+
 SCALER_FIELDS = (
     "cur_scale",
     "dynamic",

@@ -344,6 +344,11 @@ class Folder:
         """Names of the files that match, sorted."""
         return sorted(p.name for p in self.path.glob(pattern) if p.is_file())
 
+    def glob_in(self, folder: str, pattern: str) -> list[str]:
+        """As `glob`, in a folder of this one; names with the folder's."""
+        found = (self.path / folder).glob(pattern)
+        return sorted(f"{folder}/{p.name}" for p in found if p.is_file())
+
     def load(self, name: str, map_location: Any = "cpu", *, mmap: bool = True) -> Any:
         """Check one file and read it; see `load_file`."""
         self.check(name)

@@ -60,6 +60,7 @@ class SavedState:
         world: over how many ranks it is spread.
         has_masters: whether it holds master weights.
         open_shard: gives the slots of a rank's shard (called for the ranks that are needed only).
+        kept_open: most shards that are held open at once.
     """
 
     pieces: dict[str, list[Piece]]
@@ -69,12 +70,15 @@ class SavedState:
     world: int
     has_masters: bool
     open_shard: Callable[[int], list[Slot]]
-    _shards: dict[int, list[Slot]] = field(default_factory=dict, repr=False)
+    kept_open: int = 1 << 30
+    _shards: OrderedDict[int, list[Slot]] = field(default_factory=OrderedDict, repr=False)
 
     def slots(self, rank: int) -> list[Slot]:
-        """The slots of a rank's shard, opened once."""
+        """The slots of a rank's shard, opened once (as long as no more than `kept_open` are asked for)."""
         if rank not in self._shards:
             self._shards[rank] = self.open_shard(rank)
+            if len(self._shards) > self.kept_open:
+                self._shards.popitem(last=False)
         return self._shards[rank]
 
     def close(self) -> None:
@@ -143,7 +147,7 @@ def from_shards(
     inner = _inner_state(head)
     return SavedState(
         pieces=pieces,
-        hyper=_hyper_by_name(inner, [[n for n in group if n is not None] for group in names]),
+        hyper=hyper_by_name(inner, [[n for n in group if n is not None] for group in names]),
         scaler=scaler_numbers(head),
         stage=stage,
         world=layouts[0].world,
@@ -172,7 +176,7 @@ def from_inline(
     inner = saved.get(Zero.INNER, saved)
     return SavedState(
         pieces=pieces,
-        hyper=_hyper_by_name(inner, names, by_param=Zero.WRAPPER_FLAT not in saved),
+        hyper=hyper_by_name(inner, names, by_param=Zero.WRAPPER_FLAT not in saved),
         scaler=scaler_numbers(saved),
         stage=0,
         world=1,
@@ -278,7 +282,7 @@ def _inner_state(saved: Mapping[str, Any]) -> Any:
     return saved.get(Zero.BASE_STATE, saved.get(Zero.INNER))
 
 
-def _hyper_by_name(
+def hyper_by_name(
     inner: Any, names: Sequence[Sequence[str]], by_param: bool = False
 ) -> dict[str, Mapping[str, Any]]:
     """The param group options of each parameter.

@@ -21,6 +21,7 @@ from ..checkpoint.atomic import resolve
 from ..checkpoint.format import Model, Optim, Zero
 from ..checkpoint.reader import Folder, own_memory, read_tag
 from ..checkpoint.reshard import SavedState, from_inline, from_shards
+from ..checkpoint.universal_checkpoint import open_universal
 from ..utils.env import DS_VERIFY_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from ..utils.logging import logger
@@ -57,9 +58,11 @@ def load_checkpoint(
     Raises:
         AssertionError: the tag's folder holds no model states, or those of another model-parallel size.
         DeepSpeedCheckpointError: files are damaged, refused, or do not fit; or another rank failed.
+        ValueError: a universal checkpoint is asked for and there is none.
     """
     crew, root = crew_of(engine), Path(load_dir)
-    folder = crew.together(lambda: _find_tag(root, tag))[crew.rank]
+    universal = engine.load_universal_checkpoint()
+    folder = crew.together(lambda: _find_tag(root, tag, universal))[crew.rank]
     if folder is None:
         logger.warning(
             f"there is no file '{names.LATEST}' in {root}, so nothing is loaded; to load a certain tag, pass tag=..."
@@ -86,8 +89,17 @@ def load_checkpoint(
         load.close()
 
 
-def _find_tag(root: Path, tag: Any) -> Path | None:
-    text = read_tag(root, names.LATEST) if tag is None else str(tag)
+def _find_tag(root: Path, tag: Any, universal: bool) -> Path | None:
+    pointer = names.LATEST_UNIVERSAL if universal else names.LATEST
+    text = read_tag(root, pointer) if tag is None else str(tag)
+    if text is None and universal:
+        raise ValueError(
+            explain(
+                f"there is no file '{pointer}' in {root}",
+                got="checkpoint.load_universal and no tag",
+                fix="Convert a checkpoint by python -m deepspeed.checkpoint.ds_to_universal, or pass tag=...",
+            )
+        )
     return None if text is None else resolve(root, text)
 
 
@@ -102,6 +114,7 @@ class _Load:
 
     def __init__(self, engine: Any, path: Path, with_states: bool) -> None:
         self.engine, self.path, self.with_states = engine, path, with_states
+        self.universal = engine.load_universal_checkpoint()
         self.model: dict[str, Any] = {}
         self.saved: SavedState | None = None
 
@@ -145,7 +158,7 @@ class _Load:
                 )
             )
         saved_mp = self.model[Model.MP_WORLD_SIZE]
-        if not files == saved_mp == self.engine.mp_world_size:
+        if not self.universal and not files == saved_mp == self.engine.mp_world_size:
             raise AssertionError(
                 explain(
                     "the checkpoint is of another model-parallel size",
@@ -153,7 +166,7 @@ class _Load:
                     expected=f"{self.engine.mp_world_size} of both",
                 )
             )
-        if self.model[Model.MODULE] is None:
+        if self.model[Model.MODULE] is None and not self.universal:
             raise DeepSpeedCheckpointError(
                 explain(
                     "the checkpoint is of a pipeline",
@@ -169,6 +182,8 @@ class _Load:
     def _open_optimizer(self) -> SavedState | None:
         if self.engine.optimizer is None and not self.is_zero3:
             return None
+        if self.universal:
+            return self._open_universal()
         if self.model.get(Model.PARAM_SHAPES) is not None:
             if self._shard_name(self._near()) is None and not self.with_states:
                 return None
@@ -182,6 +197,13 @@ class _Load:
 
     def _from_shards(self) -> SavedState:
         return from_shards(self._open_shard, self.model[Model.PARAM_SHAPES], self._near())
+
+    def _open_universal(self) -> SavedState:
+        engine = self.engine
+        shapes = {name: shape_of(p) for p, name in engine.param_names.items()}
+        groups = [list(group) for group in self.model.get(Model.PARAM_SHAPES) or ()]
+        tensor = engine.mesh.tensor
+        return open_universal(self.folder, shapes, groups, tensor.rank, tensor.size)
 
     def _near(self) -> int:
         """A saved rank whose shard is here: with node-local storage perhaps this rank's only."""
@@ -232,26 +254,35 @@ class _Load:
 
     def module(self, strict: bool, custom_load_fn: Any) -> None:
         """Load the weights."""
-        if self.is_zero3 and self.saved is None:
+        if self.universal:
+            self.saved = self.saved or self._open_universal()
+        elif self.is_zero3 and self.saved is None:
             self.saved = self._from_shards()
-        weights = self._whole_weights() if self.is_zero3 else self.model[Model.MODULE]
+        in_pieces = self.is_zero3 or self.universal
+        weights = self._whole_weights() if in_pieces else self.model[Model.MODULE]
         weights = self._with_experts(weights)
         load_module_state_dict(
             self.engine, {Model.MODULE: weights}, strict=strict, custom_load_fn=custom_load_fn
         )
 
     def _whole_weights(self) -> dict[str, torch.Tensor]:
-        """The weights of a stage 3 checkpoint, put together from its shards."""
-        saved, weights = self.saved, OrderedDict(self.model[Model.MODULE])
+        """The weights of a stage 3 or universal checkpoint, put together from its master weights."""
+        saved, weights = self.saved, OrderedDict(self.model[Model.MODULE] or {})
         assert saved is not None
-        dtypes = {name: p.dtype for p, name in self.engine.param_names.items()}
+        own = {name: p for p, name in self.engine.param_names.items()}
         for group in self.model[Model.PARAM_SHAPES]:
             for name, shape in group.items():
+                if self.universal and name not in saved.pieces:
+                    continue
                 values = saved.full(name)
                 if values is not None:
-                    weights[name] = values.to(dtypes.get(name, values.dtype)).view(shape)
-        for name, shape in (self.model.get(Model.FROZEN_PARAM_SHAPES) or {}).items():
-            weights[name] = self._frozen(name, shape, saved.world)
+                    dtype = own[name].dtype if name in own else values.dtype
+                    shape = shape_of(own[name]) if self.universal else shape
+                    weights[name] = values.to(dtype).view(shape)
+        if self.is_zero3:
+            world = self.model[Model.DP_WORLD_SIZE] if self.universal else saved.world
+            for name, shape in (self.model.get(Model.FROZEN_PARAM_SHAPES) or {}).items():
+                weights[name] = self._frozen(name, shape, world)
         for alias, name in (self.model.get(Model.SHARED_PARAMS) or {}).items():
             if name in weights:  # frozen ones may have been left out
                 weights[alias] = weights[name]

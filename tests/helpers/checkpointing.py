@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small training run that is saved and resumed; also a program, run by this package or by another of its name.
 
-`python checkpointing.py FOLDER STAGE DTYPE [frozen] [load=FOLDER]` trains 8 steps and saves before the fourth (or loads
-there and trains on), then writes FOLDER/losses.json. The launcher's variables say how many ranks there are.
+`python checkpointing.py FOLDER STAGE DTYPE [frozen] [universal] [offload] [load=FOLDER]` trains 8 steps and saves before
+the fourth (or loads there and trains on), then writes FOLDER/losses.json. `universal` loads a universal checkpoint;
+`offload` keeps the optimizer on the CPU. The launcher's variables say how many ranks there are.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ class Net(torch.nn.Module):
 
 
 def config(
-    stage: int, dtype: str, zero: dict[str, Any] | None = None, adam: dict[str, Any] | None = None
+    stage: int,
+    dtype: str,
+    zero: dict[str, Any] | None = None,
+    adam: dict[str, Any] | None = None,
+    checkpoint: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     made: dict[str, Any] = {
         "train_batch_size": 8,
@@ -49,6 +54,8 @@ def config(
             "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 4},
         },
     }
+    if checkpoint is not None:
+        made["checkpoint"] = checkpoint
     if dtype == "bf16":
         made["bf16"] = {"enabled": True}
     if dtype == "fp16":
@@ -127,7 +134,13 @@ def main(arguments: list[str]) -> None:
     source = next((a.removeprefix("load=") for a in arguments if a.startswith("load=")), None)
     deepspeed.init_distributed("gloo")
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    made = engine(stage, dtype, frozen="frozen" in arguments)
+    options: dict[str, Any] = {}
+    if "universal" in arguments:
+        options["checkpoint"] = {"load_universal": True}
+    if "offload" in arguments:
+        options["zero"] = {"offload_optimizer": {"device": "cpu"}}
+        options["adam"] = {"torch_adam": False}
+    made = engine(stage, dtype, frozen="frozen" in arguments, **options)
     losses = [] if source else train(made, 0, SAVE_AT, rank, ranks)
     if source:
         path, _ = made.load_checkpoint(source)

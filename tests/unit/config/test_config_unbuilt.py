@@ -58,7 +58,7 @@ ASKING = {
     "curriculum_learning.enabled": {"curriculum_learning": {"enabled": True}},
     "data_efficiency.enabled": {"data_efficiency": {"enabled": True}},
     "autotuning.enabled": {"autotuning": {"enabled": True}},
-    "checkpoint.writer": {"checkpoint": {"writer": {"type": "FAST"}}},
+    "checkpoint.writer.data_parallel": {"checkpoint": {"writer": {"data_parallel": "REPLICA"}}},
     "aio.use_gds": {"aio": {"use_gds": True}},
     "nebula.enabled": {"nebula": {"enabled": True}},
     "datastates_ckpt": {"datastates_ckpt": {}},
