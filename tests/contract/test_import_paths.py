@@ -27,7 +27,8 @@ BUILT = {
         "TORCH_DISTRIBUTED_DEFAULT_PORT OnDevice logger log_dist is_compile_supported zero ops "
         "get_accelerator HAS_TRITON dist comm moe monitor profiling autotuning elasticity "
         "compression checkpoint nebula launcher inference runtime utils accelerator constants "
-        "git_version_info compile checkpointing linear"
+        "git_version_info compile checkpointing linear InferenceEngine module_inject "
+        "replace_transformer_layer revert_transformer_layer"
     ),
     "deepspeed.accelerator": "get_accelerator set_accelerator DeepSpeedAccelerator",
     "deepspeed.autotuning": "",
@@ -69,6 +70,7 @@ BUILT = {
     "deepspeed.env_report": "cli_main main",
     "deepspeed.git_version_info": "version git_hash git_branch",
     "deepspeed.inference.config": "DeepSpeedInferenceConfig",
+    "deepspeed.inference.engine": "InferenceEngine",
     "deepspeed.inference.quantization.layers": (
         "QuantizedEmbedding QuantizedLinear QUANTIZATION_LAYER_MAPPINGS"
     ),
@@ -76,6 +78,7 @@ BUILT = {
     "deepspeed.inference.quantization.quantization_context": "QuantizationContext",
     "deepspeed.inference.quantization.utils": "DeQuantizer Quantizer",
     "deepspeed.inference.v2": "",
+    "deepspeed.io": "FastFileWriter FastFileWriterConfig PyFileWriter MockFileWriter",
     "deepspeed.launcher.launch": "main",
     "deepspeed.launcher.runner": "main DEEPSPEED_ENVIRONMENT_NAME",
     "deepspeed.linear": "OptimizedLinear LoRAConfig QuantizationConfig Init init_lora",
@@ -92,6 +95,7 @@ BUILT = {
         "split_params_into_different_moe_groups_for_optimizer is_moe_param_group "
         "configure_moe_param_groups"
     ),
+    "deepspeed.module_inject": "replace_transformer_layer revert_transformer_layer",
     "deepspeed.monitor.comet": "CometMonitor",
     "deepspeed.monitor.config": "get_monitor_config TensorBoardConfig",
     "deepspeed.monitor.csv_monitor": "csvMonitor",
@@ -99,6 +103,7 @@ BUILT = {
     "deepspeed.monitor.tensorboard": "TensorBoardMonitor",
     "deepspeed.monitor.wandb": "WandbMonitor",
     "deepspeed.nebula.config": "DeepSpeedNebulaConfig",
+    "deepspeed.nvme": "",
     "deepspeed.ops": "__compatible_ops__",
     "deepspeed.ops.adagrad": "DeepSpeedCPUAdagrad",
     "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam",
@@ -120,7 +125,12 @@ BUILT = {
     ),
     "deepspeed.runtime.base_optimizer": "DeepSpeedOptimizer ZeROOptimizer",
     "deepspeed.runtime.bf16_optimizer": "BF16_Optimizer",
-    "deepspeed.runtime.checkpoint_engine": "",
+    "deepspeed.runtime.checkpoint_engine": (
+        "CheckpointEngine CheckpointCommitInfo TorchCheckpointEngine FastCheckpointEngine "
+        "DecoupledCheckpointEngine create_checkpoint_engine"
+    ),
+    "deepspeed.runtime.checkpoint_engine.decoupled_checkpoint_engine": "DecoupledCheckpointEngine",
+    "deepspeed.runtime.checkpoint_engine.fast_checkpoint_engine": "FastCheckpointEngine",
     "deepspeed.runtime.checkpoint_engine.checkpoint_engine": "CheckpointEngine",
     "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine": "TorchCheckpointEngine",
     "deepspeed.runtime.compiler": (
@@ -158,15 +168,21 @@ BUILT = {
     "deepspeed.runtime.zenflow": "",
     "deepspeed.runtime.zero": (
         "ZeroParamType ZeroParamStatus Init GatheredParameters register_external_parameter "
-        "TiledLinear TiledLinearReturnBias"
+        "TiledLinear TiledLinearReturnBias DeepSpeedZeRoOffload DeepSpeedTensorOverride MiCS_Init "
+        "unwrap_model_for_generation"
     ),
     "deepspeed.runtime.zero.config": "DeepSpeedZeroConfig ZeroStageEnum",
     "deepspeed.runtime.zero.offload_config": (
         "OffloadDeviceEnum OffloadStateTypeEnum DeepSpeedZeroOffloadParamConfig "
         "DeepSpeedZeroOffloadOptimizerConfig"
     ),
+    "deepspeed.runtime.zero.mics": "MiCS_Init",
+    "deepspeed.runtime.zero.parameter_offload": "DeepSpeedZeRoOffload",
     "deepspeed.runtime.zero.partition_parameters": (
-        "ZeroParamType ZeroParamStatus Init GatheredParameters register_external_parameter"
+        "ZeroParamType ZeroParamStatus Init GatheredParameters register_external_parameter "
+        "unregister_external_parameter is_zero_param shutdown_init_context restore_init_context "
+        "free_param DeepSpeedTensorOverride zero_wrapper_for_fp_tensor_constructor "
+        "_orig_torch_arange get_accelerator"
     ),
     "deepspeed.runtime.zero.stage3": (
         "DeepSpeedZeroOptimizer_Stage3 estimate_zero3_model_states_mem_needs "
@@ -239,10 +255,9 @@ BUILT = {
 # module -> names that come with later work; a row moves up when it is built
 LATER = {
     "deepspeed": (
-        "set_optimizer_flags PipelineEngine DeepSpeedHybridEngine InferenceEngine "
-        "PipelineModule module_inject domino DeepSpeedTransformerLayer "
-        "DeepSpeedTransformerConfig replace_transformer_layer revert_transformer_layer "
-        "set_autotp_mode pipe sequence io nvme"
+        "set_optimizer_flags PipelineEngine DeepSpeedHybridEngine "
+        "PipelineModule domino DeepSpeedTransformerLayer "
+        "DeepSpeedTransformerConfig set_autotp_mode pipe sequence"
     ),
     "deepspeed.autotuning": "Autotuner ResourceManager",
     "deepspeed.checkpoint": (
@@ -253,16 +268,10 @@ LATER = {
     "deepspeed.compression": "init_compression redundancy_clean",
     "deepspeed.compression.compress": "init_compression redundancy_clean",
     "deepspeed.compression.helper": "convert_conv1d_to_linear",
-    "deepspeed.inference.engine": "InferenceEngine",
     "deepspeed.inference.v2": "build_hf_engine InferenceEngineV2 RaggedInferenceEngineConfig",
-    "deepspeed.io": "FastFileWriter FastFileWriterConfig PyFileWriter MockFileWriter",
-    "deepspeed.module_inject": (
-        "replace_transformer_layer revert_transformer_layer LinearAllreduce LinearLayer "
-        "set_autotp_mode"
-    ),
+    "deepspeed.module_inject": "LinearAllreduce LinearLayer set_autotp_mode",
     "deepspeed.module_inject.auto_tp": "AutoTP",
     "deepspeed.module_inject.layers": "GatherReplacedLayerParams LinearAllreduce LinearLayer",
-    "deepspeed.nvme": "",
     "deepspeed.ops.adam": "ZenFlowCPUAdam ZenFlowSelectiveAdamW ZenFlowSelectiveAdamW_stage3",
     "deepspeed.pipe": "PipelineModule LayerSpec TiedLayerSpec",
     "deepspeed.runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
@@ -302,17 +311,9 @@ LATER = {
     "deepspeed.runtime.state_dict_factory": "SDLoaderFactory",
     "deepspeed.runtime.superoffload": "",
     "deepspeed.runtime.weight_quantizer": "WeightQuantization",
-    "deepspeed.runtime.zero": (
-        "DeepSpeedZeRoOffload DeepSpeedTensorOverride MiCS_Init unwrap_model_for_generation"
-    ),
-    "deepspeed.runtime.zero.mics": "MiCS_Init",
     "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
     "deepspeed.runtime.zero.muon.original_muon": (
         "Muon SingleDeviceMuon MuonWithAuxAdam SingleDeviceMuonWithAuxAdam"
-    ),
-    "deepspeed.runtime.zero.parameter_offload": "DeepSpeedZeRoOffload",
-    "deepspeed.runtime.zero.partition_parameters": (
-        "zero_wrapper_for_fp_tensor_constructor _orig_torch_arange get_accelerator"
     ),
     "deepspeed.sequence.auto_sp": "auto_wrap_model_for_sp",
     "deepspeed.sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ZeRO++ on four gloo ranks: second copies near by (hpZ), quantized gathers (qwZ), frozen weights kept as codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import deepspeed
+from deepspeed.comm import flat
+from deepspeed.runtime.zero.codec import SliceCodec
+
+RANKS, STEPS = 4, 3
+NOTHING_STAYS = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+def config(zero, lr=0.05, **extra):
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.0}},
+        "zero_optimization": {"stage": 3, **NOTHING_STAYS, **zero},
+        **extra,
+    }
+
+
+class Net(torch.nn.Module):
+    def __init__(self, kind=None, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = torch.nn.Linear(13, 31)
+        self.middle = torch.nn.ModuleList(torch.nn.Linear(31, 31) for _ in range(2))
+        self.last = torch.nn.Linear(31, 3, bias=False)
+        self.kind = kind
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        for layer in self.middle:
+            if self.kind is None or not torch.is_grad_enabled():
+                x = torch.tanh(layer(x))
+            else:
+                x = checkpoint(lambda v, f=layer: torch.tanh(f(v)), x, use_reentrant=self.kind)
+        return self.last(x)
+
+
+def x_of(rank, step):
+    return torch.randn(2, 13, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def loss_of(net, rank, step):
+    return (net(x_of(rank, step)) - 1.0).square().mean()
+
+
+def start(zero, net=None, **extra):
+    net = Net() if net is None else net
+    return deepspeed.initialize(model=net, config=config(zero, **extra))[0]
+
+
+def train(engine, rank, steps=STEPS, accumulate=1):
+    losses = []
+    for step in range(steps):
+        for micro in range(accumulate):
+            loss = loss_of(engine, rank + 7 * micro, step)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        if step == 0:
+            engine.eval()
+            with torch.no_grad():
+                engine(x_of(rank, 5))
+            engine.train()
+    return losses
+
+
+def whole(engine):
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return [p.detach().clone() for p in engine.module.parameters()]
+
+
+# - hpZ
+
+CELLS = {
+    "plain": ({}, None, {}),
+    "accumulated": ({}, None, {"gradient_accumulation_steps": 2}),
+    "reentrant recomputation": ({}, True, {}),
+    "recomputation": ({}, False, {}),
+    "what stays by default": (
+        dict.fromkeys(NOTHING_STAYS, 100) | {"stage3_max_live_parameters": 10**6},
+        None,
+        {},
+    ),
+    "slices on the host, bf16": (
+        {"offload_param": {"device": "cpu"}},
+        None,
+        {"bf16": {"enabled": True}},
+    ),
+}
+
+
+def counted_gathers(engine, rank):
+    """Over how many ranks gathers went, before the backward pass and in it."""
+    sizes, plain = [], flat.all_gather_into
+
+    def count(out, shard, axis, async_op=False):
+        sizes.append(axis.size)
+        return plain(out, shard, axis, async_op)
+
+    flat.all_gather_into = count
+    try:
+        loss = loss_of(engine, rank, 0)
+        there = list(sizes)
+        engine.backward(loss)
+        return there, sizes[len(there) :]
+    finally:
+        flat.all_gather_into = plain
+
+
+def second_copies(rank):
+    found = {}
+    for name, (zero, kind, extra) in CELLS.items():
+        runs = []
+        for second in (1, 2):
+            engine = start({"zero_hpz_partition_size": second, **zero}, Net(kind), **extra)
+            if "bf16" in extra:
+                engine.module.forward = lambda x, f=engine.module.forward: f(x.bfloat16()).float()
+            losses = train(engine, rank, accumulate=extra.get("gradient_accumulation_steps", 1))
+            runs.append((losses, whole(engine)))
+            gathers = counted_gathers(engine, rank)
+            engine.destroy()
+        found[name] = (runs, gathers)
+    return found
+
+
+def test_the_second_copy_changes_no_bit_and_serves_the_backward_pass(ranks4):
+    for found in ranks4.run(second_copies):
+        for name, (((losses, weights), (near_losses, near_weights)), gathers) in found.items():
+            assert losses == near_losses, name
+            for a, b in zip(weights, near_weights, strict=True):
+                assert torch.equal(a, b), name
+            forward, backward = gathers
+            assert set(forward) == {4} and set(backward) <= {2}, name
+            assert backward or "stays" in name
+
+
+def edits_between_passes(rank):
+    engine = start({"zero_hpz_partition_size": 2})
+    train(engine, rank, steps=1)
+    weight = engine.module.first.weight
+    with deepspeed.zero.GatheredParameters(weight, modifier_rank=1), torch.no_grad():
+        weight.mul_(rank)
+    edited = whole(engine)[0]
+    loss = loss_of(engine, rank, 1)
+    engine.backward(loss)
+    near = [
+        (
+            p.ds_secondary_tensor.numel(),
+            p.ds_secondary_tensor_group_size,
+            p.ds_secondary_tensor_num_of_groups,
+        )
+        for p in engine.module.parameters()
+    ]
+    gradient = deepspeed.utils.safe_get_full_grad(engine.module.last.weight)
+    return edited, gradient, near[0]
+
+
+def test_an_edit_reaches_the_second_copy(ranks4):
+    results = ranks4.run(edits_between_passes)
+    for edited, gradient, near in results:
+        assert torch.equal(edited, results[0][0]) and torch.equal(gradient, results[0][1])
+        assert edited.abs().max() > 0 and near == (-(-13 * 31 // 2), 2, 2)
+
+
+# - qwZ
+
+
+def decoded(value, ranks=RANKS, bits=8):
+    """What every rank sees of a value whose slices were encoded, one by one."""
+    values = value.reshape(-1)
+    piece = -(-values.numel() // ranks)
+    codec = SliceCodec(piece, value.dtype, bits)
+    padded = torch.zeros(ranks * piece, dtype=value.dtype)
+    padded[: values.numel()] = values
+    whole = torch.cat([codec.decode(codec.encode(row)) for row in padded.view(ranks, piece)])
+    return whole[: values.numel()].view(value.shape)
+
+
+def quantized_gathers(rank):
+    engine = start({"zero_quantized_weights": True})
+    first = whole(engine)
+    losses = train(engine, rank, steps=25)
+    both = start({"zero_quantized_weights": True, "zero_hpz_partition_size": 2})
+    near = train(both, rank, steps=25)
+    plain = train(start({}), rank, steps=25)
+    return first, losses, near, plain
+
+
+def test_gathers_carry_codes_and_training_goes_on(ranks4):
+    results = ranks4.run(quantized_gathers)
+    for got, want in zip(results[0][0], Net().parameters(), strict=True):
+        want = want.detach()
+        assert torch.equal(got, decoded(want) if want.dim() > 1 else want)
+        # half a step of a group whose largest value is at most the largest of all, and two roundings of fp32
+        assert (got - want).abs().max() <= want.abs().max() * (0.5 / 127 + 2**-22)
+    for _, losses, near, plain in results:
+        assert near == losses  # the backward pass sees the weights of the forward pass, exactly
+        assert losses[0] == pytest.approx(plain[0], rel=0.05)
+        assert losses[-1] < losses[0] / 2 and losses[-1] < plain[-1] + 0.1 * plain[0]
+
+
+# - frozen weights as codes
+
+
+def frozen_net():
+    net = Net()
+    net.requires_grad_(False)
+    net.last.requires_grad_(True)
+    return net
+
+
+def keeps_codes(rank, folder):
+    zero = {"zero_quantized_nontrainable_weights": True}
+    engine = start(zero, frozen_net())
+    kinds = {
+        name: (p.ds_tensor.dtype, p.ds_tensor.numel())
+        for name, p in engine.module.named_parameters()
+    }
+    before = whole(engine)
+    losses = train(engine, rank, steps=10)
+    engine.save_checkpoint(folder, tag="t")
+    after = whole(engine)
+    other = start(zero, frozen_net())
+    with deepspeed.zero.GatheredParameters(list(other.module.parameters()), modifier_rank=0):
+        for p in other.module.parameters():
+            p.data.zero_()
+    zeroed = whole(other)[0].abs().max().item()
+    other.load_checkpoint(folder, tag="t")
+    return kinds, before, losses, after, zeroed, whole(other)
+
+
+def test_frozen_matrices_are_kept_as_codes(ranks4, tmp_path):
+    kinds, before, losses, after, zeroed, loaded = ranks4.run(keeps_codes, str(tmp_path))[0]
+    assert kinds["first.weight"] == (torch.uint8, SliceCodec(101, torch.float32).nbytes)
+    assert kinds["first.bias"] == (torch.float32, 8) and kinds["last.weight"] == (torch.float32, 24)
+    names = [name for name, _ in Net().named_parameters()]
+    for name, got, want in zip(names, before, Net().parameters(), strict=True):
+        packed = name.endswith("weight") and name != "last.weight"
+        assert torch.equal(got, decoded(want.detach()) if packed else want.detach()), name
+    for name, was, now in zip(names, before, after, strict=True):
+        assert torch.equal(was, now) != (name == "last.weight"), name
+    assert losses[-1] < losses[0] and zeroed == 0.0
+    for now, again in zip(after, loaded, strict=True):
+        # a code is decoded, saved, and encoded with the scale of decoded values: the same code, a scale one rounding off
+        torch.testing.assert_close(again, now, rtol=2**-20, atol=0.0)
+
+
+def from_init(rank):
+    cfg = config({})
+    near = deepspeed.utils.groups
+    near._create_zero_param_parallel_group(2)
+    with deepspeed.zero.Init(
+        config_dict_or_path=cfg,
+        zero_param_parallel_group=near._get_zero_param_intra_parallel_group(),
+        zero_quantized_weights=True,
+        tensor_overrides=[deepspeed.zero.DeepSpeedTensorOverride.device],
+    ):
+        made = torch.ones(2, dtype=torch.float64)
+        net = Net()
+    weight, bias = net.first.weight, net.first.bias
+    kinds = (weight.ds_wire is not None, bias.ds_wire is not None, weight.ds_second.axis.size)
+    with deepspeed.zero.GatheredParameters(weight):
+        return made.dtype, kinds, weight.detach().clone()
+
+
+def test_init_takes_the_arguments_of_zeropp(ranks4):
+    for dtype, kinds, weight in ranks4.run(from_init):
+        assert dtype == torch.float64 and kinds == (True, False, 2)
+        assert torch.equal(weight, decoded(Net().first.weight.detach()))
