@@ -41,6 +41,7 @@ WIDE_SIGNATURES: dict[str, str] = {
     "deepspeed/ops/rules.py:adam_rollback": "the op's schema",
     "deepspeed/profiling/flops_profiler/profiler.py:get_model_profile": "public signature",
     "deepspeed/runtime/dataloader.py:DeepSpeedDataLoader.__init__": "public constructor",
+    "deepspeed/runtime/zero/mics.py:MiCS_Init.__init__": "public constructor",
     "deepspeed/runtime/zero/tiling.py:TiledLinear.__init__": "public constructor",
     "deepspeed/runtime/lr_schedules.py:OneCycle.__init__": "the keys of its config section",
 }
