@@ -47,10 +47,10 @@ _DATE = 0x21  # the first day of 1980: equal states give equal files
 
 @dataclass
 class Record:
-    """One record: its bytes in memory, or a storage, and where it goes in the file."""
+    """One record: its bytes (in memory, in a storage, or copied out of one), and where it goes in the file."""
 
     name: bytes
-    source: bytes | torch.UntypedStorage
+    source: bytes | torch.UntypedStorage | torch.Tensor
     size: int
     header: int = 0
     """Offset of its header."""
@@ -191,8 +191,10 @@ class Archive:
         )
 
 
-def byte_view(storage: torch.UntypedStorage) -> torch.Tensor:
-    """A storage as a flat tensor of bytes that shares its memory."""
+def byte_view(storage: torch.UntypedStorage | torch.Tensor) -> torch.Tensor:
+    """A storage as a flat tensor of bytes that shares its memory; such a tensor as it is."""
+    if isinstance(storage, torch.Tensor):
+        return storage
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 

@@ -53,6 +53,9 @@ _RETRY_SECONDS = 5.0
 _SUMMED_BESIDE = 1 << 20  # bytes from which a second thread is worth its while
 _FOREIGN_PARTIAL_SECONDS = 3600.0
 
+DONE_PREFIX = f"{PARTIAL_MARK}_done_"
+"""Files `<prefix><rank>` in a partial folder: a rank that saves while it trains has written all of its own."""
+
 
 class Disk:
     """Every change that a save makes to the file system: tests replace it to fail or die at each point."""
@@ -312,16 +315,43 @@ class Publication:
         entries = [Entry(**fields) for fields_of_rank in written for fields in fields_of_rank]
         _publish(self.save_dir, self.tag, self.final, self.partial, entries, self.latest)
 
+    def peers(self) -> list[int]:
+        """Collectively, after `begin`: the ranks that write into the same folder as this one."""
+        marks = self.crew.together(
+            lambda: (self.partial / PARTIAL_MARK).read_text(encoding="utf-8")
+        )
+        return [rank for rank, mark in enumerate(marks) if mark == marks[self.crew.rank]]
+
+    def note_done(self, written: Sequence[Entry]) -> None:
+        """Without the others: leave a note beside this rank's files that all of them are there."""
+        fields = [asdict(entry) for entry in written]
+        note = self.partial / f"{DONE_PREFIX}{self.crew.rank}"
+        replace_file(note, json.dumps(fields).encode())
+
+    def noted(self, ranks: Sequence[int]) -> list[list[dict[str, Any]]] | None:
+        """What these ranks have noted, None while one has not."""
+        found = []
+        for rank in ranks:
+            note = self.partial / f"{DONE_PREFIX}{rank}"
+            if not note.exists():
+                return None
+            found.append(json.loads(note.read_text(encoding="utf-8")))
+        return found
+
     def _lead(self, action: Callable[[], None]) -> None:
         self.crew.together(lambda: action() if self.crew.leads else None)
+
+    def abandon(self) -> None:
+        """Remove the partial folder."""
+        if self.crew.leads:
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     @contextlib.contextmanager
     def _cleaned(self) -> Iterator[None]:
         try:
             yield
         except Exception:
-            if self.crew.leads:
-                shutil.rmtree(self.partial, ignore_errors=True)
+            self.abandon()
             raise
 
 
@@ -415,6 +445,8 @@ def _publish(
     }
     manifest = {"format": 2, "tag": tag, "files": dict(sorted(files.items()))}
     write_small(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    for note in sorted(partial.glob(f"{DONE_PREFIX}*")):
+        disk.remove(note)
     disk.remove(partial / PARTIAL_MARK)
     disk.sync_folder(partial)
     aside = _beside(final, REPLACED_SUFFIX)

@@ -45,6 +45,8 @@ class Settings:
     io_buffer_double: bool = True
     show_statistics: bool = False
     io_multiplier: int = 1
+    summers: int = 0
+    """Threads that take checksums; 0 is as many as there are use for."""
 
 
 def write_archive(
@@ -116,6 +118,7 @@ class _Parallel:
         self, path: Path, archive: Archive, settings: Settings, progress: Progress
     ) -> None:
         self.path, self.archive, self.progress = path, archive, progress
+        self.summers = settings.summers
         self.halves = 2 if settings.io_buffer_double else 1
         self.buffer_bytes = max(1 << 20, settings.io_buffer_size // self.halves)
         self.free: list[torch.Tensor] | None = None
@@ -125,7 +128,8 @@ class _Parallel:
     def write(self) -> Entry:
         """Write it all; see `write_archive`."""
         with atomic.disk.create(self.path) as file, ExitStack() as stack:
-            summers = stack.enter_context(ThreadPoolExecutor(threads(), "checkpoint-sum"))
+            workers = self.summers or threads()
+            summers = stack.enter_context(ThreadPoolExecutor(workers, "checkpoint-sum"))
             self.queue = stack.enter_context(atomic.disk.open_queue())
             stack.callback(summers.shutdown, cancel_futures=True)
             for record in self.archive.records:

@@ -410,9 +410,9 @@ def build_loader(engine: Any, dataset: Any, **options: Any) -> Any:
 
 def build_checkpoint_engine(config: Any) -> Any:
     """The object that writes and reads checkpoint files."""
-    from .checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from .checkpoint_engine.utils import create_checkpoint_engine
 
-    return TorchCheckpointEngine(config.checkpoint_config)
+    return create_checkpoint_engine(config)
 
 
 def check_coalescing(engine: Any) -> None:

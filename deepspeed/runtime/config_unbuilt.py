@@ -177,10 +177,10 @@ UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt("autotuning.enabled", "autotuning", lambda c: c.autotuning_config.enabled, _OFF),
     # ------------------------------------------------------------------ checkpoints
     Unbuilt(
-        "checkpoint.writer",
-        "fast checkpoint writers",
-        lambda config: config.checkpoint_config["writer"] is not None,
-        "Remove the section: torch's format is written.",
+        "checkpoint.writer.data_parallel",
+        "files that several ranks write together",
+        lambda config: bool((config.checkpoint_config["writer"] or {}).get("data_parallel")),
+        "Remove the key: each rank writes the files of its own state at once with the others.",
     ),
     Unbuilt(
         "aio.use_gds",

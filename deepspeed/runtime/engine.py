@@ -296,6 +296,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         self.clock.count_step(
             self.train_batch_size(), self.train_micro_batch_size_per_gpu(), not applied
         )
+        self.checkpoint_engine.at_boundary(self.mesh.world)
 
     def zero_grad(self) -> None:  # type: ignore[override]
         """Set every parameter's gradient to None, and forget what has been reduced."""
@@ -386,6 +387,7 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         custom_load_fn: Any = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Load what `save_checkpoint` saved; `(None, None)` where there is nothing."""
+        self.checkpoint_engine.finish()
         return engine_load.load_checkpoint(
             self,
             load_dir,
@@ -488,7 +490,8 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
             self.residency.release_all()
 
     def destroy(self) -> None:
-        """Remove all hooks from the module and its parameters."""
+        """Complete a save on its way, and remove all hooks from the module and its parameters."""
+        self.checkpoint_engine.cleanup()
         self.driver.destroy()
         self._products.release()
         self.watch.remove_hooks()

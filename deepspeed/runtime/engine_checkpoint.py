@@ -17,9 +17,9 @@ import torch
 
 from ..checkpoint import format as names
 from ..checkpoint import model_states
-from ..checkpoint.atomic import Crew, Entry, checked_tag, disk, publish, replace_file
+from ..checkpoint.atomic import Crew, Publication, checked_tag, disk, replace_file
 from ..checkpoint.format import Model, Optim, Zero
-from ..checkpoint.writer import plain, save_file, tensor_bytes, warn_of_objects
+from ..checkpoint.writer import plain, save_file, warn_of_objects
 from ..git_version_info import version
 from ..utils.errors import explain
 from ..utils.logging import logger
@@ -113,22 +113,21 @@ def save_checkpoint(
                 expected="save_dir, the path of a folder",
             )
         )
+    keeper = engine.checkpoint_engine
+    keeper.finish()
     crew = crew_of(engine)
     tag = _common_tag(engine, crew, f"global_step{engine.global_steps}" if tag is None else tag)
     files: dict[str, Any] = {}
     crew.together(
         lambda: files.update(_files_of_rank(engine, client_state, exclude_frozen_parameters))
     )
-    as_zip = engine.checkpoint_serialization_enabled()
-
-    def write(folder: Path) -> list[Entry]:
-        return [save_file(folder / name, content, as_zip=as_zip) for name, content in files.items()]
-
     folder = Path(save_dir)
-    needed = sum(map(tensor_bytes, files.values()))
-    publish(folder, tag, crew, write, needed=needed, latest=names.LATEST if save_latest else None)
+    publication = Publication(folder, tag, crew, names.LATEST if save_latest else None)
+    keeper.store(publication, files, engine.checkpoint_serialization_enabled())
     if has_shards(engine):
-        crew.together(lambda: copy_export_script(folder) if crew.leads else None)
+        crew.together(
+            lambda: copy_export_script(folder) if crew.leads and folder.is_dir() else None
+        )
     return True
 
 

@@ -50,7 +50,7 @@ BUDGET = {
     # with the memory plan, packed weights, states that go and come back, files on disk, smaller groups and fewer bits
     "deepspeed/runtime/zero": 6100,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned
-    "deepspeed/checkpoint": 3400,
+    "deepspeed/checkpoint": 4300,
     # loading, cutting, quantizing and offloading the base, each with the others
     "deepspeed/linear": 600,
     "deepspeed/nvme deepspeed/io": 800,

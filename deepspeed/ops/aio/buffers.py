@@ -28,20 +28,43 @@ def locked_tensor(numel: int, dtype: torch.dtype) -> Tensor:
         ValueError: a negative number of elements.
         MemoryError: there is not so much memory.
     """
+    if torch.cuda.is_available():
+        _check_count(numel)
+        return torch.empty(numel, dtype=dtype, pin_memory=True)
+    return _allocate(numel, dtype, lock=True)
+
+
+def aligned_tensor(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return a 1-D CPU tensor as `locked_tensor` does, that the system may move: for much, or for long.
+
+    Beside a CUDA device it is page-locked all the same, because copies from the device want it.
+
+    Raises:
+        ValueError: a negative number of elements.
+        MemoryError: there is not so much memory.
+    """
+    if torch.cuda.is_available():
+        return locked_tensor(numel, dtype)
+    return _allocate(numel, dtype, lock=False)
+
+
+def _check_count(numel: int) -> None:
     if numel < 0:
         raise ValueError(explain("a buffer cannot have so many elements", got=numel))
+
+
+def _allocate(numel: int, dtype: torch.dtype, lock: bool) -> Tensor:
+    _check_count(numel)
     bound = functions()
-    if torch.cuda.is_available():
-        return torch.empty(numel, dtype=dtype, pin_memory=True)
     nbytes = numel * dtype.itemsize
     if bound is None or nbytes == 0:
         return torch.empty(numel, dtype=dtype)
-    args = abi.IoMemoryArgs(size=ctypes.sizeof(abi.IoMemoryArgs), locked=1, bytes=nbytes)
+    args = abi.IoMemoryArgs(size=ctypes.sizeof(abi.IoMemoryArgs), locked=lock, bytes=nbytes)
     if bound.alloc(ctypes.byref(args)):
         raise MemoryError(explain("no memory for a buffer of file I/O", got=native.last_error()))
     if args.locked:
         _locked[args.memory] = nbytes
-    else:
+    elif lock:
         logger.info("%d bytes for file I/O stay unlocked: the system's limit is lower", nbytes)
     memory = (ctypes.c_char * nbytes).from_address(args.memory)
     weakref.finalize(memory, _free, args.memory).atexit = False

@@ -9,6 +9,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         ".checkpoint_engine": ["CheckpointCommitInfo", "CheckpointEngine"],
+        ".decoupled_checkpoint_engine": ["DecoupledCheckpointEngine"],
+        ".fast_checkpoint_engine": ["FastCheckpointEngine"],
         ".torch_checkpoint_engine": ["TorchCheckpointEngine"],
+        ".utils": ["create_checkpoint_engine"],
     },
 )

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint engine is: the object that stores single files, whatever stores them."""
+"""What a checkpoint engine is: the object that stores files, whatever stores them."""
 
 from __future__ import annotations
 
 import abc
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ...checkpoint.atomic import Entry, Publication
+from ...checkpoint.digest import of_file
+from ...checkpoint.writer import tensor_bytes
 
 
 @dataclass
@@ -25,7 +31,9 @@ class CheckpointCommitInfo:
 
 
 class CheckpointEngine(abc.ABC):
-    """Stores and reads single checkpoint files.
+    """Stores and reads checkpoint files.
+
+    A subclass that stores single files is enough to be `engine.checkpoint_engine`: `store` calls it for each.
 
     Args:
         config_params: settings of the implementation.
@@ -78,3 +86,44 @@ class CheckpointEngine(abc.ABC):
     def cleanup(self) -> None:
         """Give up resources."""
         self._commit_info = None
+
+    # - a training engine's saves
+
+    def store(self, publication: Publication, files: Mapping[str, Any], as_zip: bool) -> None:
+        """Collectively store this rank's files of one save, and publish it.
+
+        Args:
+            publication: where; not begun.
+            files: content by file name.
+            as_zip: torch's zip format rather than its old one.
+
+        Raises:
+            DeepSpeedCheckpointError: another rank failed (the failing rank raises its own error).
+        """
+        publication.begin(sum(map(tensor_bytes, files.values())))
+        info = CheckpointCommitInfo(
+            publication.tag, str(publication.save_dir), publication.latest is not None
+        )
+
+        def write() -> list[Entry]:
+            self.create(info)
+            paths = {publication.partial / name: content for name, content in files.items()}
+            for path, content in paths.items():
+                self.save(content, str(path))
+            self.commit(info)
+            return [_entry(path) for path in paths if path.is_file()]
+
+        publication.finish(write)
+
+    def finish(self) -> None:
+        """Collectively complete a save that is still on its way; raises on all ranks if one could not store it."""
+        self._commit_info = None
+
+    def at_boundary(self, axis: Any) -> None:
+        """Collectively over all ranks, after each optimizer step: complete what is ready."""
+        if self.is_decoupled():
+            self.finish()
+
+
+def _entry(path: Path) -> Entry:
+    return Entry(path.name, path.stat().st_size, of_file(path))

@@ -3,18 +3,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.atomic import disk
+from ...checkpoint.archive import Archive
+from ...checkpoint.atomic import Entry, Publication, disk
 from ...checkpoint.format import PARTIAL_SUFFIX
+from ...checkpoint.progress import Progress
 from ...checkpoint.reader import load_file
-from ...checkpoint.writer import save_file
+from ...checkpoint.stream import MOCK, Settings, write_archive
+from ...checkpoint.writer import compact, save_file, tensor_bytes
 from .checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 
 class TorchCheckpointEngine(CheckpointEngine):
-    """Stores files by `torch.save` and reads them by a restricted `torch.load`."""
+    """Stores files as `torch.save` does and reads them by a restricted `torch.load`."""
+
+    @property
+    def settings(self) -> Settings:
+        """How files are written."""
+        return Settings()
 
     def create(self, info: CheckpointCommitInfo) -> None:
         self.set_commit_info(info)
@@ -22,13 +32,80 @@ class TorchCheckpointEngine(CheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Write beside the final place, flush, and rename there."""
         target = Path(path)
+        if self.settings.type == MOCK:
+            save_file(target, state_dict, settings=self.settings)
+            return
         temporary = target.with_name(target.name + PARTIAL_SUFFIX)
-        save_file(temporary, state_dict)
+        save_file(temporary, state_dict, settings=self.settings)
         disk.replace(temporary, target)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return load_file(path, map_location if map_location is not None else "cpu")
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        self.cleanup()
+        self._commit_info = None
         return True
+
+    def store(self, publication: Publication, files: Mapping[str, Any], as_zip: bool) -> None:
+        if not as_zip:
+            publication.begin(sum(map(tensor_bytes, files.values())))
+            publication.finish(
+                lambda: [
+                    save_file(publication.partial / name, content, as_zip=False)
+                    for name, content in files.items()
+                ]
+            )
+            return
+        archives = lay_out(publication, files)
+        if self.settings.type == MOCK:
+            write_all(publication.partial, archives, self.settings)
+            return
+        publication.begin(total_size(archives))
+        label = f"saving {publication.tag}" if publication.crew.rank == 0 else None
+        publication.finish(
+            lambda: write_all(publication.partial, archives, self.settings, label=label)
+        )
+
+
+class FastCheckpointEngine(TorchCheckpointEngine):
+    """Writes as the section ``checkpoint.writer`` says.
+
+    Args:
+        config_params: a parsed configuration, or its dictionary of the section ``checkpoint``.
+    """
+
+    @property
+    def settings(self) -> Settings:
+        """How files are written."""
+        section = getattr(self.config_params, "checkpoint_config", self.config_params) or {}
+        writer = dict(section.get("writer") or {})
+        known = {key: writer[key] for key in Settings.__dataclass_fields__ if key in writer}
+        return replace(Settings(), **known)
+
+
+def lay_out(publication: Publication, files: Mapping[str, Any]) -> dict[str, Archive]:
+    """The files' archives; raises on every rank if one cannot pickle its own."""
+    made: dict[str, Archive] = {}
+    publication.crew.together(
+        lambda: made.update({n: Archive.of(compact(content)) for n, content in files.items()})
+    )
+    return made
+
+
+def total_size(archives: Mapping[str, Archive]) -> int:
+    """Bytes of all files."""
+    return sum(archive.size for archive in archives.values())
+
+
+def write_all(
+    folder: Path, archives: Mapping[str, Archive], settings: Settings, label: str | None = None
+) -> list[Entry]:
+    """Write files one after the other, and show how far this is under `label`; returns their entries."""
+    progress = Progress(total_size(archives) if label else 0, label or "")
+    try:
+        return [
+            write_archive(folder / name, archive, settings, progress)
+            for name, archive in archives.items()
+        ]
+    finally:
+        progress.close()

@@ -55,7 +55,7 @@ made.save_checkpoint('checkpoints', tag=sys.argv[3])
     ("operation", "at", "tag", "survives"),
     [
         ("create", 1, "new", 2),
-        ("write", 5, "new", 2),
+        ("write", 2, "new", 2),
         ("sync", 2, "new", 2),
         ("replace", 0, "new", 2),
         ("replace", 1, "new", 2),
