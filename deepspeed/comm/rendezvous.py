@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 
 from deepspeed.utils import env
@@ -153,8 +155,6 @@ def mpi_discovery(distributed_port: int = 29500, verbose: bool = True) -> None:
 
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    import socket
-
     address = world.bcast(socket.gethostbyname(socket.gethostname()), root=0)
     if not env.MASTER_ADDR.is_set():
         env.MASTER_ADDR.set(address)
@@ -254,6 +254,8 @@ def join(
         return
     if sys.platform == "win32":
         env.USE_LIBUV.set(0)  # torch's Windows builds are made without libuv
+    else:
+        _choose_gloo_interface()
     try:
         dist.init_process_group(
             init_method=init_method or "env://", rank=world.rank, world_size=world.size, **options
@@ -274,6 +276,37 @@ def join(
                 ),
             )
         ) from error
+
+
+def _choose_gloo_interface() -> None:
+    """Point gloo at the network that leads to the master, where it would otherwise offer loopback.
+
+    gloo listens at the address that this machine's name resolves to; many systems (Debian's
+    /etc/hosts) resolve it to loopback, where other nodes find nobody.
+    """
+    master = env.MASTER_ADDR.get()
+    if not master or env.GLOO_SOCKET_IFNAME.is_set():
+        return
+    if _is_loopback(master) or not _is_loopback(socket.gethostname()):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((master, env.MASTER_PORT.get() or 1))  # sends nothing
+        except OSError:
+            return
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            env.GLOO_SOCKET_IFNAME.set(name)
+            return
+
+
+def _is_loopback(host: str) -> bool:
+    """Say whether a name means this machine only, or nothing at all."""
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return True
 
 
 def _own_store() -> Any:

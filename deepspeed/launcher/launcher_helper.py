@@ -7,6 +7,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 from deepspeed.launcher.arguments import ScriptParser
@@ -47,7 +48,27 @@ def main(args: Sequence[str] | None = None) -> None:
     words = parse_args(args)
     python = [] if words.no_python else [sys.executable, "-u", *(["-m"] if words.module else [])]
     command = [*python, words.user_script, *words.user_args]
-    sys.exit(exit_status(subprocess.run(command, env=rank_environment()).returncode))
+    line = _line_to_mpi()
+    keep = {"pass_fds": (line,)} if line is not None else {}  # the script may speak MPI itself
+    status = exit_status(subprocess.run(command, env=rank_environment(), **keep).returncode)
+    if status and line is not None:
+        _abort(line, status)
+    sys.exit(status)
+
+
+def _line_to_mpi() -> int | None:
+    """Return the descriptor of the line to MPI's process manager, if this process has one."""
+    fd = os.environ.get("PMI_FD", "")
+    return int(fd) if fd.isdigit() and os.name == "posix" else None
+
+
+def _abort(line: int, status: int) -> None:
+    """Ask MPI to end the other ranks: it does so by itself only for programs that have called MPI."""
+    try:
+        os.write(line, f"cmd=abort exitcode={status}\n".encode("ascii"))
+        time.sleep(1.0)  # it ends us too
+    except OSError:
+        pass
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ MV2_LOCAL_RANK = _integer("MV2_COMM_WORLD_LOCAL_RANK", "MVAPICH2's name of LOCAL
 SLURM_STEP_NUM_TASKS = _integer("SLURM_STEP_NUM_TASKS", "Slurm: processes of this srun step.")
 SLURM_PROCID = _integer("SLURM_PROCID", "Slurm's name of RANK.")
 SLURM_LOCALID = _integer("SLURM_LOCALID", "Slurm's name of LOCAL_RANK.")
+GLOO_SOCKET_IFNAME = _text("GLOO_SOCKET_IFNAME", "Network interface that gloo uses.")
 ELASTIC_RUN_ID = _text("ELASTIC_RUN_ID", "Run id of the elastic agent.", "123456789")
 CUDA_VISIBLE_DEVICES = _text("CUDA_VISIBLE_DEVICES", "CUDA devices that this process may use.")
 
@@ -191,9 +192,14 @@ DS_KERNEL_PACK = _text("DS_KERNEL_PACK", "Path of the pack of CUDA kernels to lo
 DS_KERNEL_CACHE = _text("DS_KERNEL_CACHE", "Folder of CUDA kernels compiled on this machine.")
 DS_SKIP_CUDA_CHECK = _switch("DS_SKIP_CUDA_CHECK", "1 accepts a CUDA toolkit unlike torch's.")
 CUDA_HOME = _text("CUDA_HOME", "Where the CUDA toolkit is.")
+CXX = _text("CXX", "The C++ compiler, with its first words, for the ops of a user.")
 
 # ------------------------------------------------------------------ torch's own
 USE_LIBUV = _text("USE_LIBUV", "torch: whether the TCP rendezvous store uses libuv.")
+TORCH_EXTENSIONS_DIR = _text("TORCH_EXTENSIONS_DIR", "torch: folder of compiled C++ extensions.")
+TORCH_CUDA_ARCH_LIST = _text(
+    "TORCH_CUDA_ARCH_LIST", "torch: GPUs to compile for, as in 8.0;9.0+PTX."
+)
 PYTORCH_NVML_BASED_CUDA_CHECK = _text(
     "PYTORCH_NVML_BASED_CUDA_CHECK", "torch: look for CUDA through NVML, without initialising it."
 )
