@@ -111,7 +111,10 @@ def build(out: Path = DEFAULT_OUT, target: Target | None = None, compiler: str =
             problems.append(str(error))
             continue
         units = sorted(UNITS[target.machine])
-        _record(out, compiler=candidate.name, target=target.tag, units=units)
+        told = candidate.name.replace(
+            sys.executable, "python"
+        )  # a path of this machine says nothing
+        _record(out, compiler=told, target=target.tag, units=units)
         return library
     problem = "\n".join(problems) or (
         "no C++ compiler was found (looked for cl, clang++, g++ and the ziglang package)"

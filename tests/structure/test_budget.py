@@ -15,8 +15,8 @@ BUDGET = {
     "README.md": 180,
     "quickstart.py": 180,
     "bin": 60,
-    # the ABI table grew with the I/O queue, and the compilers of four systems with the build
-    "op_builder": 780,
+    # the ABI table grew with the I/O queue; the wheels of two systems, and the gate that reads ELF and PE
+    "op_builder": 1000,
     "csrc": 4700,
     "deepspeed/__init__.py": 220,
     "deepspeed/git_version_info.py": 30,

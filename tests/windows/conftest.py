@@ -17,6 +17,13 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> winpy.WindowsPython:
     return winpy.install(folder)
 
 
+@pytest.fixture(scope="session")
+def oldest(windows: winpy.WindowsPython) -> winpy.WindowsPython:
+    if winpy.NATIVE or not (winpy.OLDEST / ".complete").exists():
+        pytest.skip(f"no second Windows Python with torch 2.3 under {winpy.OLDEST}")
+    return windows.oldest()
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A working folder whose name has a space and letters outside ASCII."""

@@ -30,16 +30,9 @@ HOME = Path(os.environ.get("WINPY_HOME") or Path.home() / ".cache" / "winpy")
 FOLDER_NAME = "Wïndows sité"  # every path of the tests goes through this
 RUNTIME = "msvc-runtime==14.44.35112"
 RUNTIME_DLLS = ("vcruntime140", "vcruntime140_1", "msvcp140", "msvcp140_1")
-PACKAGED = (
-    "pyproject.toml",
-    "setup.py",
-    "README.md",
-    "LICENSE",
-    "MANIFEST.in",
-    "deepspeed",
-    "csrc",
-    "op_builder",
-)
+OLDEST = (
+    HOME / "site-2.3"
+)  # torch 2.3.0 and transformers 4.41.2, where shared/winpy/setup-2.3 laid them
 
 
 def available() -> bool:
@@ -99,6 +92,11 @@ class WindowsPython:
         """Run the interpreter with the installed package before the working folder's."""
         return self.run("python", *words, PYTHONSAFEPATH="1", **options)
 
+    def oldest(self) -> WindowsPython:
+        """The same installation over the oldest torch that is supported."""
+        package, *rest = self.paths
+        return replace(self, paths=(package, OLDEST, *rest))
+
     def with_paths(self, *more: Path) -> WindowsPython:
         """The same installation with more folders to import from; PYTHONPATH is Wine's only way."""
         return replace(self, paths=(*self.paths, *more))
@@ -121,18 +119,16 @@ def pip(*words: object) -> None:
 
 
 def build_wheel(folder: Path) -> Path:
-    """A win_amd64 wheel of the tree, its library built by the MinGW cross-compiler."""
-    source = folder / "source"
-    source.mkdir()
-    for name in PACKAGED:
-        if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "lib")
-            shutil.copytree(ROOT / name, source / name, ignore=ignored)
-        else:
-            shutil.copy(ROOT / name, source)
-    platform = "--config-settings=--build-option=--plat-name=win_amd64"
-    pip("wheel", "--no-deps", platform, "-w", folder, source)
-    (wheel,) = folder.glob("deepspeed-*-py3-none-win_amd64.whl")
+    """A win_amd64 wheel of the tree, made by the documented command; DS_WHEELS names a folder that has one already."""
+    made = Path(os.environ.get("DS_WHEELS") or folder / "dist")
+    if not made.is_dir():
+        words = ["-m", "op_builder.wheels", "--targets", "win_amd64", "--out", str(made)]
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"no Windows wheel:\n{done.stdout}{done.stderr}")
+    (wheel,) = made.glob("deepspeed-*-py3-none-win_amd64.whl")
     return wheel
 
 

@@ -2,20 +2,25 @@
 """`OpBuilder`: the legacy way to a native op, and the way to compile a user's own C++ op.
 
 Our ops come compiled, so `load` of the builders here compiles nothing. A subclass that names `sources` is
-compiled by torch's extension loader when it is first loaded.
+compiled when it is first loaded, and found again by its content after that (source.py).
 """
 
 from __future__ import annotations
 
-import importlib.util
+import platform
 import shutil
 import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from deepspeed.ops.op_builder import source, toolchain
+from deepspeed.utils import env
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
@@ -58,6 +63,8 @@ class OpBuilder:
     NAMESPACE: ClassVar[Callable[[], Any] | None] = None
     # why the op cannot be had, "" if it can
     MISSING: ClassVar[str] = ""
+    # whether a source op is linked with torch; None: if it includes torch's headers
+    LINKS_TORCH: ClassVar[bool | None] = None
 
     _loaded_ops: ClassVar[dict[str, Any]] = {}
 
@@ -113,25 +120,34 @@ class OpBuilder:
         return self._loaded_ops[key]
 
     def jit_load(self, verbose: bool = True) -> Any:
-        """Compile the sources with torch's extension loader; returns the module.
+        """Compile the sources, unless that was done before; returns the module.
 
         Raises:
-            RuntimeError: there is nothing to compile, or no way to.
+            RuntimeError: there is nothing to compile, no way to, or the compiler refuses it; its words are in the
+                message.
         """
         if not self.is_compatible(verbose):
             raise RuntimeError(
                 explain(f"the op {self.name} cannot be loaded", got=str(self.error_log))
             )
-        from torch.utils import cpp_extension
+        start = time.perf_counter()
+        module = source.load(self.source_op(), verbose)
+        if verbose:
+            print(f"Time to load {self.name} op: {time.perf_counter() - start} seconds")
+        return module
 
-        return cpp_extension.load(
+    def source_op(self) -> source.SourceOp:
+        """Return what the methods above say of the sources, as the compilation takes it."""
+        strip = self.strip_empty_entries
+        return source.SourceOp(
             name=self.name,
-            sources=[self.deepspeed_src_path(source) for source in self.sources()],
-            extra_include_paths=self.strip_empty_entries(self.include_paths()),
-            extra_cflags=self.strip_empty_entries(self.cxx_args()),
-            extra_cuda_cflags=self.strip_empty_entries(self.nvcc_args()),
-            extra_ldflags=self.strip_empty_entries(self.extra_ldflags()),
-            verbose=verbose,
+            sources=tuple(map(self.deepspeed_src_path, strip(self.sources()))),
+            include_paths=tuple(map(self.deepspeed_src_path, strip(self.include_paths()))),
+            flags=tuple(strip(self.cxx_args())),
+            cuda_flags=tuple(strip(self.nvcc_args())),
+            link_flags=tuple(strip(self.extra_ldflags())),
+            libraries=tuple(strip(self.libraries_args())),
+            torch=self.LINKS_TORCH,
         )
 
     def builder(self) -> Any:
@@ -166,6 +182,77 @@ class OpBuilder:
         names = [cmd] if isinstance(cmd, str) else cmd
         return any(shutil.which(name) is not None for name in names)
 
+    def has_function(
+        self,
+        funcname: str,
+        libraries: list[str],
+        library_dirs: list[str] | None = None,
+        verbose: bool = False,
+    ) -> bool:
+        """Say whether a C function can be linked from these libraries with the compiler that is here."""
+        code = f'extern "C" char {funcname}();\nint main() {{ return {funcname}(); }}\n'
+        try:
+            compiler = toolchain.compiler_for(with_torch=False)
+        except source.SourceOpError as error:
+            self.warning(str(error)) if verbose else None
+            return False
+        msvc = compiler.family == "msvc"
+        words = [f"{name}.lib" if msvc else f"-l{name}" for name in libraries]
+        words += [f"/LIBPATH:{path}" if msvc else f"-L{path}" for path in library_dirs or ()]
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "probe.cpp").write_text(code, encoding="utf-8")
+            command = [*compiler.words, "probe.cpp", *(["/link"] if msvc else []), *words]
+            done = subprocess.run(command, cwd=folder, capture_output=True, errors="replace")
+        if done.returncode and verbose:
+            self.warning(f"{funcname} was not found in {', '.join(libraries)}: {done.stderr}")
+        return done.returncode == 0
+
+    def cpu_arch(self) -> str:
+        """Return the compiler's flag for this very processor; empty for cl, which has none."""
+        if sys.platform == "win32":
+            return ""
+        return "-mcpu=native" if platform.machine().startswith("ppc") else "-march=native"
+
+    def simd_width(self) -> str:
+        """Return upstream's macro for the widest vectors of this processor."""
+        names = {"AVX512": "-D__AVX512__", "AVX2": "-D__AVX256__"}
+        return names.get(torch.backends.cpu.get_cpu_capability(), "-D__SCALAR__")
+
+    def validate_torch_version(self, torch_info: dict[str, str]) -> None:
+        """Compare the torch that an op was compiled with (``{"version": "2.3"}``) with this one.
+
+        Raises:
+            RuntimeError: they differ in major or minor version.
+        """
+        ours = ".".join(torch.__version__.split(".")[:2])
+        if torch_info["version"] != ours:
+            raise RuntimeError(
+                explain(
+                    f"the op {self.name} was compiled for another torch",
+                    got=ours,
+                    expected=torch_info["version"],
+                    fix="Compile it again, or install that torch.",
+                )
+            )
+
+    def validate_torch_op_version(self, torch_info: dict[str, str]) -> None:
+        """Compare the torch and the CUDA that an op was compiled with with those here.
+
+        Raises:
+            RuntimeError: they differ in major or minor version.
+        """
+        self.validate_torch_version(torch_info)
+        ours = ".".join(str(torch.version.cuda).split(".")[:2])
+        if torch.cuda.is_available() and torch_info["cuda_version"] != ours:
+            raise RuntimeError(
+                explain(
+                    f"the op {self.name} was compiled for another CUDA",
+                    got=ours,
+                    expected=torch_info["cuda_version"],
+                    fix="Compile it again, or install a torch for that CUDA.",
+                )
+            )
+
     def deepspeed_src_path(self, code_path: str) -> str:
         """Return an absolute path as it is, another one below the package's folder."""
         package = Path(__file__).resolve().parents[2]
@@ -186,13 +273,48 @@ class OpBuilder:
             return None
         if not self.sources():
             return "it names no sources to compile"
-        if importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None:
-            return "ninja, which torch needs to compile it, is not installed"
-        return None
+        return source.obstacle(self.source_op())
 
 
 class CUDAOpBuilder(OpBuilder):
     """Legacy base of the ops that have CUDA sources."""
+
+    def filter_ccs(self, ccs: list[str]) -> list[list[str]]:
+        """Return the compute capabilities that the op supports, each as [major, minor]; a subclass may drop some."""
+        return [cc.split(".") for cc in ccs]
+
+    def compute_capability_args(self, cross_compile_archs: list[str] | None = None) -> list[str]:
+        """Return nvcc's flags for the GPUs to compile for.
+
+        Args:
+            cross_compile_archs: capabilities as ``"8.0"`` or ``"9.0+PTX"``; None: TORCH_CUDA_ARCH_LIST, else the
+                GPUs of this machine.
+
+        Raises:
+            RuntimeError: none is left.
+        """
+        listed = (env.TORCH_CUDA_ARCH_LIST.get() or "").replace(" ", ";")
+        named = cross_compile_archs or [word for word in listed.split(";") if word]
+        if not named:
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            found = sorted({torch.cuda.get_device_capability(i) for i in range(count)})
+            named = [f"{major}.{minor}" for major, minor in found]
+            named[-1:] = [f"{last}+PTX" for last in named[-1:]]
+        flags = []
+        for major, minor in self.filter_ccs(named):
+            number = major + minor.removesuffix("+PTX")
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if minor.endswith("+PTX"):
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        if not flags:
+            raise RuntimeError(
+                explain(
+                    f"no GPU is known that {self.name} could be compiled for",
+                    got=", ".join(named) or "no device here",
+                    fix="Set TORCH_CUDA_ARCH_LIST, for example to 8.0;9.0.",
+                )
+            )
+        return flags
 
 
 class TorchCPUOpBuilder(CUDAOpBuilder):
