@@ -43,6 +43,7 @@ _NAMES = {
     ".launcher": ["*"],
     ".linear": ["*"],
     ".moe": ["*"],
+    ".module_inject": ["*", "replace_transformer_layer", "revert_transformer_layer"],
     ".monitor": ["*"],
     ".ops": ["*"],
     ".profiling": ["*"],
@@ -54,7 +55,9 @@ _NAMES = {
     ".runtime.engine": ["DeepSpeedEngine"],
     ".runtime.lr_schedules": ["add_tuning_arguments"],
     ".runtime.optimizers": ["DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable"],
+    ".inference": ["*"],
     ".inference.config": ["DeepSpeedInferenceConfig"],
+    ".inference.engine": ["InferenceEngine"],
     ".utils": ["*"],
     ".utils.init_on_device": ["OnDevice"],
     ".utils.logging": ["log_dist", "logger"],
@@ -71,11 +74,8 @@ _NOT_BUILT = {
     "PipelineModule": "pipeline parallelism",
     "PipelineEngine": "pipeline parallelism",
     "DeepSpeedHybridEngine": "the hybrid engine",
-    "InferenceEngine": "the inference engine",
     "DeepSpeedTransformerLayer": "the fused transformer layer",
     "DeepSpeedTransformerConfig": "the fused transformer layer",
-    "replace_transformer_layer": "kernel injection",
-    "revert_transformer_layer": "kernel injection",
     "set_autotp_mode": "tensor-parallel training",
 }
 
@@ -159,15 +159,30 @@ def initialize(
 
 
 def init_inference(model: torch.nn.Module, config: Any = None, **kwargs: Any) -> Any:
-    """Wrap a model for inference.
+    """Wrap a model for inference: cast, moved, filled from a checkpoint, its decoding fused where that is possible.
+
+    Args:
+        model: any module; `generate` comes with models of transformers.
+        config: dict, or path of a JSON file, with the fields of `DeepSpeedInferenceConfig`.
+        kwargs: the same fields, as words.
+
+    Returns:
+        An `InferenceEngine`.
 
     Raises:
-        NotImplementedError: the inference engine is not part of this version.
+        ValueError: a field is given twice with different values, or weights are missing.
+        pydantic.ValidationError: an unknown field, or a value that does not fit.
+        DeepSpeedConfigError: something that is not built, such as `tensor_parallel.tp_size` above 1.
+
+    Example:
+        >>> import torch, deepspeed
+        >>> engine = deepspeed.init_inference(torch.nn.Linear(8, 8), dtype=torch.float32)
     """
-    raise NotImplementedError(
-        f"deepspeed.init_inference is not part of version {version} yet. "
-        "For now call the model under torch.no_grad(), or use transformers' generate()."
-    )
+    global dist
+    from deepspeed import comm as dist
+    from deepspeed.inference.engine import InferenceEngine, merge
+
+    return InferenceEngine(model, merge(config, kwargs))
 
 
 def tp_model_init(

@@ -34,8 +34,12 @@ BUILT = {
     "deepspeed.autotuning": "",
     "deepspeed.autotuning.config": "DeepSpeedAutotuningConfig",
     "deepspeed.checkpoint": (
-        "get_layer_ckpt_name_for_rank get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank"
+        "get_layer_ckpt_name_for_rank get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank "
+        "reshape_meg_2d_parallel DeepSpeedCheckpoint merge_state model_3d_desc "
+        "get_model_3d_descriptor ZeROCheckpoint enable_universal_checkpoint SubparamShape"
     ),
+    "deepspeed.checkpoint.ds_to_universal": "main parse_arguments",
+    "deepspeed.checkpoint.universal_checkpoint": "SubparamShape load_hp_checkpoint_state",
     "deepspeed.checkpoint.constants": "",
     "deepspeed.checkpoint.utils": "clone_tensors_for_torch_save",
     "deepspeed.comm": (
@@ -260,11 +264,6 @@ LATER = {
         "DeepSpeedTransformerConfig set_autotp_mode pipe sequence"
     ),
     "deepspeed.autotuning": "Autotuner ResourceManager",
-    "deepspeed.checkpoint": (
-        "reshape_meg_2d_parallel DeepSpeedCheckpoint merge_state model_3d_desc "
-        "get_model_3d_descriptor ZeROCheckpoint enable_universal_checkpoint SubparamShape"
-    ),
-    "deepspeed.checkpoint.ds_to_universal": "main",
     "deepspeed.compression": "init_compression redundancy_clean",
     "deepspeed.compression.compress": "init_compression redundancy_clean",
     "deepspeed.compression.helper": "convert_conv1d_to_linear",
