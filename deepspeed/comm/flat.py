@@ -167,11 +167,66 @@ def all_gather_into(
         if out.data_ptr() != shard.data_ptr():
             out.detach().copy_(shard.detach())
         return DONE
+    if axis.hops is not None:
+        return _close(_gather_in_hops(out.detach(), shard.detach(), *axis.hops), async_op)
     if not _through_bytes(axis, out):
         work = _all_gather(out.detach(), shard.detach(), group=axis.group, async_op=True)
         return _close(_Pending([work], keep=(out, shard)), async_op)
     source, target = _host(shard), _host(out, copy=False)
     work = _all_gather(_bytes(target), _bytes(source), group=axis.group, async_op=True)
+
+    def finish() -> None:
+        if target.device != out.device:
+            out.detach().copy_(target, non_blocking=True)
+
+    return _close(_Pending([work], finish, keep=(source, target)), async_op)
+
+
+def _gather_in_hops(out: torch.Tensor, shard: torch.Tensor, node: Axis, nodes: Axis) -> Handle:
+    """Gather from the ranks at the same place of all machines, then from the neighbours on this one."""
+    column = shard.new_empty(nodes.size * shard.numel())
+    first = all_gather_into(column, shard, nodes, async_op=True)
+
+    def finish() -> None:
+        rows = torch.empty_like(out)
+        all_gather_into(rows, column, node)
+        pieces = rows.view(node.size, nodes.size, -1)
+        out.view(nodes.size, node.size, -1).copy_(pieces.transpose(0, 1))
+
+    # the second hop starts when the caller waits: every rank waits in the same order
+    return _Pending([first], finish, keep=(column, shard))
+
+
+# ------------------------------------------------------------------ exchange
+def exchange(out: torch.Tensor, parts: torch.Tensor, axis: Axis, async_op: bool = False) -> Handle:
+    """Give each rank its part, and get this rank's parts from all.
+
+    Args:
+        out: flat; afterwards the parts that the ranks had for this one, in the order of the axis.
+        parts: flat, as large; equal parts, one for each rank in the order of the axis.
+        axis: who takes part.
+        async_op: return at once; the result is there after ``wait()``.
+
+    Raises:
+        DeepSpeedCommError: the sizes or dtypes do not fit.
+    """
+    _require_flat("exchange", out, parts)
+    if out.numel() != parts.numel() or parts.numel() % axis.size or out.dtype != parts.dtype:
+        raise DeepSpeedCommError(
+            explain(
+                "exchange: the buffers do not fit",
+                got=f"{out.numel()} x {out.dtype} for {parts.numel()} x {parts.dtype}",
+                expected=f"equal ones of a multiple of {axis.size} elements",
+            )
+        )
+    if axis.size == 1 or not parts.numel():
+        out.detach().copy_(parts.detach())
+        return DONE
+    if not _through_bytes(axis, out):
+        work = dist.all_to_all_single(out.detach(), parts.detach(), group=axis.group, async_op=True)
+        return _close(_Pending([work], keep=(out, parts)), async_op)
+    source, target = _host(parts), _host(out, copy=False)
+    work = dist.all_to_all_single(_bytes(target), _bytes(source), group=axis.group, async_op=True)
 
     def finish() -> None:
         if target.device != out.device:

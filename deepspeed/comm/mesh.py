@@ -23,12 +23,15 @@ class Axis:
         size: number of ranks.
         rank: this process's index among them.
         ranks: their global ranks, in the order of the axis.
+        hops: of these ranks the neighbours on this machine, and those at the same place of the other machines, where
+            gathers go in two hops, so that each machine gets each piece once; else None.
     """
 
     group: Any
     size: int
     rank: int
     ranks: tuple[int, ...]
+    hops: tuple[Axis, Axis] | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def alone(rank: int = 0) -> Axis:
@@ -91,8 +94,6 @@ class Mesh:
         shard, replica: ranks that share ZeRO's shards, and those with equal shards, where these are not all of
             ``sequence_data`` (MiCS, arXiv:2205.00119); else None. Read them through ``state_axes``.
         second: neighbours that share a second, closer copy of sharded params (hpZ, arXiv:2306.10209); else None.
-        node, nodes: of the ranks of ``state_axes[0]`` those on this machine, and those at the same place of the other
-            machines, where collectives may go in two hops; else None.
     """
 
     world: Axis
@@ -106,8 +107,6 @@ class Mesh:
     shard: Axis | None = None
     replica: Axis | None = None
     second: Axis | None = None
-    node: Axis | None = None
-    nodes: Axis | None = None
 
     @property
     def state_axes(self) -> tuple[Axis, Axis]:

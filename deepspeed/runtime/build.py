@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from deepspeed import comm as dist
 from deepspeed.comm.mesh import Axis, Mesh
 from deepspeed.utils import groups
-from deepspeed.utils.errors import explain
+from deepspeed.utils.errors import DeepSpeedConfigError, explain
 from deepspeed.utils.logging import set_log_level_from_string
 
 from .config_unbuilt import refuse_unbuilt
@@ -156,6 +157,11 @@ def build_plan(config: Any) -> Plan:
         prescale=config.prescale_gradients,
         predivide_factor=config.gradient_predivide_factor,
     )
+    if plan.stage < 3:
+        # Upstream's averages: at stage 3 over all ranks, below it over those with different samples only.
+        plan = replace(plan, summed_ranks=sequence_ranks)
+    if plan.stage == 3 and zero.zero_quantized_gradients:
+        plan = replace(plan, gradient_bits=4, error_feedback=_error_feedback(zero))
     offload = zero.offload_optimizer
     place = "none" if plan.stage == 0 or offload is None else _name(offload.device)
     if place == "cpu":
@@ -171,6 +177,28 @@ def build_plan(config: Any) -> Plan:
             plan, param_tier=tiers.get(_name(zero.offload_param.device), TierKind.DEVICE)
         )
     return plan
+
+
+def _error_feedback(zero: Any) -> tuple[float, int] | None:
+    """The settings of LoCo, where they are given.
+
+    Raises:
+        DeepSpeedConfigError: unknown keys, or values that cannot be.
+    """
+    given = zero.zeropp_loco_param
+    if given is None:
+        return None
+    beta, period = given.get("err_beta", 0.8), given.get("reset_T", 1024)
+    known = set(given) <= {"err_beta", "reset_T"}
+    if not (known and 0.0 <= beta < 1.0 and isinstance(period, int) and period >= 1):
+        raise DeepSpeedConfigError(
+            explain(
+                "'zero_optimization.zeropp_loco_param' is not understood",
+                got=given,
+                expected='{"err_beta": from 0 to below 1, "reset_T": a positive integer}',
+            )
+        )
+    return float(beta), period
 
 
 def _name(device: Any) -> str:

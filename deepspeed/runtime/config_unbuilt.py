@@ -77,9 +77,6 @@ _REMOVE = "Remove the key."
 UNBUILT: tuple[Unbuilt, ...] = (
     # ------------------------------------------------------------------ ZeRO
     _at_stage_3(
-        "zero_quantized_gradients", "ZeRO++ qgZ", lambda zero: zero.zero_quantized_gradients, _OFF
-    ),
-    _at_stage_3(
         "offload_optimizer.super_offload",
         "SuperOffload",
         lambda zero: bool(zero.offload_optimizer and zero.offload_optimizer.super_offload),

@@ -66,22 +66,23 @@ def zero_axes(mesh: Mesh, zero: Any) -> Mesh:
         )
     if mics > 0:
         shard, replica = data.split(mics, mesh.world)
-        mesh = replace(mesh, shard=shard, replica=replica)
+        mesh = replace(mesh, shard=_in_hops(shard, mesh.world, zero), replica=replica)
+    else:
+        mesh = replace(mesh, sequence_data=_in_hops(data, mesh.world, zero))
     if 1 < second < data.size:
         mesh = replace(mesh, second=data.split(second, mesh.world)[0])
     if second > 1 and data.size == mesh.world.size:
         groups._create_zero_param_parallel_group(second)  # for the getters of old names
-    return _with_machines(mesh, zero)
+    return mesh
 
 
-def _with_machines(mesh: Mesh, zero: Any) -> Mesh:
-    """Tell the ranks of this machine from the others, where collectives are to go in two hops."""
-    shard, here = mesh.state_axes[0], env.LOCAL_SIZE.get() or 0
+def _in_hops(axis: Axis, world: Axis, zero: Any) -> Axis:
+    """The same axis, told which of its ranks are on this machine, where collectives are to go in two hops."""
+    here = env.LOCAL_SIZE.get() or 0
     wanted = zero.zero_quantized_gradients or zero.mics_hierarchical_params_gather
-    if not wanted or not 1 < here < shard.size or shard.size % here:
-        return mesh
-    node, nodes = shard.split(here, mesh.world)
-    return replace(mesh, node=node, nodes=nodes)
+    if not wanted or not 1 < here < axis.size or axis.size % here:
+        return axis
+    return replace(axis, hops=axis.split(here, world))
 
 
 def spill_folder(config: Any, section: Any, *names: str) -> SpillFolder:

@@ -10,7 +10,9 @@ import torch
 from deepspeed.comm import flat
 
 from .plan import Plan
+from .quantized_sum import ErrorFeedback, QuantizedSum, RowCodec
 from .shard_group import ShardGroup
+from .sharded_param import shape_of
 
 
 class Bucket:
@@ -176,6 +178,18 @@ class SliceBucket(Bucket):
         self.start = starts[first]
         self.row = (starts[last] if last < len(starts) else group.layout.shard_numel) - self.start
         self.sum: torch.Tensor | None = None
+        self._reduce = self._codes(plan) if plan.gradient_bits else flat.reduce_scatter_into
+
+    def _codes(self, plan: Plan) -> QuantizedSum:
+        """Matrices travel as codes."""
+        layout, ranks = self.group.layout, self.group.shard_axis.size
+        matrices = [
+            (layout.starts[index] - self.start, -(-layout.numels[index] // ranks))
+            for index in self.indices
+            if len(shape_of(self.group.params[index])) > 1
+        ]
+        feedback = ErrorFeedback(*plan.error_feedback) if plan.error_feedback else None
+        return QuantizedSum(RowCodec.of(self.row, matrices, plan.gradient_bits), feedback)
 
     def _rows(self, index: int) -> torch.Tensor:
         ranks, layout = self.group.shard_axis.size, self.group.layout
@@ -205,7 +219,7 @@ class SliceBucket(Bucket):
         if self.before != 1.0:
             buffer.mul_(self.before)
         self.sum = torch.empty(self.row, dtype=buffer.dtype, device=buffer.device)
-        pending = flat.reduce_scatter_into(self.sum, buffer, axis, async_op=True)
+        pending = self._reduce(self.sum, buffer, axis, async_op=True)
         return self._over_replicas(self.sum, pending)
 
     def land(self) -> None:
@@ -241,9 +255,10 @@ def scale_factors(plan: Plan, ranks: int) -> tuple[float, float]:
     """What gradients are multiplied by before and after the sum over `ranks`."""
     if plan.gradient_op == "sum":
         return 1.0, 1.0
+    averaged = ranks / plan.summed_ranks
     if plan.prescale or (plan.stage > 0 and plan.predivide_factor == 1.0):
-        return 1.0 / ranks, 1.0
-    return 1.0 / plan.predivide_factor, plan.predivide_factor / ranks
+        return 1.0 / averaged, 1.0
+    return 1.0 / plan.predivide_factor, plan.predivide_factor / averaged
 
 
 def store(target: torch.Tensor, values: torch.Tensor, fresh: bool) -> None:

@@ -294,6 +294,8 @@ def _grad_rows(model: ModelSize, plan: Plan, widths: Widths, run: Run, shard: in
         if not lasting and run.accumulation > 1:
             width = max(widths.param, widths.grad)
             yield Row("unreduced gradients", DEVICE, total * width, lasting=False)
+    if run.sharing > 1 and plan.error_feedback is not None:
+        yield Row("errors of codes", DEVICE, total * widths.reduce)
     if run.world > 1:
         filling = max(plan.bucket_numel, max(model.trainable, default=0))
         flying = plan.buckets_in_flight * plan.bucket_numel

@@ -52,7 +52,11 @@ class Plan:
         overlap_reduce: start gradient collectives during the backward pass and wait for them at its end.
         round_robin: lay parameters so that neighbours in the backward pass belong to different ranks.
         gradient_op: "mean" or "sum" over the data axis.
+        summed_ranks: ranks that share a sequence, whose gradients add up where others are averaged.
         prescale: divide by the number of ranks before the reduction rather than after it.
+        gradient_bits: of the codes that gradients of sharded matrices travel as (qgZ); 0 sends them as they are.
+        error_feedback: share of the old error that is kept, and after how many reductions it is forgotten (LoCo); None
+            lets go of what codes lose.
         predivide_factor: with `prescale` off, divide by this before the reduction and by the rest after it.
     """
 
@@ -69,8 +73,11 @@ class Plan:
     overlap_reduce: bool = False
     round_robin: bool = False
     gradient_op: str = "mean"
+    summed_ranks: int = 1
     prescale: bool = False
     predivide_factor: float = 1.0
+    gradient_bits: int = 0
+    error_feedback: tuple[float, int] | None = None
 
     @classmethod
     def for_stage(cls, stage: int) -> Plan:

@@ -38,6 +38,7 @@ def move_to_axis(
 ) -> None:
     """Cut a sharded parameter over other ranks; a collective of those that it was cut over."""
     if param.ds_axis == axis and param.ds_home == home:
+        param.ds_axis, param.ds_home = axis, home  # equal ones may differ in their hops
         return
     codec = param.ds_codec
     gather([param])

@@ -27,7 +27,6 @@ GROUP = {"g": {"params": {"start_bits": 8, "target_bits": 4}}}
 QUANTIZED = {"weight_quantization": {"quantized_initialization": {"num_bits": 4, "group_size": 64}}}
 # key -> a configuration that asks for it
 ASKING = {
-    "zero_optimization.zero_quantized_gradients": zero(3, zero_quantized_gradients=True),
     "zero_optimization.offload_optimizer.super_offload": zero(
         3, offload_optimizer={"device": "cpu", "super_offload": True}
     ),
@@ -129,6 +128,7 @@ HARMLESS = {
     },
     "stage 3 in smaller groups": zero(3, mics_shard_size=2),
     "stage 3 with a second copy": zero(3, zero_hpz_partition_size=2, zero_quantized_weights=True),
+    "stage 3 with codes": zero(3, zero_quantized_gradients=True, zeropp_loco_param={"reset_T": 9}),
     "stage 3, its params on the host": zero(3, offload_param={"device": "cpu"}),
     "quantized weights at stage 3": {**zero(3), **QUANTIZED},
     "quantized weights, nothing said of how": {"weight_quantization": {}},
