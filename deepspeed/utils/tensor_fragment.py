@@ -170,11 +170,12 @@ def safe_get_full_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     group = _group_of(param)
     if group is None or not _has_grads(group, param):
         return None
-    return _gathered(param, group, lambda part: part.grad, torch.float32)
+    with group.grads_in_memory():
+        return _gathered(param, group, lambda part: part.grad, torch.float32)
 
 
 def _has_grads(group: Any, param: torch.Tensor) -> bool:
-    if any(part.grad is None for part in group.parts):
+    if not all(part.has_grad for part in group.parts):
         return False
     return group.shard_axis.size > 1 or bool(group._written[param.param_idx_in_group])  # type: ignore[attr-defined]
 
@@ -223,7 +224,8 @@ def safe_set_full_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     if param.grad is not None:
         param.grad.copy_(value)
     elif group is not None and _has_grads(group, param):
-        _scatter(param, group, lambda part: part.grad, value)
+        with group.grads_in_memory(edit=True):
+            _scatter(param, group, lambda part: part.grad, value)
 
 
 def safe_update_full_grad_vectorized(

@@ -20,6 +20,11 @@ DEVICE, HOST = "device", "host"
 
 # Of states in files: the part that is stepped, the next one, and the one before; see spill.py.
 _PARTS_IN_MEMORY = 3
+# Of parameters in files: a layer's slices that are read, and those that are written.
+_SLICES_IN_MEMORY = 2
+# Of gradients in files: those of the part that is stepped, and of the next one; and pieces on their way there.
+_GRADS_IN_MEMORY = 2
+_WRITES_BEHIND = 4
 
 
 class DeepSpeedMemoryError(DeepSpeedError, MemoryError):
@@ -258,9 +263,14 @@ def _param_rows(model: ModelSize, plan: Plan, widths: Widths, run: Run) -> Itera
     if run.second:
         near = Layout.per_param((*model.trainable, *model.frozen), run.second).shard_numel
         yield Row("second copy of params", DEVICE, near * widths.param)
+    if run.sharing == 1 and tier in (DEVICE, HOST) and (run.device_is_host or tier == DEVICE):
+        return  # a slice is all of its parameter, and where it computes
     gathered = 2 * model.largest_layer if run.gathered is None else run.gathered
     whole = min(model.numel, max(gathered, model.largest_layer))
     yield Row("gathered params", DEVICE, whole * widths.param, lasting=False)
+    if tier not in (DEVICE, HOST):
+        slices = _SLICES_IN_MEMORY * (-(-model.largest_layer // run.sharing))
+        yield Row("buffers of params", HOST, slices * widths.param, lasting=False)
 
 
 def _state_rows(
@@ -277,6 +287,8 @@ def _state_rows(
             each = widths.master + widths.state * widths.states
             rounds = min(_PARTS_IN_MEMORY, -(-length // max(1, chunk)))
             yield Row("buffers of states", HOST, rounds * chunk * each)
+            grads = min(_GRADS_IN_MEMORY, rounds) * chunk * widths.grad
+            yield Row("buffers of gradients", HOST, grads)
 
 
 def _grad_rows(model: ModelSize, plan: Plan, widths: Widths, run: Run, shard: int) -> Iterable[Row]:
@@ -289,8 +301,10 @@ def _grad_rows(model: ModelSize, plan: Plan, widths: Widths, run: Run, shard: in
             plan.reduces_each_backward or run.world == 1 or plan.states is not Placement.SHARDED
         )
         for tier, length in _split(plan, shard):
-            where = tier if tier in (DEVICE, HOST) else HOST
-            yield Row("gradients", where, length * widths.grad, lasting)
+            yield Row("gradients", tier, length * widths.grad, lasting)
+            if tier not in (DEVICE, HOST):
+                newest = max(model.trainable, default=0) // run.world * widths.grad
+                yield Row("gradients to write", HOST, _WRITES_BEHIND * newest, lasting=False)
         if not lasting and run.accumulation > 1:
             width = max(widths.param, widths.grad)
             yield Row("unreduced gradients", DEVICE, total * width, lasting=False)

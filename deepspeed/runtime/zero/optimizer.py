@@ -17,7 +17,6 @@ import torch
 
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis, Mesh
-from deepspeed.ops.norms import squared_norm
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.fp16.loss_scaler import LossScalerBase, report_overflow
 from deepspeed.runtime.precision import Precision
@@ -29,7 +28,7 @@ from .pieces import in_pieces
 from .plan import Placement, Plan
 from .reducer import Reducer
 from .shard_group import ShardGroup, ShardPart
-from .spill import SpillFolder, stream
+from .spill import SpillFolder, stream, together
 
 _CLIP_EPSILON = 1e-6
 _NAMES_SHOWN = 5
@@ -73,7 +72,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.external_loss_scale: float | None = None
         self._global_grad_norm: torch.Tensor | None = None
         self._drop_old_states()
-        self.groups = self._build_groups()
+        with self._files_together("make the files of its offloaded states"):
+            self.groups = self._build_groups()
         self.reducer = Reducer(self.groups, plan)
         self._take_over_param_groups()
 
@@ -279,6 +279,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for group in self.groups:
             if group.shard_axis.size == 1:
                 group.clear_unwritten()
+        with self._files_together("write its gradients"):
+            self._finish_grad_files()
         norm = self._norm()
         scale = self.loss_scale
         self.overflow = not math.isfinite(norm)
@@ -295,7 +297,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         sums: dict[Axis, torch.Tensor] = {}
         for group in self.groups:
             for part in group.parts:
-                square = squared_norm(group.grad_of(part)).to(self.device)
+                square = group.square_of(part).to(self.device)
                 axis = group.shard_axis
                 sums[axis] = sums[axis] + square if axis in sums else square
         total = 0.0
@@ -348,22 +350,21 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         return names[:_NAMES_SHOWN] + ([f"{more} more"] if more > 0 else [])
 
     def _step_groups(self, grad_scale: float) -> None:
-        failure: OSError | None = None
-        try:
+        with self._files_together("read or write its offloaded states, so this step is incomplete"):
             self._step_parts(grad_scale)
-        except OSError as error:
-            failure = error
-        if self.folder is not None and not flat.all_ok(failure is None, self.mesh.world):
-            raise failure or OSError(
-                explain(
-                    "another rank could not read or write its offloaded states, so this step is incomplete",
-                    fix="see that rank's message, and resume from the last checkpoint",
-                )
-            )
-        if failure is not None:
-            raise failure
         for pending in [group.publish() for group in self.groups]:
             pending.wait()
+
+    def _files_together(self, what: str) -> contextlib.AbstractContextManager:
+        """Extent in which an error of one rank's files is raised on all ranks."""
+        if self.folder is None:
+            return contextlib.nullcontext()
+        return together(self.mesh.world, what)
+
+    def _finish_grad_files(self) -> None:
+        for _, part in self._parts():
+            if part.spilled_grad is not None:
+                part.spilled_grad.finish_writes()
 
     def _step_parts(self, grad_scale: float) -> None:
         step_shard = self._fused_rule()

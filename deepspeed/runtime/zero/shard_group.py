@@ -8,20 +8,22 @@ Stage 0 is the group whose shard axis has one rank.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
+from deepspeed.ops.norms import squared_norm
 from deepspeed.runtime.precision import Precision
 
 from .layout import Layout, round_robin_order
 from .plan import Placement, Plan, TierKind
 from .sharded_param import hold, numel_of, piece_of, slice_of
 from .slab import Slab
-from .spill import SpilledStates, SpillFolder
+from .spill import SpilledGrad, SpilledStates, SpillFolder
 from .tiers import DeviceTier, Tier, tier_for
 
 
@@ -36,7 +38,8 @@ class ShardPart:
         low: where the stepped weights go in the parameters' dtype; None where `master` aliases the param slab, and
             where the parameters live in files.
         spilled: the file that holds master and states between steps; None for memory.
-        grad: flat gradients in the accumulation dtype; None until the first one arrives.
+        spilled_grad: the file that holds the gradients until the step; None for memory.
+        held_grad: flat gradients in memory, in the accumulation dtype; None until the first one arrives.
     """
 
     start: int
@@ -45,7 +48,28 @@ class ShardPart:
     master: torch.nn.Parameter
     low: torch.Tensor | None
     spilled: SpilledStates | None = None
-    grad: torch.Tensor | None = field(default=None, repr=False)
+    spilled_grad: SpilledGrad | None = None
+    held_grad: torch.Tensor | None = None
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """Flat gradients in the accumulation dtype (read from their file, if they have one); None if there are none."""
+        if self.spilled_grad is None:
+            return self.held_grad
+        return self.spilled_grad.values() if self.spilled_grad.present else None
+
+    @property
+    def has_grad(self) -> bool:
+        """Whether there are gradients; reads nothing."""
+        if self.spilled_grad is None:
+            return self.held_grad is not None
+        return self.spilled_grad.present
+
+    def forget_grad(self) -> None:
+        """Give the gradients' memory back."""
+        self.held_grad = None
+        if self.spilled_grad is not None:
+            self.spilled_grad.forget()
 
 
 class ShardGroup:
@@ -148,6 +172,10 @@ class ShardGroup:
         if spilled:
             assert self.folder is not None
             part.spilled = SpilledStates(self.folder, self.folder.new_name(), part.master)
+            # Ranks that hold equal shards sum their gradients in place.
+            if self.shard_axis.size > 1 or self.replica_axis.size == 1:
+                name = f"grad_{self.folder.new_name()}"
+                part.spilled_grad = SpilledGrad(self.folder, name, length, self.accumulate_dtype)
         return part
 
     def _param_targets(self) -> list[list[tuple[ShardPart, int, int, int]]]:
@@ -171,42 +199,71 @@ class ShardGroup:
     # - gradients
 
     def grad_of(self, part: ShardPart) -> torch.Tensor:
-        """The gradient buffer of `part`, made on first use."""
-        if part.grad is None:
-            part.grad = part.tier.alloc(part.length, self.accumulate_dtype)
-        return part.grad
+        """The gradients of `part`: the buffer they add up in, made on first use, or a copy of what is in their file."""
+        if part.spilled_grad is not None:
+            return part.spilled_grad.values()
+        if part.held_grad is None:
+            part.held_grad = part.tier.alloc(part.length, self.accumulate_dtype)
+        return part.held_grad
+
+    @contextlib.contextmanager
+    def grads_in_memory(self, edit: bool = False) -> Iterator[None]:
+        """Extent in which the gradients of all parts are in memory; `edit` keeps what is written to them there."""
+        spilled = [part.spilled_grad for part in self.parts if part.spilled_grad is not None]
+        try:
+            yield
+            for grad in spilled if edit else ():
+                grad.keep()
+        finally:
+            for grad in spilled:
+                grad.let_go()
+
+    def square_of(self, part: ShardPart) -> torch.Tensor:
+        """The sum of the squares of a part's gradients, 0-dim float64."""
+        if part.spilled_grad is not None:
+            return part.spilled_grad.square()
+        return squared_norm(self.grad_of(part))
+
+    def _store(self, part: ShardPart, start: int, values: torch.Tensor, fresh: bool) -> None:
+        if part.spilled_grad is not None:
+            part.spilled_grad.store(start, values, fresh)
+            return
+        target = self.grad_of(part).narrow(0, start, values.numel())
+        if fresh:
+            target.copy_(values)
+        else:
+            target.add_(values if values.device == target.device else values.to(target.device))
 
     def add_param_grad(self, index: int, grad: torch.Tensor) -> None:
         """Add a parameter's whole gradient to the unsharded gradient slab (shard axis of one rank)."""
         values = grad.reshape(-1)
         fresh = not self._written[index]
         for part, start, param_start, length in self._targets[index]:
-            target = self.grad_of(part).narrow(0, start, length)
-            _store(target, values.narrow(0, param_start, length), fresh)
+            self._store(part, start, values.narrow(0, param_start, length), fresh)
         self._written[index] = 1
 
     def add_shard_grad(self, shard_start: int, values: torch.Tensor, fresh: bool) -> None:
         """Add reduced gradients to this rank's shard, or overwrite what an earlier step left there."""
         for part, offset, start, length in self.runs(shard_start, values.numel()):
-            _store(
-                self.grad_of(part).narrow(0, start, length), values.narrow(0, offset, length), fresh
-            )
+            self._store(part, start, values.narrow(0, offset, length), fresh)
 
     def clear_unwritten(self) -> None:
         """Zero the gradients of parameters that took no part since the last step (shard axis of one rank)."""
         for index, written in enumerate(self._written):
             if not written:
                 for part, start, _, length in self._targets[index]:
-                    if part.grad is not None:
-                        part.grad.narrow(0, start, length).zero_()
+                    if part.spilled_grad is not None:
+                        part.spilled_grad.clear(start, length)
+                    elif part.held_grad is not None:
+                        part.held_grad.narrow(0, start, length).zero_()
                 self._written[index] = 1
 
     def forget_grads(self, release: bool) -> None:
         """Start a new accumulation; `release` gives the memory back."""
         self._written = bytearray(len(self.params))
-        if release:
-            for part in self.parts:
-                part.grad = None
+        for part in self.parts:
+            if release or part.spilled_grad is not None:
+                part.forget_grad()
 
     # - weights
 
@@ -291,10 +348,3 @@ class ShardGroup:
 
 def _flat_param(values: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(values.detach(), requires_grad=True)
-
-
-def _store(target: torch.Tensor, values: torch.Tensor, fresh: bool) -> None:
-    if fresh:
-        target.copy_(values)
-    else:
-        target.add_(values if values.device == target.device else values.to(target.device))

@@ -7,21 +7,29 @@ place and the cause in it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
+import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from deepspeed.comm import flat
+from deepspeed.comm.mesh import Axis
 from deepspeed.ops.aio.buffers import locked_tensor
 from deepspeed.ops.aio.library import Options
 from deepspeed.ops.aio.queue import FileQueue
+from deepspeed.ops.norms import squared_norm
 from deepspeed.utils.errors import explain
 
 # Files are laid out so that every piece can go to the device without a copy.
 _ALIGNMENT = 4096
+# Gradients on their way into files, at most: enough to keep a disk busy.
+_WRITES_BEHIND = 4
 MASTER = "master"
 
 
@@ -54,8 +62,12 @@ class SpillFolder:
                 ),
             ) from error
         self.queue = FileQueue(options)
+        self.writing: deque[tuple[SpilledGrad, int]] = deque()
         self._idle: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        self._lent: set[int] = set()
         self._names = itertools.count()
+        # Also where nobody closes it: the files are of no use to anyone else.
+        self._discard = weakref.finalize(self, _discard, folder, self.queue)
 
     def new_name(self) -> str:
         """A file name that no other state of this folder has."""
@@ -64,16 +76,48 @@ class SpillFolder:
     def buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A flat buffer for file I/O, its contents undefined; give it back with `recycle`."""
         idle = self._idle.get((numel, dtype))
-        return idle.pop() if idle else locked_tensor(numel, dtype)
+        buffer = idle.pop() if idle else locked_tensor(numel, dtype)
+        self._lent.add(buffer.data_ptr())
+        return buffer
 
     def recycle(self, buffer: torch.Tensor) -> None:
-        """Keep a buffer for the next one of its size."""
-        self._idle.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
+        """Take back what `buffer` gave, for the next one of its size; other tensors are nothing to it."""
+        if buffer.data_ptr() in self._lent:
+            self._lent.remove(buffer.data_ptr())
+            self._idle.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
 
     def close(self) -> None:
         """Stop reading and writing, and remove the files."""
-        self.queue.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._discard()
+
+
+def _discard(folder: Path, queue: FileQueue) -> None:
+    queue.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def together(axis: Axis, what: str) -> Iterator[None]:
+    """Extent whose OSError on one rank of `axis` is an OSError on all of them, so that nobody waits for anybody.
+
+    Args:
+        axis: the ranks; all of them must enter.
+        what: what the others could not do, for the message.
+    """
+    failure: OSError | None = None
+    try:
+        yield
+    except OSError as error:
+        failure = error
+    if flat.all_ok(failure is None, axis):
+        return
+    raise failure or OSError(
+        explain(
+            f"another rank could not {what}",
+            got="an error of its files",
+            fix="see that rank's message, and resume from the last checkpoint",
+        )
+    )
 
 
 class SpilledSlice:
@@ -94,7 +138,7 @@ class SpilledSlice:
     def start(self) -> None:
         """Begin to read the slice."""
         if self._incoming is None and self.numel:
-            buffer = self.folder.buffer(self.numel, self.dtype)
+            buffer = locked_tensor(self.numel, self.dtype)
             self._incoming = (self.folder.queue.submit_read(self.path, 0, buffer), buffer)
 
     def take(self) -> torch.Tensor:
@@ -108,17 +152,13 @@ class SpilledSlice:
 
     def write(self, start: int, values: torch.Tensor) -> None:
         """Overwrite elements from `start`; returns when they are in the file."""
-        self._incoming = None if self._incoming is None else self._drop_incoming()
+        if self._incoming is not None:
+            (ticket, _), self._incoming = self._incoming, None
+            self.folder.queue.wait(ticket)
         if values.numel():
             source = values.detach().to("cpu").contiguous()
             queue = self.folder.queue
             queue.wait(queue.submit_write(self.path, start * source.element_size(), source))
-
-    def _drop_incoming(self) -> None:
-        assert self._incoming is not None
-        ticket, buffer = self._incoming
-        self.folder.queue.wait(ticket)
-        self.folder.recycle(buffer)
 
 
 class SpilledStates:
@@ -198,13 +238,146 @@ class SpilledStates:
         )
 
 
+class SpilledGrad:
+    """Gradients of one flat parameter of the inner optimizer, in a file from the backward pass to the step.
+
+    Args:
+        folder: where the file lies.
+        name: of the file.
+        numel: elements.
+        dtype: in which they add up.
+
+    Attributes:
+        failure: the error of an earlier write; nothing that is read after it counts.
+    """
+
+    def __init__(self, folder: SpillFolder, name: str, numel: int, dtype: torch.dtype) -> None:
+        self.folder, self.path = folder, folder.folder / name
+        self.numel, self.dtype = numel, dtype
+        self.failure: OSError | None = None
+        self._squares: dict[int, torch.Tensor] = {}
+        self._incoming: tuple[int, torch.Tensor] | None = None
+        self._values: torch.Tensor | None = None
+        with open(self.path, "wb") as file:
+            file.truncate(numel * dtype.itemsize)  # padding is never written, and reads as zero
+
+    @property
+    def present(self) -> bool:
+        """Whether there are gradients."""
+        return bool(self._squares)
+
+    def square(self) -> torch.Tensor:
+        """The sum of the squares of all gradients, 0-dim float64."""
+        return sum(self._squares.values(), torch.zeros((), dtype=torch.float64))
+
+    def store(self, start: int, values: torch.Tensor, fresh: bool) -> None:
+        """Overwrite the gradients from `start`, or add to them; an error is kept for the step to raise.
+
+        Args:
+            start: first element.
+            values: flat; not to be changed any more. A run of elements must always come in one piece.
+            fresh: overwrite.
+        """
+        self.let_go()
+        try:
+            values = values.to(device="cpu", dtype=self.dtype).contiguous()
+            if not fresh:
+                self.finish_writes()
+                before = self.folder.buffer(values.numel(), self.dtype)
+                place = start * self.dtype.itemsize
+                self.folder.queue.wait(self.folder.queue.submit_read(self.path, place, before))
+                values = values + before
+                self.folder.recycle(before)
+            self._squares[start] = squared_norm(values)
+            self._write(start, values)
+        except OSError as error:
+            self.failure = self.failure or error
+
+    def clear(self, start: int, length: int) -> None:
+        """Zero a run of elements."""
+        self.store(start, torch.zeros(length, dtype=self.dtype), fresh=True)
+
+    def start(self) -> None:
+        """Begin to read everything."""
+        if self._incoming is None and self._values is None:
+            self.finish_writes()
+            buffer = self.folder.buffer(self.numel, self.dtype)
+            self._incoming = (self.folder.queue.submit_read(self.path, 0, buffer), buffer)
+
+    def values(self) -> torch.Tensor:
+        """All gradients, flat, in host memory; `keep` after edits, `let_go` after use."""
+        if self._values is None:
+            self.start()
+            assert self._incoming is not None
+            (ticket, buffer), self._incoming = self._incoming, None
+            self.folder.queue.wait(ticket)
+            self._values = buffer
+        return self._values
+
+    def keep(self) -> None:
+        """Write back what `values` gave, after edits of it."""
+        values = self._values
+        if values is None:
+            return
+        starts = sorted({0, *self._squares})
+        for start, end in zip(starts, [*starts[1:], self.numel], strict=True):
+            self._squares[start] = squared_norm(values[start:end])
+        self._write(0, values)
+        self.finish_writes()
+
+    def let_go(self) -> None:
+        """Have no gradients in memory."""
+        if self._incoming is not None:
+            (ticket, buffer), self._incoming = self._incoming, None
+            self.folder.queue.wait(ticket)
+            self._values = buffer
+        if self._values is not None:
+            self.folder.recycle(self._values)
+            self._values = None
+
+    def forget(self) -> None:
+        """There are no gradients any more."""
+        self.let_go()
+        self._squares.clear()
+        self.failure = None
+
+    def _write(self, start: int, values: torch.Tensor) -> None:
+        writing = self.folder.writing
+        while len(writing) >= _WRITES_BEHIND:
+            owner, ticket = writing.popleft()
+            owner._finish(ticket)
+        place = start * self.dtype.itemsize
+        writing.append((self, self.folder.queue.submit_write(self.path, place, values)))
+
+    def finish_writes(self) -> None:
+        """Wait until all gradients are in the file.
+
+        Raises:
+            OSError: a write failed, now or earlier.
+        """
+        mine = [ticket for owner, ticket in self.folder.writing if owner is self]
+        others = [item for item in self.folder.writing if item[0] is not self]
+        self.folder.writing = deque(others)
+        for ticket in mine:
+            self._finish(ticket)
+        if self.failure is not None:
+            raise self.failure
+
+    def _finish(self, ticket: int) -> None:
+        try:
+            self.folder.queue.wait(ticket)
+        except OSError as error:
+            self.failure = self.failure or error
+
+
 def stream(
     parts: Iterable[Any], states: Mapping[Any, dict[str, Any]], depth: int = 2
 ) -> Iterator[Any]:
     """Yield each part with its states in memory, while the next is read and the one before is written.
 
     Args:
-        parts: objects with `.spilled` (a `SpilledStates`, or None for what is always in memory) and `.master`.
+        parts: objects with `.spilled` (a `SpilledStates`, or None for what is always in memory), `.spilled_grad` (a
+            `SpilledGrad`, or None) and `.master`.
         states: the inner optimizer's, by master.
         depth: parts in memory at once.
     """
@@ -214,11 +387,15 @@ def stream(
         for ahead in waiting[index : index + depth]:
             if ahead.spilled is not None:
                 ahead.spilled.fetch()
+            if ahead.spilled_grad is not None:
+                ahead.spilled_grad.start()
         if part.spilled is None:
             yield part
             continue
         part.spilled.arrive(states[part.master])
         yield part
+        if part.spilled_grad is not None:
+            part.spilled_grad.let_go()
         part.spilled.flush(states[part.master])
         leaving.append(part)
         if len(leaving) >= depth:

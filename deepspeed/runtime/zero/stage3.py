@@ -79,8 +79,9 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
 
     def get_local_fp32_grad_for_param(self, param: torch.nn.Parameter) -> torch.Tensor | None:
         """This rank's slice of the reduced gradient in fp32; None where there is none."""
-        found = self._local_grad(param)
-        return None if found is None else torch.cat(found).float()
+        with self._group_of(param).grads_in_memory():
+            found = self._local_grad(param)
+            return None if found is None else torch.cat(found).float()
 
     def set_local_hp_param(
         self,
@@ -108,9 +109,10 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
         Raises:
             ValueError: a value of another size.
         """
-        found = self._local_grad(param)
-        if found is not None:
-            _fill(found, value)
+        with self._group_of(param).grads_in_memory(edit=True):
+            found = self._local_grad(param)
+            if found is not None:
+                _fill(found, value)
 
     def _group_of(self, param: torch.nn.Parameter) -> Any:
         return self.groups[param._index_in_param_group]
@@ -132,7 +134,7 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
 
     def _local_grad(self, param: torch.nn.Parameter) -> list[torch.Tensor] | None:
         runs = self._runs(param)
-        if any(part.grad is None for part, *_ in runs):
+        if not all(part.has_grad for part, *_ in runs):
             return None
         return [part.grad.narrow(0, start, length) for part, _, start, length in runs]
 

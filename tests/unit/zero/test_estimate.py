@@ -101,7 +101,8 @@ def test_files_hold_states_and_memory_only_what_is_staged():
     assert by_tier["master weights", "file"] == 2000 * 4
     assert by_tier["optimizer states", "file"] == 2000 * 8
     assert by_tier["buffers of states", "host"] == 3 * 100 * 12
-    assert by_tier["params", "host"] == by_tier["gradients", "host"] == 2000 * 2
+    assert by_tier["params", "host"] == by_tier["gradients", "file"] == 2000 * 2
+    assert by_tier["buffers of gradients", "host"] == 2 * 100 * 2
     assert by_tier["gathered params", "device"] == 4000 * 2
 
 
