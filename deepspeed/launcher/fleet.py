@@ -58,8 +58,12 @@ class Member:
                 line.flush()
             if self._interrupted:
                 line.write(INTERRUPT)
+                line.flush()
+        except OSError:  # it has ended
+            pass
+        try:
             line.close()
-        except (OSError, ValueError):  # it has ended
+        except OSError:
             pass
 
     def _pump(self, source: IO[bytes], sink: TextIO, keep: bool) -> None:
@@ -71,18 +75,19 @@ class Member:
             if keep:
                 text = data.decode("utf-8", errors="replace")
                 self.complaint = (self.complaint + text)[-2000:]
+        source.close()
         if pending:
             _write(sink, prefix + pending + b"\n")
 
     def let_go(self, interrupted: bool) -> None:
         """Close the line, which ends what runs there."""
-        self._interrupted = interrupted
+        self._interrupted = self._interrupted or interrupted
         self._stop.set()
 
     def drain(self) -> None:
         """Wait until all that it wrote is written."""
-        for pump in self._pumps:
-            pump.join(timeout=2.0)
+        for thread in self._pumps:
+            thread.join(timeout=2.0)
 
 
 def _write(sink: TextIO, data: bytes) -> None:
@@ -142,6 +147,7 @@ class Fleet:
         finally:
             self._family.end(((signal.SIGTERM, 1.0),))
         for member in self._members:
+            member.let_go(False)
             member.drain()
         return status
 
