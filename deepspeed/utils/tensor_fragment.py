@@ -297,10 +297,17 @@ def get_hp_fragment_mapping(param: torch.nn.Parameter) -> tensor_fragment | None
     if not runs:
         return None
     first, numel = runs[0], sum(run.length for run in runs)
+    if group.params_sharded:
+        own = group.read_own(group.layout.starts[param.param_idx_in_group], numel)  # type: ignore[attr-defined]
+    else:
+        own = param.data.view(-1).narrow(0, first.param_start, numel)
+    with _in_memory(param):
+        high = first.part.master.data.narrow(0, first.start, first.length)
+        high = high if first.part.spilled is None else high.clone()
     return tensor_fragment(
-        param.data.view(-1).narrow(0, first.param_start, numel),
+        own,
         fragment_address(numel, first.param_start),
-        first.part.master.data.narrow(0, first.start, first.length),
+        high,
         fragment_address(numel, first.part.start + first.start),
         group.param_group_index,
     )
