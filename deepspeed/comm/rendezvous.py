@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import socket
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -252,6 +254,8 @@ def join(
     if world.size == 1 and init_method is None:
         dist.init_process_group(store=_own_store(), rank=0, world_size=1, **options)
         return
+    atexit.unregister(_let_threads_finish)
+    atexit.register(_let_threads_finish)
     if sys.platform == "win32":
         env.USE_LIBUV.set(0)  # torch's Windows builds are made without libuv
     else:
@@ -276,6 +280,15 @@ def join(
                 ),
             )
         ) from error
+
+
+def _let_threads_finish() -> None:
+    """Give gloo's threads a moment before the interpreter ends.
+
+    A thread that lets go of the last collective's tensors needs the interpreter for it; if that has
+    begun to end meanwhile, the thread aborts the process, and work that was done well fails.
+    """
+    time.sleep(0.05)
 
 
 def _choose_gloo_interface() -> None:

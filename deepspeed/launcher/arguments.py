@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.machinery
+import importlib.util
 import os
 import shutil
 import sys
@@ -82,9 +83,10 @@ def check_program(script: str, *, module: bool, no_python: bool) -> None:
         )
     found: object
     if module:
-        found = importlib.machinery.PathFinder.find_spec(
-            script.partition(".")[0], [os.getcwd(), *sys.path]
-        )
+        root = script.partition(".")[0]
+        # an editable install has a finder of its own, which the second question reaches
+        found = importlib.machinery.PathFinder.find_spec(root, [os.getcwd(), *sys.path])
+        found = found or importlib.util.find_spec(root)
         kind, fix = "module", "Check its name, the current directory and PYTHONPATH."
     elif no_python:
         found = shutil.which(script) or Path(script).is_file()

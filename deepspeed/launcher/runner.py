@@ -398,6 +398,15 @@ def run(args: argparse.Namespace) -> int:
         return _run(command, signals) if signals.received is None else 1
 
 
+def run_told_clearly(words: Sequence[str], program: str) -> int:
+    """Run a command line for another command of ours; a mistake is one clear line of that command."""
+    status = 1
+    speak_any_script()
+    with told_clearly(program):
+        status = run(parse_args(words))
+    return status
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The ``deepspeed`` command.
 
@@ -407,12 +416,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with the first failing rank's status.
     """
-    if args is None:
-        speak_any_script()
-        with told_clearly("deepspeed"):
-            status = run(parse_args())
-    else:
-        status = run(parse_args(args))
+    status = run_told_clearly(sys.argv[1:], "deepspeed") if args is None else run(parse_args(args))
     if status:
         sys.exit(status)
 

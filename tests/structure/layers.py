@@ -12,6 +12,7 @@ LAYERS: dict[str, int] = {
     # L7: doors
     "deepspeed": 7,  # the package's own __init__: exact match only, see EXACT
     "deepspeed.__main__": 7,
+    "deepspeed.comm.bench": 7,
     "deepspeed.elasticity.cli": 7,
     "deepspeed.env_report": 7,
     "deepspeed.nvme": 7,

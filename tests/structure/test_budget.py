@@ -14,7 +14,7 @@ BUDGET = {
     "build_win.bat": 15,
     "README.md": 180,
     "quickstart.py": 180,
-    "bin": 60,
+    "bin": 72,
     # the ABI table grew with the I/O queue; the wheels of two systems, and the gate that reads ELF and PE
     "op_builder": 1000,
     "csrc": 4700,
@@ -64,7 +64,7 @@ BUDGET = {
     "deepspeed/elasticity": 500,  # with the agent
     # job objects, process groups and signals of two systems, seven ways to several nodes, and the line that
     # ends a job everywhere; the design counted one machine
-    "deepspeed/launcher": 2650,
+    "deepspeed/launcher": 2700,
     # tables of facts for every key, rule and op; the design counted the first wave only
     "tests": 30000,
 }
