@@ -24,6 +24,7 @@ import torch
 
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
+from deepspeed.utils.errors import explain
 
 from .codec import GroupCodec, SliceCodec
 from .spill import SpilledSlice, SpillFolder
@@ -242,6 +243,8 @@ class Gathering:
         from_file = False
         for param in params:
             assert param.ds_status is ZeroParamStatus.NOT_AVAILABLE
+            if param.data.numel():
+                raise RuntimeError(_assigned(param))
             param.ds_status = ZeroParamStatus.INFLIGHT
             param.ds_gathering = self
             second = param.ds_second if backward else None
@@ -296,6 +299,16 @@ class Gathering:
         for handle, land in landing:
             handle.wait()
             land()
+
+
+def _assigned(param: torch.nn.Parameter) -> str:
+    return explain(
+        "values were assigned to a parameter while only its slice was there, and would be lost",
+        got=f"a tensor of shape {tuple(param.shape)} as .data of a parameter of shape {tuple(param.ds_shape)}",
+        expected="edits of gathered values",
+        fix="edit inside deepspeed.zero.GatheredParameters(param, modifier_rank=0); for another shape put a new "
+        "nn.Parameter into the module before deepspeed.initialize",
+    )
 
 
 @dataclass(frozen=True)
