@@ -127,9 +127,7 @@ class OpBuilder:
                 message.
         """
         if not self.is_compatible(verbose):
-            raise RuntimeError(
-                explain(f"the op {self.name} cannot be loaded", got=str(self.error_log))
-            )
+            raise RuntimeError(f"the op {self.name} cannot be loaded: {self.error_log}")
         start = time.perf_counter()
         module = source.load(self.source_op(), verbose)
         if verbose:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import locale
 import re
 import shlex
 import shutil
@@ -45,12 +46,14 @@ class Plan(NamedTuple):
 
     Attributes:
         op: what is made.
+        compiler: its words, for messages.
         module: file name of the module.
         compile: one command for each source; it leaves ``<number>.obj`` and the list of what it read, ``<number>.d``.
         link: the command that leaves the module.
     """
 
     op: SourceOp
+    compiler: str
     module: str
     compile: tuple[tuple[str, ...], ...]
     link: tuple[str, ...]
@@ -201,7 +204,7 @@ def _for_gnu(op: SourceOp, compiler: Compiler, module: str, with_torch: bool) ->
     link += [*op.link_flags, *(f"-l{name}" for name in op.libraries)]
     if target.system == "windows":
         link += _python_library(op) + (["-static"] if compiler.family == "gnu" else [])
-    return Plan(op, module, commands, tuple(link))
+    return Plan(op, compiler.name, module, commands, tuple(link))
 
 
 def _python_library(op: SourceOp) -> list[str]:
@@ -232,7 +235,7 @@ def _for_msvc(op: SourceOp, compiler: Compiler, module: str, with_torch: bool) -
         link.append(f"/LIBPATH:{_TORCH / 'lib'}")
     libraries = (*op.libraries, *(_TORCH_LIBRARIES if with_torch else ()))
     link += [*op.link_flags, *(f"{name}.lib" for name in libraries)]
-    return Plan(op, module, commands, tuple(link))
+    return Plan(op, compiler.name, module, commands, tuple(link))
 
 
 def run(plan: Plan, folder: Path, verbose: bool) -> list[Path]:
@@ -244,17 +247,14 @@ def run(plan: Plan, folder: Path, verbose: bool) -> list[Path]:
     (folder / "build.ninja").write_text(_ninja_file(plan), encoding="utf-8", newline="\n")
     command = [ninja(), "-v"] if verbose else [ninja(), "--quiet"]
     try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace"
-        )
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:
         raise SourceOpError(explain("ninja cannot be started", got=str(error))) from error
-    words = (done.stdout + done.stderr).strip()
+    words = _decoded(done.stdout).strip()
     if done.returncode or not (folder / plan.module).exists():
-        compiler = plan.compile[0][0] if plan.compile else "the compiler"
         raise SourceOpError(
             explain(
-                f"the op {plan.op.name} was not compiled: {Path(compiler).name} stopped with\n"
+                f"the op {plan.op.name} was not compiled: {plan.compiler} stopped with\n"
                 f"{_excerpt(words)}\n",
                 fix="Correct the sources, or the flags and libraries that the builder names.",
             )
@@ -262,6 +262,14 @@ def run(plan: Plan, folder: Path, verbose: bool) -> list[Path]:
     if verbose and words:
         print(words)
     return _files_read(plan, folder)
+
+
+def _decoded(output: bytes) -> str:
+    """Text of compilers: UTF-8, but for some on Windows the code page of the system."""
+    try:
+        return output.decode("utf-8")
+    except UnicodeDecodeError:
+        return output.decode(locale.getpreferredencoding(False), errors="replace")
 
 
 def _excerpt(words: str) -> str:
