@@ -160,3 +160,41 @@ def test_one_rank_with_checks():
         0, [name for name in MISTAKES if name not in ("edit", "checked edit of one rank")]
     )
     check_messages({**said, "edit": None, "checked edit of one rank": "modifier_rank"})
+
+
+class UsesAnothers(torch.nn.Module):
+    """Its forward pass needs the first layer's weight, which it keeps where nobody looks for parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(7, 7, bias=False), torch.nn.Linear(7, 3)
+        self.borrowed = [self.first.weight]
+
+    def forward(self, x):
+        x = self.first(x)
+        weight = self.borrowed[0]
+        return self.last(torch.nn.functional.linear(x, weight))
+
+
+def borrows(rank):
+    zero = {
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_live_parameters": 0,
+    }
+    engine = start(zero, UsesAnothers())
+    try:
+        engine(X)
+    except RuntimeError as error:
+        said = str(error)
+    deepspeed.zero.register_external_parameter(engine.module, engine.module.first.weight)
+    out = engine(X)
+    engine.backward(out.sum())
+    engine.step()
+    return said, out.shape
+
+
+def test_a_parameter_that_nobody_gathers_is_named(ranks2):
+    for said, shape in ranks2.run(borrows):
+        assert "'weight' of shape (7, 7)" in said and "self.borrowed[0]" in said
+        assert "register_external_parameter" in said and shape == (2, 3)

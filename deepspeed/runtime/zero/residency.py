@@ -23,6 +23,7 @@ next to nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ import torch
 
 from deepspeed.runtime.compiler import disable
 
+from .diagnose import add_hint
 from .prefetch import Record
 from .saved_weights import SavedWeights
 from .sharded_param import (
@@ -166,6 +168,8 @@ class Residency:
                     tensor.register_hook(partial(self._leave_backward, number))
 
     def _after(self, number: int, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if output is None:
+            add_hint(sys.exc_info()[1])
         if number in self._stack:
             del self._stack[self._stack.index(number) :]
             self._saved.end(len(self._stack) + 1)
