@@ -49,6 +49,10 @@ class Model:
     DS_VERSION = "ds_version"
     NUM_EXPERTS = "num_experts"
     UNIVERSAL_INFO = "universal_checkpoint_info"
+    RANDOM_STATES = "random_states"
+    """Ours: the states of the random generators of every rank."""
+    LOADER_POSITION = "training_dataloader"
+    """Ours: where the training loader stands in its epoch."""
 
 
 class Optim:
@@ -134,6 +138,8 @@ KEYS_NOT_IN_CLIENT_STATE = frozenset(
         Model.MP_WORLD_SIZE,
         Model.DATA_SAMPLER,
         Model.RANDOM_LTD,
+        Model.RANDOM_STATES,
+        Model.LOADER_POSITION,
     }
 )
 """What `load_checkpoint` keeps for itself; every other key is returned to the caller."""

@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from deepspeed.accelerator import get_accelerator
@@ -56,7 +63,8 @@ class RepeatingLoader:
 class DeepSpeedDataLoader:
     """Batches of a dataset for one data-parallel rank; it is its own iterator.
 
-    `iter()` starts anew. Batches are made in this process unless workers are asked for or there is
+    `iter()` starts anew. `state_dict` and `load_state_dict` carry the position in an epoch over to another
+    process: the next batch is then the one that would have come. Batches are made in this process unless workers are asked for or there is
     a CUDA device to feed (not on Windows, where a worker starts slowly and must pickle everything).
 
     Args:
@@ -123,6 +131,9 @@ class DeepSpeedDataLoader:
         self.data_sampler = data_sampler
         self.dataloader: DataLoader | None = None
         self.data: Iterator[Any] | None = None
+        self._given = 0
+        self._order_rng: torch.Tensor | None = None
+        self._resume: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """Number of batches of this rank.
@@ -140,10 +151,16 @@ class DeepSpeedDataLoader:
         return self.__len__()
 
     def __iter__(self) -> DeepSpeedDataLoader:
+        position, self._resume = self._resume, None
+        self._given = 0
+        if position is not None:
+            self._continue(position)
+            return self
+        self._order_rng = None
         self.dataloader = DataLoader(
             self.dataset,
             batch_size=self.batch_size,
-            sampler=self.data_sampler,
+            sampler=self._noting_sampler(),
             num_workers=self.num_local_io_workers,
             collate_fn=self.collate_fn,
             pin_memory=self.pin_memory,
@@ -158,11 +175,105 @@ class DeepSpeedDataLoader:
         assert self.data is not None
         if self.tput_timer is not None:
             self.tput_timer.start()
-        batch = next(self.data)
+        try:
+            batch = next(self.data)
+        except StopIteration:
+            self._given = 0
+            raise
+        self._given += 1
         if self.post_process_func is None:
             return batch
         state = getattr(self.data_sampler, "state_dict", dict)()
         return self.post_process_func(batch, state)
+
+    # - position
+
+    def _noting_sampler(self) -> Any:
+        """The sampler; one that draws its order from torch's generator notes the state that it draws from."""
+        if self.data_sampler is None or isinstance(self.data_sampler, DistributedSampler):
+            return self.data_sampler
+        return _Noting(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the epoch stands: samples given on all ranks, the sampler's epoch, what its order was drawn from."""
+        if self._resume is not None:
+            return dict(self._resume)
+        replicas = getattr(self.data_sampler, "num_replicas", 1)
+        return {
+            "samples": self._given * self.batch_size * replicas,
+            "epoch": getattr(self.data_sampler, "epoch", None),
+            "order_rng": self._order_rng if self._given else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another loader stood: the next batch, or the next `iter()`, continues its epoch.
+
+        An epoch of which nothing is left starts anew. Where the number of ranks or the batch size has changed, a part of a batch may
+        be given twice.
+        """
+        self.data = None
+        self._given = 0
+        epoch = state.get("epoch")
+        if epoch is not None and hasattr(self.data_sampler, "set_epoch"):
+            self.data_sampler.set_epoch(epoch)
+        replicas = getattr(self.data_sampler, "num_replicas", 1)
+        given = int(state.get("samples", 0)) // (self.batch_size * replicas)
+        over = not is_iterable_style_dataset(self.dataset) and given >= len(self)
+        self._resume = dict(state) if given and not over else None
+
+    def _continue(self, position: Mapping[str, Any]) -> None:
+        """Start an epoch behind the batches that were given before, without making them where that is possible."""
+        replicas = getattr(self.data_sampler, "num_replicas", 1)
+        given = int(position["samples"]) // (self.batch_size * replicas)
+        options: dict[str, Any] = {
+            "num_workers": self.num_local_io_workers,
+            "collate_fn": self.collate_fn,
+            "pin_memory": self.pin_memory,
+        }
+        now = torch.get_rng_state()
+        try:
+            if is_iterable_style_dataset(self.dataset):
+                options |= {"batch_size": self.batch_size, "drop_last": self.dataloader_drop_last}
+                self.dataloader = DataLoader(self.dataset, **options)
+                self.data = itertools.islice(iter(self.dataloader), given, None)
+            else:
+                if position.get("order_rng") is not None:
+                    torch.set_rng_state(position["order_rng"].clone())
+                sampler = self.data_sampler or SequentialSampler(self.dataset)
+                batches = iter(BatchSampler(sampler, self.batch_size, self.dataloader_drop_last))
+                self._order_rng = position.get("order_rng")
+                left = itertools.islice(batches, given, None)
+                first = next(left, None)  # the sampler draws its order here
+                rest = left if first is None else itertools.chain([first], left)
+                self.dataloader = DataLoader(self.dataset, batch_sampler=_Given(rest), **options)
+                self.data = iter(self.dataloader)
+        finally:
+            torch.set_rng_state(now)
+        self._given = given
+
+
+class _Noting:
+    """A loader's sampler, and a note of the random state before it starts."""
+
+    def __init__(self, loader: DeepSpeedDataLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        self._loader._order_rng = torch.get_rng_state()
+        yield from self._loader.data_sampler
+
+    def __len__(self) -> int:
+        return len(self._loader.data_sampler)
+
+
+class _Given:
+    """A sampler of batches that were drawn by another."""
+
+    def __init__(self, batches: Iterator[list[int]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._batches
 
 
 def build_dataloader(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import format as names
-from ..checkpoint import model_states
+from ..checkpoint import model_states, random_states
 from ..checkpoint.atomic import Crew, Publication, checked_tag, disk, replace_file
 from ..checkpoint.format import Model, Optim, Zero
 from ..checkpoint.writer import plain, save_file, warn_of_objects
@@ -68,14 +68,12 @@ def _writes_model(engine: Any) -> bool:
 def _writes_shard(engine: Any) -> bool:
     """Whether this rank saves its shard: of ranks with equal shards (MiCS) one does, on each machine that needs it."""
     shard, replica = engine.mesh.state_axes
-    if engine.mesh.sequence.rank != 0:
-        return False
     return replica.rank == 0 or (_uses_node_storage(engine) and engine.local_rank < shard.size)
 
 
 def _shard_rank(engine: Any) -> int:
     """The number of this rank's shard in file names."""
-    return engine.mesh.data.rank if engine.mesh.shard is None else engine.mesh.shard.rank
+    return engine.mesh.state_axes[0].rank
 
 
 def has_shards(engine: Any) -> bool:
@@ -118,8 +116,15 @@ def save_checkpoint(
     crew = crew_of(engine)
     tag = _common_tag(engine, crew, f"global_step{engine.global_steps}" if tag is None else tag)
     files: dict[str, Any] = {}
+    random = crew.together(random_states.capture)
     crew.together(
-        lambda: files.update(_files_of_rank(engine, client_state, exclude_frozen_parameters))
+        lambda: files.update(
+            _files_of_rank(
+                engine,
+                {Model.RANDOM_STATES: random, **client_state} if crew.leads else client_state,
+                exclude_frozen_parameters,
+            )
+        )
     )
     folder = Path(save_dir)
     publication = Publication(folder, tag, crew, names.LATEST if save_latest else None)
@@ -219,6 +224,7 @@ def _model_content(engine: Any, exclude_frozen: bool) -> dict[str, Any]:
         and OrderedDict((n, _fragment(p)) for n, p in frozen.items()),
         Model.LR_SCHEDULER: scheduler,
         Model.DATA_SAMPLER: _state_of(getattr(engine.training_dataloader, "data_sampler", None)),
+        Model.LOADER_POSITION: _loader_position(engine.training_dataloader),
         Model.RANDOM_LTD: _state_of(engine.random_ltd_scheduler),
         Model.SPARSE_MODULES: set(engine.sparse_tensor_module_names),
         Model.SKIPPED_STEPS: engine.skipped_steps,
@@ -257,6 +263,16 @@ def _refuse_packed(engine: Any) -> None:
 
 def _state_of(owner: Any) -> Any:
     return owner.state_dict() if hasattr(owner, "state_dict") else None
+
+
+def _loader_position(loader: Any) -> Any:
+    """Where the training loader stands; None where its sampler keeps that itself."""
+    return None if keeps_position(loader) else _state_of(loader)
+
+
+def keeps_position(loader: Any) -> bool:
+    """Whether a loader's sampler has a state of its own."""
+    return hasattr(getattr(loader, "data_sampler", None), "load_state_dict")
 
 
 def _inline_optimizer(engine: Any) -> dict[str, Any] | None:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from ..checkpoint import format as names
-from ..checkpoint import model_states
+from ..checkpoint import model_states, random_states
 from ..checkpoint.atomic import resolve
 from ..checkpoint.format import Model, Optim, Zero
 from ..checkpoint.reader import Folder, own_memory, read_tag
 from ..checkpoint.reshard import SavedState, from_inline, from_shards
 from ..checkpoint.universal_checkpoint import open_universal
-from ..utils.env import DS_VERIFY_CHECKPOINTS
+from ..utils.env import DS_RESUME_POSITION, DS_VERIFY_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from ..utils.logging import logger
 from .engine_checkpoint import (
@@ -31,6 +31,7 @@ from .engine_checkpoint import (
     first_expert,
     has_shards,
     has_slices,
+    keeps_position,
     mp_rank_of,
     optimizer_names,
 )
@@ -207,7 +208,7 @@ class _Load:
 
     def _near(self) -> int:
         """A saved rank whose shard is here: with node-local storage perhaps this rank's only."""
-        rank = self.engine.mesh.data.rank
+        rank = self.engine.mesh.sequence_data.rank
         return rank if self._shard_name(rank) is not None else 0
 
     def _inline(self) -> Mapping[str, Any] | None:
@@ -366,11 +367,23 @@ class _Load:
             _give_state(
                 engine.lr_scheduler, model.get(Model.LR_SCHEDULER), "learning-rate scheduler"
             )
+        if self.with_states and DS_RESUME_POSITION.get():
+            self._resume_position()
         sampler = getattr(engine.training_dataloader, "data_sampler", None)
         _give_state(sampler, model.get(Model.DATA_SAMPLER), "data sampler")
         _give_state(
             engine.random_ltd_scheduler, model.get(Model.RANDOM_LTD), "random-LTD scheduler"
         )
+
+    def _resume_position(self) -> None:
+        """Go on with the random numbers and the batches that would have come next."""
+        engine, states = self.engine, self.model.get(Model.RANDOM_STATES) or []
+        world = engine.mesh.world
+        if len(states) == world.size:
+            random_states.restore(states[world.rank])
+        loader, position = engine.training_dataloader, self.model.get(Model.LOADER_POSITION)
+        if position and hasattr(loader, "load_state_dict") and not keeps_position(loader):
+            loader.load_state_dict(own_memory(position))
 
     def client_state(self, without: set[str]) -> dict[str, Any]:
         """What belongs to the caller, in memory of its own."""

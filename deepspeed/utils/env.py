@@ -176,6 +176,11 @@ DS_VERIFY_CHECKPOINTS = _switch(
     "0 skips the check of sizes and hashes when a checkpoint is read.",
     True,
 )
+DS_RESUME_POSITION = _switch(
+    "DS_RESUME_POSITION",
+    "0 leaves random generators and the training loader as they are when a checkpoint is loaded.",
+    True,
+)
 
 # ------------------------------------------------------------------ native code
 DS_CPU_ISA = _text(
