@@ -127,12 +127,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         lambda config: config.expert_parallel_config.enabled,
         _OFF,
     ),
-    Unbuilt(
-        "sequence_parallel_size",
-        "sequence parallelism (Ulysses)",
-        lambda config: (config.sequence_parallel_size or 1) > 1,
-        "Set it to 1.",
-    ),
     Unbuilt("hybrid_engine.enabled", "the hybrid engine", lambda c: c.hybrid_engine.enabled, _OFF),
     Unbuilt(
         "compile.deepcompile",

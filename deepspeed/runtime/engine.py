@@ -65,9 +65,9 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
         build.check_request(self._config, model, optimizer, lr_scheduler)
         self.device = module_prep.take_device(args, self.local_rank, model, dont_change_device)
         self.has_moe_layers, self.num_experts = module_prep.prepare_moe(model, self._config)
-        self.mesh = build.build_mesh(self._config, mpu, model)
+        self.mesh = build.build_mesh(self._config, mpu, mesh_device)
         self.precision = build.build_precision(self._config)
-        self.plan = build.build_plan(self._config)
+        self.plan = build.build_plan(self._config, self.mesh.sequence.size)
         self.clock = AccumulationClock(
             self._config.gradient_accumulation_steps, self._config.managed_gradient_accumulation
         )
@@ -99,20 +99,18 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
     # - construction
 
     def _set_up_topology(self) -> None:
-        world = self.mesh.world
+        mesh, world = self.mesh, self.mesh.world
         self.global_rank, self.world_size = world.ranks[world.rank], world.size
-        self.dp_world_size = self.seq_dp_world_size = self.mesh.data.size
-        self.mp_world_size, self.sequence_parallel_size = (
-            self.mesh.tensor.size,
-            self.mesh.sequence.size,
-        )
-        self.data_parallel_group = self.seq_data_parallel_group = self.mesh.data.group
-        self.expert_parallel_group = {name: axis.group for name, axis in self.mesh.expert.items()}
+        self.dp_world_size, self.seq_dp_world_size = mesh.data.size, mesh.sequence_data.size
+        self.mp_world_size, self.sequence_parallel_size = mesh.tensor.size, mesh.sequence.size
+        self.data_parallel_group = mesh.data.group
+        self.seq_data_parallel_group = mesh.sequence_data.group
+        self.expert_parallel_group = {name: axis.group for name, axis in mesh.expert.items()}
         self.expert_data_parallel_group = {
-            name: axis.group for name, axis in self.mesh.expert_data.items()
+            name: axis.group for name, axis in mesh.expert_data.items()
         }
         self.pipeline_parallelism = False
-        self.save_non_zero_checkpoint = self.mesh.data.rank == 0
+        self.save_non_zero_checkpoint = mesh.sequence_data.rank == 0
         self.save_zero_checkpoint = self.plan.stage > 0
         self.loaded_checkpoint_mp_world_size = self.loaded_checkpoint_dp_world_size = None
         self.sparse_tensor_module_names: set[str] = set()

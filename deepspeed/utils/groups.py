@@ -65,7 +65,7 @@ def reset() -> None:
         cache.clear()
 
 
-def _group(axis: Axis) -> Any:
+def group_of(axis: Axis) -> Any:
     """Return a real process group for an axis; None where there is no torch.distributed."""
     if axis.group is not None:
         return axis.group
@@ -100,7 +100,7 @@ def initialize(ep_size: int = 1, mpu: Any = None) -> None:
 # ------------------------------------------------------------------ data parallel
 def _get_data_parallel_group() -> Any:
     found = _of_mpu("get_data_parallel_group")
-    return found if found is not None else _group(current_mesh().data)
+    return found if found is not None else group_of(current_mesh().data)
 
 
 def _get_data_parallel_group_ranks() -> Any:
@@ -174,7 +174,7 @@ def get_tensor_model_parallel_group() -> Any:
         found = _of_mpu(method)
         if found is not None:
             return found
-    return _group(current_mesh().tensor)
+    return group_of(current_mesh().tensor)
 
 
 def get_tensor_model_parallel_world_size() -> int:
@@ -233,7 +233,7 @@ def _get_sequence_parallel_rank() -> int:
 
 def _get_sequence_parallel_group() -> Any:
     found = _of_mpu("get_sequence_parallel_group")
-    return found if found is not None else _group(current_mesh().sequence)
+    return found if found is not None else group_of(current_mesh().sequence)
 
 
 def _get_sequence_data_parallel_world_size() -> int:
@@ -248,7 +248,7 @@ def _get_sequence_data_parallel_rank() -> int:
 
 def _get_sequence_data_parallel_group() -> Any:
     found = _of_mpu("get_sequence_data_parallel_group")
-    return found if found is not None else _group(current_mesh().sequence_data)
+    return found if found is not None else group_of(current_mesh().sequence_data)
 
 
 # ------------------------------------------------------------------ expert parallel
@@ -337,7 +337,7 @@ def _get_max_expert_parallel_group() -> Any:
 
 
 def _get_expert_parallel_group(group_name: str) -> Any:
-    return _group(_expert(group_name))
+    return group_of(_expert(group_name))
 
 
 def _get_expert_parallel_group_ranks(group_name: str) -> list[int]:
@@ -345,7 +345,7 @@ def _get_expert_parallel_group_ranks(group_name: str) -> list[int]:
 
 
 def _get_expert_parallel_group_dict() -> dict[str, Any]:
-    return {name: _group(axis) for name, axis in current_mesh().expert.items()}
+    return {name: group_of(axis) for name, axis in current_mesh().expert.items()}
 
 
 def _get_expert_parallel_world_size(group_name: str) -> int:
@@ -361,7 +361,7 @@ def _get_expert_parallel_src_rank(group_name: str) -> int:
 
 
 def _get_expert_data_parallel_group(group_name: str) -> Any:
-    return _group(_expert_data(group_name))
+    return group_of(_expert_data(group_name))
 
 
 def _get_expert_data_parallel_group_ranks(group_name: str) -> list[int]:
@@ -369,7 +369,7 @@ def _get_expert_data_parallel_group_ranks(group_name: str) -> list[int]:
 
 
 def _get_expert_data_parallel_group_dict() -> dict[str, Any]:
-    return {name: _group(axis) for name, axis in current_mesh().expert_data.items()}
+    return {name: group_of(axis) for name, axis in current_mesh().expert_data.items()}
 
 
 def _get_expert_data_parallel_world_size(group_name: str) -> int:
@@ -422,7 +422,7 @@ def _zero_param_parallel_is_initialized() -> bool:
 
 def _get_zero_param_intra_parallel_group() -> Any:
     own = _zero_param.get(_default_group())
-    return None if own is None else _group(own)
+    return None if own is None else group_of(own)
 
 
 def _get_zero_param_intra_parallel_rank_in_mygroup() -> int:

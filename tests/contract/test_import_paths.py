@@ -17,6 +17,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # module -> names in it; all of it is there
 BUILT = {
+    "deepspeed.runtime.sequence_parallel.parallel_state_sp": "initialize_sequence_parallel",
+    "deepspeed.runtime.sequence_parallel.ulysses_sp": (
+        "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter SequenceTiledCompute TiledMLP "
+        "TiledFusedLogitsLoss AutogradComputeMLP sequence_tiled_compute"
+    ),
+    "deepspeed.sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",
+    "deepspeed.sequence.layer": "DistributedAttention _SeqAllToAll single_all_to_all",
     "deepspeed": (
         "__version__ version __version_major__ __version_minor__ __version_patch__ __git_hash__ "
         "__git_branch__ git_hash git_branch initialize init_inference init_distributed "
@@ -261,7 +268,7 @@ LATER = {
     "deepspeed": (
         "set_optimizer_flags PipelineEngine DeepSpeedHybridEngine "
         "PipelineModule domino DeepSpeedTransformerLayer "
-        "DeepSpeedTransformerConfig set_autotp_mode pipe sequence"
+        "DeepSpeedTransformerConfig set_autotp_mode pipe"
     ),
     "deepspeed.autotuning": "Autotuner ResourceManager",
     "deepspeed.compression": "init_compression redundancy_clean",
@@ -302,11 +309,7 @@ LATER = {
     "deepspeed.runtime.rollout": (
         "RolloutConfig SamplingConfig RolloutRequest RolloutBatch RolloutEngine HybridEngineRollout"
     ),
-    "deepspeed.runtime.sequence_parallel.parallel_state_sp": "initialize_sequence_parallel",
-    "deepspeed.runtime.sequence_parallel.ulysses_sp": (
-        "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter SequenceTiledCompute TiledMLP "
-        "TiledFusedLogitsLoss TiledLoss AutogradComputeMLP UlyssesSPFwdLossBwdWithLogits"
-    ),
+    "deepspeed.runtime.sequence_parallel.ulysses_sp": "TiledLoss UlyssesSPFwdLossBwdWithLogits",
     "deepspeed.runtime.state_dict_factory": "SDLoaderFactory",
     "deepspeed.runtime.superoffload": "",
     "deepspeed.runtime.weight_quantizer": "WeightQuantization",
@@ -315,11 +318,9 @@ LATER = {
         "Muon SingleDeviceMuon MuonWithAuxAdam SingleDeviceMuonWithAuxAdam"
     ),
     "deepspeed.sequence.auto_sp": "auto_wrap_model_for_sp",
-    "deepspeed.sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",
     "deepspeed.sequence.fpdt_layer": (
         "FPDT_InputConstruct FPDT_Attention FPDT_FFN FPDT_LogitsLoss SequenceChunk"
     ),
-    "deepspeed.sequence.layer": "DistributedAttention _SeqAllToAll single_all_to_all",
     "deepspeed.utils": "lazy_init_hp_params_optimizer_state link_hp_params map_to_flat_opt_states",
 }
 

@@ -23,6 +23,12 @@ WIDE_CLASSES: dict[str, str] = {
 
 # over 8 params: signatures that the public contract or torch fixes
 WIDE_SIGNATURES: dict[str, str] = {
+    "deepspeed/runtime/sequence_parallel/tiled_compute.py:sequence_tiled_compute": "public signature",
+    "deepspeed/runtime/sequence_parallel/tiled_compute.py:SequenceTiledCompute.apply": "public signature",
+    "deepspeed/runtime/sequence_parallel/ulysses_sp.py:UlyssesSPAttentionHF.__init__": "public signature",
+    "deepspeed/sequence/cross_entropy.py:vocab_sequence_parallel_cross_entropy": "public signature",
+    "deepspeed/sequence/layer.py:single_all_to_all": "public signature",
+    "deepspeed/sequence/layer.py:_SeqAllToAll.apply": "public signature",
     "deepspeed/runtime/zero/init_context.py:InitContext.__init__": "public constructor of zero.Init",
     "deepspeed/__init__.py:initialize": "public signature",
     "deepspeed/runtime/engine.py:DeepSpeedEngine.__init__": "public constructor",

@@ -46,6 +46,8 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.activation_checkpointing": 5,
     "deepspeed.runtime.data_pipeline": 5,
     "deepspeed.runtime.model_checkpointing": 5,
+    "deepspeed.runtime.sequence_parallel": 5,
+    "deepspeed.sequence": 5,
     "deepspeed.runtime.swap_tensor": 5,
     "deepspeed.runtime.tensor_parallel": 5,
     "deepspeed.runtime.zenflow": 5,
