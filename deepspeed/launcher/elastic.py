@@ -113,6 +113,8 @@ def launch_elastically(args: argparse.Namespace, world: World) -> int:
     )  # fmt: skip
     (env, *_) = world.environment(os.environ, args.master_addr, args.master_port)
     family = Family()
+    # torch would have all rounds of ranks meet in one store, where the second finds the first's addresses
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if WINDOWS:
         os.environ.setdefault("USE_LIBUV", "0")
     for number in (signal.SIGINT, signal.SIGTERM):
