@@ -10,12 +10,8 @@ import sys
 
 import pytest
 
-from tests.helpers import nodes
 from tests.helpers.launching import (
-    UNDER_WINE,
     all_gone,
-    command,
-    environment,
     finish,
     launch,
     start,
