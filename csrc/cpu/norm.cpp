@@ -59,6 +59,8 @@ extern "C" int ds_squared_norm(const ds_norm_args *args) {
     if (args->numel < 0 || args->x_dtype < DS_F32 || args->x_dtype > DS_F64)
         return ds::fail(DS_BAD_VALUE, "ds_squared_norm: numel %lld, dtype code %d",
                         (long long)args->numel, (int)args->x_dtype);
+    if (args->out == nullptr || (args->x == nullptr && args->numel > 0))
+        return ds::fail(DS_BAD_VALUE, "ds_squared_norm: a buffer is null");
     const int64_t chunks = (args->numel + kChunk - 1) / kChunk;
     double few[64];
     double *sums = few;

@@ -89,6 +89,9 @@ int check(const Args *args, const char *name) {
 
 template <class Args>
 int run(const Args *args, int rule, void *first, void *second, const void *constants) {
+    const bool whole = args->param != nullptr && args->grad != nullptr && first != nullptr &&
+                       (second != nullptr || rule != kAdam);
+    if (args->numel > 0 && !whole) return ds::fail(DS_BAD_VALUE, "a buffer of the step is null");
     Step step;
     const bool through = args->low != nullptr;  // then the kernel sees an fp32 param
     step.kernels = ds::kernels();

@@ -24,7 +24,7 @@ int bad_size(const char *name) {
 }  // namespace
 
 extern "C" int ds_io_open(ds_io_open_args *args) {
-    if (args->size != sizeof *args) return bad_size("ds_io_open_args");
+    if (args == nullptr || args->size != sizeof *args) return bad_size("ds_io_open_args");
     if (args->block_size < kLeastBlock || args->block_size > kMostBlock)
         return fail(DS_BAD_VALUE, "block_size %lld is not in 512 ... 2^30",
                     (long long)args->block_size);
@@ -52,7 +52,7 @@ extern "C" int ds_io_open(ds_io_open_args *args) {
 }
 
 extern "C" int ds_io_submit(ds_io_submit_args *args) {
-    if (args->size != sizeof *args) return bad_size("ds_io_submit_args");
+    if (args == nullptr || args->size != sizeof *args) return bad_size("ds_io_submit_args");
     args->ticket = -1;
     args->os_error = 0;
     if (args->queue == nullptr) return fail(DS_BAD_VALUE, "no queue");
@@ -76,7 +76,7 @@ extern "C" int ds_io_submit(ds_io_submit_args *args) {
 }
 
 extern "C" int ds_io_wait(ds_io_wait_args *args) {
-    if (args->size != sizeof *args) return bad_size("ds_io_wait_args");
+    if (args == nullptr || args->size != sizeof *args) return bad_size("ds_io_wait_args");
     if (args->queue == nullptr) return fail(DS_BAD_VALUE, "no queue");
     ds::io::Outcome outcome;
     if (!((ds::io::Queue *)args->queue)->wait(args->ticket, args->timeout_ms, &outcome))
@@ -103,7 +103,7 @@ extern "C" const char *ds_io_backends(void) {
 }
 
 extern "C" int ds_io_alloc(ds_io_memory_args *args) {
-    if (args->size != sizeof *args) return bad_size("ds_io_memory_args");
+    if (args == nullptr || args->size != sizeof *args) return bad_size("ds_io_memory_args");
     args->memory = nullptr;
     if (args->bytes < 1) return fail(DS_BAD_VALUE, "bytes must be positive");
     args->memory = ds::io::aligned_memory(args->bytes);
