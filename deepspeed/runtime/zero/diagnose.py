@@ -22,9 +22,8 @@ _OWN = ("_parameters", "_modules", "_buffers", "_external_params")
 
 def add_hint(error: BaseException | None) -> None:
     """Add to an error of a forward pass which parameters its frames hold that are not gathered, if there are any."""
-    if type(error) not in _KINDS or getattr(error, "_ds_hinted", False):
+    if error is None or type(error) not in _KINDS or getattr(error, "_ds_hinted", False):
         return
-    assert error is not None
     found = list(dict.fromkeys(_missing(error.__traceback__)))
     if not found:
         return
