@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from deepspeed.comm.mesh import Axis, Mesh
-from deepspeed.ops.aio.library import Options
+from deepspeed.ops.group_quant import GroupScheme
 from deepspeed.utils import env, groups
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
 from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
@@ -17,10 +17,10 @@ from .zero.codec import GroupCodec, schemes_of_weights
 from .zero.optimizer import expert_group_name
 from .zero.plan import Placement, TierKind
 from .zero.residency import Residency, ResidencyPolicy
-from .zero.sharded_param import is_zero_param, release, shard_param, spill
+from .zero.sharded_param import is_zero_param, release, shard_param, spill, unspill
 from .zero.slice_forms import keep_quantized, keep_second, move_to_axis, recode, send_quantized
-from .zero.spill import SpillFolder
-from .zero.tiers import tier_for
+from .zero.spill import SpillFolder, open_folder, together
+from .zero.tiers import Tier, tier_for
 
 
 def zero_axes(mesh: Mesh, zero: Any) -> Mesh:
@@ -92,25 +92,8 @@ def spill_folder(config: Any, section: Any, *names: str) -> SpillFolder:
         DeepSpeedConfigError: without `nvme_path`.
         OSError: for a folder that cannot be used.
     """
-    if section.nvme_path is None:
-        raise DeepSpeedConfigError(
-            explain(
-                "offloading to NVMe needs a folder",
-                got='"device": "nvme" without "nvme_path"',
-                expected="a folder on the disk to use",
-                fix='add "nvme_path" to the same section',
-            )
-        )
-    aio = config.aio_config
-    options = Options(
-        block_size=aio["block_size"],
-        queue_depth=aio["queue_depth"],
-        single_submit=aio["single_submit"],
-        overlap_events=aio["overlap_events"],
-        intra_op_parallelism=aio["intra_op_parallelism"],
-    )
-    rank = groups.current_mesh().world.rank
-    return SpillFolder(Path(section.nvme_path).joinpath(*names, f"rank{rank}"), options)
+    world = groups.current_mesh().world
+    return open_folder(section.nvme_path, names, config.aio_config, world)
 
 
 def shard_params(engine: Any) -> Residency | None:
@@ -128,24 +111,8 @@ def shard_params(engine: Any) -> Residency | None:
         folder = spill_folder(engine._config, zero.offload_param, "zero_stage_3", f"{kind}params")
     schemes = schemes_of_weights(engine.module, _section(engine._config.weight_quantization_config))
     for param in engine.module.parameters():
-        axis, home = _axes_of(engine.mesh, param)
-        scheme = schemes.get(param)
-        if not is_zero_param(param):
-            codec = None if scheme is None else GroupCodec.of(scheme, param)
-            shard_param(param, axis, engine.device, tier, folder, codec, home)
-        else:
-            move_to_axis(param, axis, home, tier, folder)
-            if scheme is not None:
-                recode(param, tier, GroupCodec.of(scheme, param))
-            if folder is not None and param.ds_spill is None:
-                spill(param, folder, param.ds_tensor)
-        param.ds_enable_sanity_checks = zero.enable_sanity_checks
-        if zero.zero_quantized_weights:
-            send_quantized(param)
-        if zero.zero_quantized_nontrainable_weights and not param.requires_grad:
-            keep_quantized(param, tier)
-        if engine.mesh.second is not None and axis == engine.mesh.sequence_data:
-            keep_second(param, engine.mesh.second)
+        with nullcontext() if folder is None else together(engine.mesh.world, "write its params"):
+            _shard_one(engine, param, tier, folder, schemes.get(param))
     release(engine.module.parameters())
     policy = ResidencyPolicy(
         prefetch_numel=1 if zero.allgather_sequential else int(zero.prefetch_bucket_size),
@@ -155,6 +122,36 @@ def shard_params(engine: Any) -> Residency | None:
         model_persist_numel=int(zero.model_persistence_threshold),
     )
     return Residency(engine.module, policy)
+
+
+def _shard_one(
+    engine: Any,
+    param: Any,
+    tier: Tier,
+    folder: SpillFolder | None,
+    scheme: GroupScheme | None,
+) -> None:
+    """Cut one parameter, or have one that is cut lie where the configuration wants it."""
+    zero = engine._config.zero_config
+    axis, home = _axes_of(engine.mesh, param)
+    if not is_zero_param(param):
+        codec = None if scheme is None else GroupCodec.of(scheme, param)
+        shard_param(param, axis, engine.device, tier, folder, codec, home)
+    else:
+        move_to_axis(param, axis, home, tier, folder)
+        if scheme is not None:
+            recode(param, tier, GroupCodec.of(scheme, param))
+        if folder is not None and param.ds_spill is None:
+            spill(param, folder, param.ds_tensor)
+        elif folder is None and param.ds_spill is not None:
+            unspill(param, tier)
+    param.ds_enable_sanity_checks = zero.enable_sanity_checks
+    if zero.zero_quantized_weights:
+        send_quantized(param)
+    if zero.zero_quantized_nontrainable_weights and not param.requires_grad:
+        keep_quantized(param, tier)
+    if engine.mesh.second is not None and axis == engine.mesh.sequence_data:
+        keep_second(param, engine.mesh.second)
 
 
 def _axes_of(mesh: Mesh, param: Any) -> tuple[Axis, Axis]:

@@ -11,6 +11,7 @@ ranks; that costs a copy of what is gathered.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,7 @@ from .sharded_param import (
     release,
     write_back,
 )
+from .spill import together
 from .utils import is_zero_param
 
 _warned = False
@@ -126,7 +128,8 @@ class GatheredParameters:
             )
         for param in self.params:
             flat.broadcast_(param.data, param.ds_home, src=self.modifier_rank)
-            write_back(param)
+            with nullcontext() if param.ds_spill is None else _writing(param):
+                write_back(param)
             refresh = getattr(param, "_refresh_master", None)
             if refresh is not None:
                 refresh()
@@ -148,6 +151,10 @@ class GatheredParameters:
             return False
         now = param.data
         return now.shape != before.shape or not torch.equal(_bits(now), _bits(before))
+
+
+def _writing(param: Any) -> AbstractContextManager:
+    return together(param.ds_home, "write an edited parameter")
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from enum import Enum
 from types import TracebackType
@@ -22,16 +23,17 @@ from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
 from deepspeed.ops.group_quant import GroupScheme
 from deepspeed.utils import groups
-from deepspeed.utils.errors import explain
 
 from .codec import QUANTIZED_MODULES, GroupCodec, initial_scheme
 from .sharded_param import shard_param
 from .slice_forms import keep_quantized, keep_second, send_quantized
-from .tiers import Tier, tier_for
+from .spill import SpillFolder, open_folder, together
+from .tiers import tier_for
 from .utils import is_zero_param
 
 _CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "randn", "rand")
 
+_numbers = itertools.count()
 # Contexts that are active, outermost first.
 _active: list[InitContext] = []
 
@@ -52,7 +54,7 @@ class InitContext:
         module: an existing module to shard at once.
         data_parallel_group: process group to cut over; None is all data-parallel ranks.
         mem_efficient_linear: accepted; letting go of gathered values needs no other linear layer here.
-        remote_device: None or "cpu": where the slices live.
+        remote_device: None, "cpu" or "nvme" (files in the configuration's `offload_param.nvme_path`): where slices live.
         pin_memory: page-locked slices, beside a GPU.
         config_dict_or_path: configuration that decides on dtype and place where the arguments do not.
         config: older name of it.
@@ -67,7 +69,8 @@ class InitContext:
         tensor_overrides: what tensor constructors decide by themselves; None is all of it.
 
     Raises:
-        NotImplementedError: for NVMe slices.
+        DeepSpeedConfigError: NVMe without a folder.
+        OSError: the folder cannot be used.
         DeepSpeedCommError: `mics_shard_size` of the configuration does not divide the ranks.
     """
 
@@ -111,9 +114,11 @@ class InitContext:
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype = dtype or settings.dtype
         self.scheme = settings.scheme
-        self.tier = _tier(
-            remote_device or settings.param_device, pin_memory or settings.pin_memory, self.device
+        place = remote_device or settings.param_device
+        self.tier = tier_for(
+            self.device, place in ("cpu", "nvme"), pin_memory or settings.pin_memory
         )
+        self.folder = None if place != "nvme" else self._open_folder(settings)
         self._undo: list[Callable[[], None]] = []
         self._depth: dict[int, int] = {}
         if module is not None:
@@ -207,6 +212,13 @@ class InitContext:
 
         self._replace(cls, "__init__", build)
 
+    def _open_folder(self, settings: _Settings) -> SpillFolder:
+        # Not the engine's folder, which begins empty.
+        kind = str(self.dtype).removeprefix("torch.")
+        names = ("zero_stage_3", f"{kind}params", f"init{next(_numbers)}")
+        world = groups.current_mesh().world
+        return open_folder(settings.nvme_path, names, settings.aio, world)
+
     def _shard_own(self, module: torch.nn.Module) -> None:
         """Cut a module's own parameters."""
         quantized = isinstance(module, QUANTIZED_MODULES) and self.scheme is not None
@@ -221,13 +233,19 @@ class InitContext:
         param.data = param.data.to(device=self.device, dtype=target)
         flat.broadcast_(param.data, self.home)
         codec = None if scheme is None or not floating else GroupCodec.of(scheme, param)
-        shard_param(param, self.axis, self.device, self.tier, codec=codec, home=self.home)
+        with self._files_together():
+            shard_param(param, self.axis, self.device, self.tier, self.folder, codec, self.home)
         if self.sends_quantized:
             send_quantized(param)
         if self.keeps_quantized and not param.requires_grad:
             keep_quantized(param, self.tier)
         if self.second is not None:
             keep_second(param, self.second)
+
+    def _files_together(self) -> contextlib.AbstractContextManager:
+        if self.folder is None:
+            return contextlib.nullcontext()
+        return together(self.home, "write its params")
 
 
 class _Settings:
@@ -240,9 +258,12 @@ class _Settings:
         pin_memory: bool = False,
         scheme: GroupScheme | None = None,
         mics_shard_size: int = -1,
+        nvme_path: Any = None,
+        aio: dict[str, Any] | None = None,
     ) -> None:
         self.dtype, self.param_device, self.pin_memory = dtype, param_device, pin_memory
         self.scheme, self.mics_shard_size = scheme, mics_shard_size
+        self.nvme_path, self.aio = nvme_path, aio or {}
 
 
 def _settings(config: Any) -> _Settings:
@@ -250,6 +271,7 @@ def _settings(config: Any) -> _Settings:
         return _Settings(torch.float16 if get_accelerator().is_fp16_supported() else torch.float32)
     from deepspeed.runtime.config import load_config
     from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
+    from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
 
     from .config import get_zero_config
 
@@ -264,25 +286,21 @@ def _settings(config: Any) -> _Settings:
     device = None if offload is None else str(getattr(offload.device, "value", offload.device))
     pin_memory = False if offload is None else offload.pin_memory
     scheme = initial_scheme(config.get("weight_quantization"))
-    return _Settings(dtype, device, pin_memory, scheme, zero.mics_shard_size)
+    return _Settings(
+        dtype,
+        device,
+        pin_memory,
+        scheme,
+        zero.mics_shard_size,
+        None if offload is None else offload.nvme_path,
+        get_aio_config(config),
+    )
 
 
 def _axis(group: Any, mpu: Any) -> Axis:
     if group is None and mpu is not None and hasattr(mpu, "get_data_parallel_group"):
         group = mpu.get_data_parallel_group()
     return groups.current_mesh().sequence_data if group is None else Axis.of_group(group)
-
-
-def _tier(device: str | None, pin_memory: bool, accelerator: torch.device) -> Tier:
-    if device == "nvme":
-        raise NotImplementedError(
-            explain(
-                "parameters on NVMe are not available yet",
-                got='device "nvme"',
-                expected='"cpu" or "none"',
-            )
-        )
-    return tier_for(accelerator, device == "cpu", pin_memory)
 
 
 def _all_subclasses(cls: type) -> Iterator[type]:

@@ -25,7 +25,7 @@ from deepspeed.utils.logging import logger
 
 from . import offload_states, state
 from .pieces import in_pieces
-from .plan import Placement, Plan
+from .plan import Placement, Plan, TierKind
 from .reducer import Reducer
 from .shard_group import ShardGroup, ShardPart
 from .spill import SpillFolder, stream, together
@@ -357,7 +357,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _files_together(self, what: str) -> contextlib.AbstractContextManager:
         """Extent in which an error of one rank's files is raised on all ranks."""
-        if self.folder is None:
+        if self.folder is None and self.plan.param_tier is not TierKind.FILE:
             return contextlib.nullcontext()
         return together(self.mesh.world, what)
 

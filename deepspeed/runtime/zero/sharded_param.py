@@ -13,6 +13,7 @@ They give what the last gather from all ranks gave, which the forward pass made,
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from deepspeed.comm.mesh import Axis
 from deepspeed.utils.errors import explain
 
 from .codec import GroupCodec, SliceCodec
-from .spill import SpilledSlice, SpillFolder
+from .spill import SpilledSlice, SpillFolder, together
 from .tiers import Tier
 
 # Slices below this many elements travel together: one message costs more than their bytes.
@@ -155,6 +156,14 @@ def spill(param: torch.nn.Parameter, folder: SpillFolder, shard: torch.Tensor) -
     param.ds_tensor.final_location = "nvme"
 
 
+def unspill(param: torch.nn.Parameter, tier: Tier) -> None:
+    """Move a parameter's slice out of its file."""
+    values = param.ds_spill.take()
+    param.ds_spill = None
+    shard = tier.alloc(values.numel(), values.dtype)
+    hold(param, shard.copy_(values))
+
+
 def piece_of(param: torch.nn.Parameter) -> int:
     """Elements that one rank's slice stands for (bytes, if the parameter is encoded whole), padding included."""
     total = param.ds_numel if param.ds_codec is None else param.ds_codec.nbytes
@@ -240,7 +249,7 @@ class Gathering:
         self._landing: list[tuple[flat.Handle, Callable[[], None]]] = []
         backward = in_backward()
         self._sources: list[tuple[torch.nn.Parameter, SecondCopy | None]] = []
-        from_file = False
+        self._file_axes: list[Axis] = []
         for param in params:
             assert param.ds_status is ZeroParamStatus.NOT_AVAILABLE
             if param.data.numel():
@@ -252,16 +261,16 @@ class Gathering:
             self._sources.append((param, second))
             if param.ds_spill is not None and second is None:
                 param.ds_spill.start()
-                from_file = True
-        if not from_file:
+                if param.ds_axis not in self._file_axes:
+                    self._file_axes.append(param.ds_axis)
+        if not self._file_axes:
             self._launch()
 
     def _launch(self) -> None:
         """Start the collectives; slices that come from files must have arrived, so theirs start when waited for."""
         self._launched = True
         small: dict[tuple[Axis, torch.dtype], list[_Travel]] = {}
-        for param, second in self._sources:
-            travel = _from_all(param) if second is None else _from_neighbours(param, second)
+        for travel in self._travels():
             if travel.axis.size == 1:
                 self._landing.append((flat.DONE, partial(travel.land, travel.shard)))
             elif travel.shard.numel() < SMALL_SLICE:
@@ -270,6 +279,25 @@ class Gathering:
                 self._start_one(travel)
         for (axis, _), members in small.items():
             self._start_several(axis, members)
+
+    def _travels(self) -> list[_Travel]:
+        """What this rank sends of each parameter.
+
+        Raises:
+            OSError: a file of this rank, or of another one that sends slices of the same parameters, cannot be read.
+        """
+        try:
+            with contextlib.ExitStack() as votes:
+                for axis in self._file_axes:
+                    votes.enter_context(together(axis, "read its offloaded parameters"))
+                return [
+                    _from_all(param) if second is None else _from_neighbours(param, second)
+                    for param, second in self._sources
+                ]
+        except OSError:
+            for param, _ in self._sources:
+                param.ds_status, param.ds_gathering = ZeroParamStatus.NOT_AVAILABLE, None
+            raise
 
     def _start_one(self, travel: _Travel) -> None:
         shard = travel.shard

@@ -24,7 +24,7 @@ from deepspeed.ops.aio.buffers import locked_tensor
 from deepspeed.ops.aio.library import Options
 from deepspeed.ops.aio.queue import FileQueue
 from deepspeed.ops.norms import squared_norm
-from deepspeed.utils.errors import explain
+from deepspeed.utils.errors import DeepSpeedConfigError, explain
 
 # Files are laid out so that every piece can go to the device without a copy.
 _ALIGNMENT = 4096
@@ -96,6 +96,42 @@ def _discard(folder: Path, queue: FileQueue) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def open_folder(
+    nvme_path: str | Path | None, names: Iterable[str], aio: Mapping[str, Any], axis: Axis
+) -> SpillFolder:
+    """The folder of this rank for state that an `offload_*` section sends to NVMe; a collective of `axis`.
+
+    Args:
+        nvme_path: what the section names.
+        names: folders below it.
+        aio: section `aio`, with all defaults.
+        axis: all ranks.
+
+    Raises:
+        DeepSpeedConfigError: no `nvme_path`.
+        OSError: the folder cannot be used, here or by another rank.
+    """
+    if nvme_path is None:
+        raise DeepSpeedConfigError(
+            explain(
+                "offloading to NVMe needs a folder",
+                got='"device": "nvme" without "nvme_path"',
+                expected="a folder on the disk to use",
+                fix='add "nvme_path" to the same section',
+            )
+        )
+    options = Options(
+        block_size=aio["block_size"],
+        queue_depth=aio["queue_depth"],
+        single_submit=aio["single_submit"],
+        overlap_events=aio["overlap_events"],
+        intra_op_parallelism=aio["intra_op_parallelism"],
+    )
+    with together(axis, "use its folder for offloaded state"):
+        return SpillFolder(Path(nvme_path).joinpath(*names, f"rank{axis.rank}"), options)
+    raise AssertionError("together() raised nothing for an error")
+
+
 @contextlib.contextmanager
 def together(axis: Axis, what: str) -> Iterator[None]:
     """Extent whose OSError on one rank of `axis` is an OSError on all of them, so that nobody waits for anybody.
@@ -133,17 +169,29 @@ class SpilledSlice:
         self.folder, self.path = folder, folder.folder / name
         self.numel, self.dtype = values.numel(), values.dtype
         self._incoming: tuple[int, torch.Tensor] | None = None
+        self._failure: OSError | None = None
         self.write(0, values)
 
     def start(self) -> None:
-        """Begin to read the slice."""
-        if self._incoming is None and self.numel:
-            buffer = locked_tensor(self.numel, self.dtype)
+        """Begin to read the slice; an error is kept for `take`."""
+        if self._incoming is not None or not self.numel:
+            return
+        buffer = locked_tensor(self.numel, self.dtype)
+        try:
             self._incoming = (self.folder.queue.submit_read(self.path, 0, buffer), buffer)
+        except OSError as error:
+            self._failure = error
 
     def take(self) -> torch.Tensor:
-        """The slice, flat, in host memory; the caller owns it."""
+        """The slice, flat, in host memory; the caller owns it.
+
+        Raises:
+            OSError: it cannot be read.
+        """
         self.start()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
         if self._incoming is None:
             return torch.empty(0, dtype=self.dtype)
         (ticket, buffer), self._incoming = self._incoming, None
