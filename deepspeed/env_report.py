@@ -196,19 +196,9 @@ def _ops() -> list[dict[str, str]]:
 
 
 def _builders() -> list[dict[str, Any]]:
-    """The ops by their older names, and how each would run: prebuilt, source, reference, none."""
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    from deepspeed.ops.op_builder.routes import routes
 
-    ours = {"native": "prebuilt"}.get(_native()["route"], _native()["route"])
-    found = []
-    for name, builder in ALL_OPS.items():
-        compatible = bool(builder.is_compatible(verbose=False))
-        route = ("source" if builder.sources() else ours) if compatible else "none"
-        reason = "" if compatible else str(builder.error_log)
-        works = compatible and route != "broken"
-        row = {"name": name, "installed": route == "prebuilt", "compatible": works}
-        found.append({**row, "route": route, "reason": reason})
-    return found
+    return routes()
 
 
 def _distributed() -> dict[str, Any]:
@@ -354,17 +344,20 @@ def op_report(facts: Mapping[str, Any] | None = None) -> None:
             installed = _mark(op["installed"], yes="[YES]")
             dots = "." * (6 if op["installed"] else 7)
             line = f"{_dotted(op['name'], OP_COLUMN)}{installed} {dots} {_mark(op['compatible'])}"
-            print(f"{line} {op['reason'] or op['route']}")
+            why = f" ({op['reason']})" if op["reason"] else ""
+            print(f"{line} {op['route']}{why}")
     print(RULE)
     print(_dotted("kernel", OP_COLUMN) + "runs by .... why")
     print(RULE)
     if _broken(facts["ops"]):
         print(f"not available: {_broken(facts['ops'])}")
         return
-    for op in facts["ops"]:
+    kernels = [] if _broken(facts["native"]) else facts["native"]["cuda"]["kernels"]
+    for op in (*facts["ops"], *(kernel for kernel in kernels if kernel["device"] is not None)):
         name = op["route"]
         padding = "." * (11 - len(name))
-        print(f"{_dotted(op['name'], OP_COLUMN)}{name} {padding} {op['reason']}")
+        where = "" if op.get("device") is None else f"device {op['device']}: "
+        print(f"{_dotted(op['name'], OP_COLUMN)}{name} {padding} {where}{op['reason']}")
 
 
 def _torch_rows(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:

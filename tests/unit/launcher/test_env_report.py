@@ -70,6 +70,21 @@ def test_json_holds_the_same_facts(capsys):
     assert by_name["cpu_adam"]["installed"] == (facts["native"]["route"] == "native")
 
 
+def test_each_op_has_a_route_and_a_reason(capsys):
+    env_report.cli_main(["--json"])
+    facts = json.loads(capsys.readouterr().out)
+    rows = {op["name"]: op for op in facts["builders"]}
+    words = ("prebuilt", "source", "reference", "none")
+    assert all(row["route"] in words and row["reason"] for row in rows.values())
+    assert rows["gds"]["route"] == "none" and "GPUDirect" in rows["gds"]["reason"]
+    if facts["accelerator"]["name"] == "cpu":
+        assert rows["spatial_inference"]["route"] == "reference"
+        assert rows["spatial_inference"]["compatible"]
+    if facts["native"]["route"] == "native":
+        assert rows["async_io"]["reason"].split()[0] in ("io_uring", "iocp", "threads")
+        assert rows["cpu_adam"]["route"] == "prebuilt"
+
+
 def test_the_report_survives_a_broken_library(capsys, monkeypatch, tmp_path):
     from deepspeed.ops import native
 
