@@ -53,7 +53,23 @@ def read_weights(model: nn.Module) -> DecoderWeights:
         next(model.parameters()).dtype in (torch.float32, torch.bfloat16, torch.float16),
         "its params are no floating-point numbers of 16 or 32 bits",
     )
-    return FAMILIES[name](model)
+    weights = FAMILIES[name](model)
+    model._register_state_dict_hook(_unpack)
+    return weights
+
+
+def _unpack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Give a state dict tensors of its own in place of views of packed weights, which few formats can store."""
+    copies: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    for name, value in state.items():
+        if not torch.is_tensor(value) or isinstance(value, nn.Parameter):
+            continue
+        alone = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        if not (alone and value.is_contiguous()):
+            tied = (value.data_ptr(), tuple(value.shape))  # what is tied stays tied
+            state[name] = copies.setdefault(
+                tied, value.clone(memory_format=torch.contiguous_format)
+            )
 
 
 def _need(holds: bool, why: str) -> None:

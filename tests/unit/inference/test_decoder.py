@@ -238,6 +238,19 @@ def test_a_model_built_on_meta_is_filled_from_its_saved_folder(kind, tmp_path):
     assert torch.equal(engine.module.generate(ids, **options), want)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_model_is_saved_as_it_was(kind, dtype, tmp_path):
+    plain = build(kind).to(dtype)
+    packed = copy.deepcopy(plain)
+    read_weights(packed)
+    packed.save_pretrained(tmp_path)
+    found = type(plain).from_pretrained(tmp_path, torch_dtype=dtype)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value)
+    packed.load_state_dict(build(kind).to(dtype).state_dict())
+
+
 def test_injection_can_be_taken_back():
     model = build("gpt2")
     assert deepspeed.replace_transformer_layer(None, model) is model
