@@ -25,7 +25,14 @@ SOURCE = ROOT / "csrc"
 DEFAULT_OUT = ROOT / "deepspeed" / "ops" / "lib"
 
 COMMON = ("api/error.cpp", "cpu/cpuid.cpp", "cpu/pool.cpp", "cpu/dispatch.cpp")
-ENTRIES = ("cpu/optim.cpp", "cpu/norm.cpp", "cpu/crc.cpp")
+ENTRIES = (
+    "cpu/optim.cpp",
+    "cpu/norm.cpp",
+    "cpu/crc.cpp",
+    "cpu/cast.cpp",
+    "cpu/quant.cpp",
+    "cpu/fp_quant.cpp",
+)
 FILES = (
     "io/file_posix.cpp",
     "io/file_windows.cpp",

@@ -17,27 +17,45 @@
 
 namespace {
 
+// Elements between two looks at what to prefetch: whole cache lines of any dtype.
+enum { kBlock = 32, kLine = 64 };
+
 // Bytes between what is worked on and what is asked of memory. The processors' own prefetchers stop at the end of each
 // 4 KiB page and have to start again for each of the streams; asking half a page ahead keeps them going.
 enum { kAhead = 2048 };
 
 inline void fetch(const void *p) { prefetch((const char *)p + kAhead); }
 
+// Once for each line of a block.
+template <class Kept>
+inline void fetch_block(const Kept *p) {
+    for (int byte = 0; byte < kBlock * (int)sizeof(Kept); byte += kLine) fetch((const char *)p + byte);
+}
+
 // How an element is kept in memory. The arithmetic is fp32 whatever it is.
 struct F32 {
     typedef float Kept;
     static inline Vec load(const float *p) { return Vec::load(p); }
     static inline void store(Vec a, float *p) { a.store(p); }
+    static inline void store_pair(Vec a, Vec b, float *p) {
+        a.store(p);
+        b.store(p + Vec::width);
+    }
 };
 struct Bf16 {
     typedef uint16_t Kept;
     static inline Vec load(const uint16_t *p) { return widen_bf16(p); }
     static inline void store(Vec a, uint16_t *p) { narrow_bf16(a, p); }
+    static inline void store_pair(Vec a, Vec b, uint16_t *p) { narrow_bf16_pair(a, b, p); }
 };
 struct F16 {
     typedef uint16_t Kept;
     static inline Vec load(const uint16_t *p) { return widen_f16(p); }
     static inline void store(Vec a, uint16_t *p) { narrow_f16(a, p); }
+    static inline void store_pair(Vec a, Vec b, uint16_t *p) {
+        narrow_f16(a, p);
+        narrow_f16(b, p + Vec::width);
+    }
 };
 
 // a + weight * (b - a), as torch's lerp: from the nearer end.
@@ -119,16 +137,76 @@ struct Lion {
     }
 };
 
+struct Sgd {
+    typedef SgdConstants Constants;
+    enum { moments = 1 };
+    const Vec scale, l2, momentum, rest, lr;
+    const bool l2_on, nesterov, first;
+
+    explicit Sgd(const Constants &c)
+        : scale(Vec::all(c.grad_scale)),
+          l2(Vec::all(c.l2)),
+          momentum(Vec::all(c.momentum)),
+          rest(Vec::all(c.rest)),
+          lr(Vec::all(c.lr)),
+          l2_on(c.l2 != 0),
+          nesterov(c.nesterov != 0),
+          first(c.first != 0) {}
+
+    inline void operator()(Vec &p, Vec &m, Vec &, Vec g) const {
+        g = g * scale;
+        if (l2_on) g = g + p * l2;
+        m = first ? g : m * momentum + rest * g;
+        p = p - lr * (nesterov ? g + momentum * m : m);
+    }
+};
+
+// Without momentum there is no buffer.
+struct PlainSgd {
+    typedef SgdConstants Constants;
+    enum { moments = 0 };
+    const Vec scale, l2, lr;
+    const bool l2_on;
+
+    explicit PlainSgd(const Constants &c)
+        : scale(Vec::all(c.grad_scale)),
+          l2(Vec::all(c.l2)),
+          lr(Vec::all(c.lr)),
+          l2_on(c.l2 != 0) {}
+
+    inline void operator()(Vec &p, Vec &, Vec &, Vec g) const {
+        g = g * scale;
+        if (l2_on) g = g + p * l2;
+        p = p - lr * g;
+    }
+};
+
 // One whole vector of each buffer through the rule.
 template <class Rule, class P, class S, class G>
 inline void apply(const Rule &rule, typename P::Kept *param, typename S::Kept *first,
                   typename S::Kept *second, const typename G::Kept *grad) {
-    Vec p = P::load(param), m = S::load(first), v = m;
+    Vec p = P::load(param), m = p, v = p;
+    if (Rule::moments >= 1) m = S::load(first);
     if (Rule::moments == 2) v = S::load(second);
     rule(p, m, v, G::load(grad));
     P::store(p, param);
-    S::store(m, first);
+    if (Rule::moments >= 1) S::store(m, first);
     if (Rule::moments == 2) S::store(v, second);
+}
+
+// Two vectors: their conversions to 16 bits share instructions.
+template <class Rule, class P, class S, class G>
+inline void apply_pair(const Rule &rule, typename P::Kept *param, typename S::Kept *first,
+                       typename S::Kept *second, const typename G::Kept *grad) {
+    enum { w = Vec::width };
+    Vec p = P::load(param), m = p, v = p, q = P::load(param + w), n = q, u = q;
+    if (Rule::moments >= 1) m = S::load(first), n = S::load(first + w);
+    if (Rule::moments == 2) v = S::load(second), u = S::load(second + w);
+    rule(p, m, v, G::load(grad));
+    rule(q, n, u, G::load(grad + w));
+    P::store_pair(p, q, param);
+    if (Rule::moments >= 1) S::store_pair(m, n, first);
+    if (Rule::moments == 2) S::store_pair(v, u, second);
 }
 
 // All whole vectors, then the last elements through copies that are padded with zeros: one body for both, what it
@@ -142,28 +220,161 @@ void sweep(void *param, void *first, void *second, const void *grad, int64_t n,
     typename S::Kept *v = (typename S::Kept *)second, last_v[Vec::width] = {0};
     const typename G::Kept *g = (const typename G::Kept *)grad;
     typename G::Kept last_g[Vec::width] = {0};
-    const bool two = Rule::moments == 2;
+    const bool one = Rule::moments >= 1, two = Rule::moments == 2;
     int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) {
-        fetch(p + i);
-        fetch(m + i);
-        if (two) fetch(v + i);
-        fetch(g + i);
-        apply<Rule, P, S, G>(rule, p + i, m + i, two ? v + i : m, g + i);
+    for (; i + kBlock <= n; i += kBlock) {
+        fetch_block(p + i);
+        if (one) fetch_block(m + i);
+        if (two) fetch_block(v + i);
+        fetch_block(g + i);
+        for (int64_t k = i; k < i + kBlock; k += 2 * Vec::width)
+            apply_pair<Rule, P, S, G>(rule, p + k, one ? m + k : m, two ? v + k : v, g + k);
     }
+    for (; i + Vec::width <= n; i += Vec::width)
+        apply<Rule, P, S, G>(rule, p + i, one ? m + i : m, two ? v + i : v, g + i);
     if (i == n) return;
     for (int64_t k = 0; i + k < n; ++k) {
         last_p[k] = p[i + k];
-        last_m[k] = m[i + k];
+        if (one) last_m[k] = m[i + k];
         if (two) last_v[k] = v[i + k];
         last_g[k] = g[i + k];
     }
     apply<Rule, P, S, G>(rule, last_p, last_m, last_v, last_g);
     for (int64_t k = 0; i + k < n; ++k) {
         p[i + k] = last_p[k];
-        m[i + k] = last_m[k];
+        if (one) m[i + k] = last_m[k];
         if (two) v[i + k] = last_v[k];
     }
+}
+
+// What a padded copy of the last elements is made of.
+template <class T>
+inline void copy_some(const T *from, T *to, int64_t n) {
+    for (int64_t k = 0; k < n; ++k) to[k] = from[k];
+}
+
+// To bf16, up with the probability of what is cut off: 16 random bits are added below the cut.
+inline void narrow_random(Vec a, Ints random, uint16_t *p) {
+    const Ints exact = bits(a), moved = exact + (random & Ints::all(0xffff));
+    right(select(unordered(a), exact, moved), 16).store_words(p);
+}
+
+// Adam of bf16 params without a master copy; bf16 moments are rounded at random too, each by bits of its own.
+template <class S, class G>
+void adam_random(uint16_t *p, void *first, void *second, const void *grad, const uint32_t *low,
+                 const uint32_t *high, int64_t n, const void *constants) {
+    enum { w = Vec::width, random_state = sizeof(typename S::Kept) == 2 };
+    const Adam rule(*(const AdamConstants *)constants);
+    typename S::Kept *m = (typename S::Kept *)first, *v = (typename S::Kept *)second;
+    const typename G::Kept *g = (const typename G::Kept *)grad;
+    const auto one = [&](uint16_t *at_p, typename S::Kept *at_m, typename S::Kept *at_v,
+                         const typename G::Kept *at_g, const uint32_t *at_low,
+                         const uint32_t *at_high) {
+        Vec x = widen_bf16(at_p), a = S::load(at_m), b = S::load(at_v);
+        rule(x, a, b, G::load(at_g));
+        const Ints r = Ints::load(at_low);
+        narrow_random(x, r, at_p);
+        if (random_state) {
+            narrow_random(a, right(r, 16), (uint16_t *)at_m);
+            narrow_random(b, Ints::load(at_high), (uint16_t *)at_v);
+        } else {
+            S::store(a, at_m);
+            S::store(b, at_v);
+        }
+    };
+    int64_t i = 0;
+    for (; i + w <= n; i += w) one(p + i, m + i, v + i, g + i, low + i, high + i);
+    if (i == n) return;
+    uint16_t last_p[w] = {0};
+    typename S::Kept last_m[w] = {0}, last_v[w] = {0};
+    typename G::Kept last_g[w] = {0};
+    uint32_t last_low[w] = {0}, last_high[w] = {0};
+    copy_some(p + i, last_p, n - i);
+    copy_some(m + i, last_m, n - i);
+    copy_some(v + i, last_v, n - i);
+    copy_some(g + i, last_g, n - i);
+    copy_some(low + i, last_low, n - i);
+    copy_some(high + i, last_high, n - i);
+    one(last_p, last_m, last_v, last_g, last_low, last_high);
+    copy_some(last_p, p + i, n - i);
+    copy_some(last_m, m + i, n - i);
+    copy_some(last_v, v + i, n - i);
+}
+
+// Random bits of elements: a hash of the seed and the index (SplitMix64), so that neither threads nor instruction sets
+// show. csrc/cuda/base.cuh has the same; its random_bits are the high half. Plain integers, for the compiler to widen.
+void noise(int64_t seed, int64_t index, int64_t n, uint32_t *low, uint32_t *high) {
+    for (int64_t i = 0; i < n; ++i) {
+        uint64_t x = (uint64_t)seed + 0x9e3779b97f4a7c15ull * ((uint64_t)(index + i) + 1);
+        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+        x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+        x = x ^ (x >> 31);
+        low[i] = (uint32_t)x;
+        high[i] = (uint32_t)(x >> 32);
+    }
+}
+
+// LAMB, in three loops over a tile in the first-level cache.
+void lamb_moments(float *first, float *second, const float *grad, int64_t n,
+                  const LambConstants *c) {
+    const Vec scale = Vec::all(c->grad_scale), beta2 = Vec::all(c->beta2);
+    const Vec rest2 = Vec::all(c->beta2_rest);
+    const Lerp toward(c->beta1_rest);
+    const auto one = [&](float *at_m, float *at_v, const float *at_g) {
+        const Vec g = Vec::load(at_g) * scale;
+        toward(Vec::load(at_m), g).store(at_m);
+        (Vec::load(at_v) * beta2 + rest2 * g * g).store(at_v);
+    };
+    int64_t i = 0;
+    for (; i + Vec::width <= n; i += Vec::width) {
+        fetch(first + i);
+        fetch(second + i);
+        fetch(grad + i);
+        one(first + i, second + i, grad + i);
+    }
+    if (i == n) return;
+    float m[Vec::width] = {0}, v[Vec::width] = {0}, g[Vec::width] = {0};
+    copy_some(first + i, m, n - i);
+    copy_some(second + i, v, n - i);
+    copy_some(grad + i, g, n - i);
+    one(m, v, g);
+    copy_some(m, first + i, n - i);
+    copy_some(v, second + i, n - i);
+}
+
+// The update before it is scaled to the param's norm.
+void lamb_update(const float *param, const float *first, const float *second, float *out,
+                 int64_t n, const LambConstants *c) {
+    const Vec eps = Vec::all(c->eps), decay = Vec::all(c->decay);
+    const bool inside = c->eps_inside != 0;
+    const auto one = [&](const float *at_p, const float *at_m, const float *at_v, float *to) {
+        const Vec v = Vec::load(at_v);
+        const Vec spread = inside ? root(v + eps) : root(v) + eps;
+        (Vec::load(at_m) / spread + decay * Vec::load(at_p)).store(to);
+    };
+    int64_t i = 0;
+    for (; i + Vec::width <= n; i += Vec::width) {
+        fetch(param + i);
+        fetch(first + i);
+        fetch(second + i);
+        one(param + i, first + i, second + i, out + i);
+    }
+    if (i == n) return;
+    float p[Vec::width] = {0}, m[Vec::width] = {0}, v[Vec::width] = {0}, u[Vec::width];
+    copy_some(param + i, p, n - i);
+    copy_some(first + i, m, n - i);
+    copy_some(second + i, v, n - i);
+    one(p, m, v, u);
+    copy_some(u, out + i, n - i);
+}
+
+// param - update * size
+void lamb_apply(float *param, const float *update, int64_t n, float size) {
+    const Vec by = Vec::all(size);
+    int64_t i = 0;
+    for (; i + Vec::width <= n; i += Vec::width)
+        (Vec::load(param + i) - Vec::load(update + i) * by).store(param + i);
+    for (; i < n; ++i) param[i] = param[i] - update[i] * size;
 }
 
 void squares(const float *x, int64_t n, double *lanes) {
@@ -190,7 +401,10 @@ void squares_f64(const double *x, int64_t n, double *lanes) {
 #define DS_CONVERSION(NAME, IN, OUT, ONE)                                   \
     void NAME(const IN *in, OUT *out, int64_t n) {                          \
         int64_t i = 0;                                                      \
-        for (; i + Vec::width <= n; i += Vec::width) ONE(in + i, out + i);  \
+        for (; i + Vec::width <= n; i += Vec::width) {                      \
+            fetch(in + i);                                                  \
+            ONE(in + i, out + i);                                           \
+        }                                                                   \
         if (i == n) return;                                                 \
         IN last_in[Vec::width] = {0};                                       \
         OUT last_out[Vec::width];                                           \
@@ -199,36 +413,118 @@ void squares_f64(const double *x, int64_t n, double *lanes) {
         for (int64_t k = 0; i + k < n; ++k) out[i + k] = last_out[k];       \
     }
 
-inline void one_from_bf16(const uint16_t *in, float *out) {
-    fetch(in);
-    widen_bf16(in).store(out);
-}
-inline void one_from_f16(const uint16_t *in, float *out) {
-    fetch(in);
-    widen_f16(in).store(out);
-}
+inline void one_from_bf16(const uint16_t *in, float *out) { widen_bf16(in).store(out); }
+inline void one_from_f16(const uint16_t *in, float *out) { widen_f16(in).store(out); }
 inline void one_to_bf16(const float *in, uint16_t *out) { narrow_bf16(Vec::load(in), out); }
 inline void one_to_f16(const float *in, uint16_t *out) { narrow_f16(Vec::load(in), out); }
+
+// Eight-bit floats of `mantissa` bits whose exponent is biased by `bias`. Subnormals: 2 x (1.f) - 2 is 2 (0.f).
+inline Vec widen_eight(Ints size, int mantissa, int bias) {
+    const Vec plain = floats(left(size, 23 - mantissa) + Ints::all((127 - bias) << 23));
+    const Vec small = plain + (plain - floats(Ints::all((128 - bias) << 23)));
+    return select(less(size, Ints::all(1 << mantissa)), small, plain);
+}
+
+// Rounded to nearest even; the caller sees to what is too large.
+inline Ints narrow_eight(Ints size, int mantissa, int bias) {
+    const int drop = 23 - mantissa;
+    const Ints odd = right(size, drop) & Ints::all(1);
+    const Ints shift = Ints::all((bias - 127) * (1 << 23) + (1 << (drop - 1)) - 1);
+    const Ints plain = right(size + shift + odd, drop);
+    // Adding 2^(drop + least exponent) leaves the rounded subnormal in the low bits.
+    const Ints magic = Ints::all((128 - bias + drop) << 23);
+    const Ints small = bits(floats(size) + floats(magic)) - magic;
+    return select(less(size, Ints::all((128 - bias) << 23)), small, plain);
+}
+
+inline Ints size_of(Ints a) { return a & Ints::all(0x7fffffff); }
+inline Ints eighth_sign(Ints a) { return right(a, 24) & Ints::all(0x80); }
+
+// e4m3 has no infinity: 0x7f is its NaN, and all that is too large becomes 448.
+inline void one_from_e4m3(const uint8_t *in, float *out) {
+    const Ints code = Ints::bytes(in), size = code & Ints::all(0x7f);
+    const Ints found = bits(widen_eight(size, 3, 7));
+    const Ints value = select(less(Ints::all(0x7e), size), Ints::all(0x7fc00000), found);
+    floats(value | left(code & Ints::all(0x80), 24)).store(out);
+}
+inline void one_to_e4m3(const float *in, uint8_t *out) {
+    const Ints x = bits(Vec::load(in)), size = size_of(x);
+    const Ints within = select(less(size, Ints::all(0x43e00000)), size, Ints::all(0x43e00000));  // 448
+    const Ints nan = Ints::all(0x7f800000);
+    const Ints code = select(less(nan, size), Ints::all(0x7f), narrow_eight(within, 3, 7));
+    (code | eighth_sign(x)).store_bytes(out);
+}
+inline void one_from_e5m2(const uint8_t *in, float *out) {
+    const Ints code = Ints::bytes(in), size = code & Ints::all(0x7f);
+    const Ints odd = left(size, 21) + Ints::all(2 * (127 - 15) * (1 << 23));  // infinity and NaN
+    const Ints quiet = select(less(Ints::all(0x7c), size), odd | Ints::all(0x400000), odd);
+    const Ints found = bits(widen_eight(size, 2, 15));
+    const Ints value = select(less(Ints::all(0x7b), size), quiet, found);
+    floats(value | left(code & Ints::all(0x80), 24)).store(out);
+}
+inline void one_to_e5m2(const float *in, uint8_t *out) {
+    const Ints x = bits(Vec::load(in)), size = size_of(x);
+    const Ints large = select(less(Ints::all(0x7f800000), size), Ints::all(0x7f), Ints::all(0x7c));
+    const Ints code =
+        select(less(size, Ints::all(0x47800000)), narrow_eight(size, 2, 15), large);  // 65536
+    (code | eighth_sign(x)).store_bytes(out);
+}
 
 DS_CONVERSION(from_bf16, uint16_t, float, one_from_bf16)
 DS_CONVERSION(from_f16, uint16_t, float, one_from_f16)
 DS_CONVERSION(to_bf16, float, uint16_t, one_to_bf16)
 DS_CONVERSION(to_f16, float, uint16_t, one_to_f16)
+DS_CONVERSION(from_e4m3, uint8_t, float, one_from_e4m3)
+DS_CONVERSION(from_e5m2, uint8_t, float, one_from_e5m2)
+DS_CONVERSION(to_e4m3, float, uint8_t, one_to_e4m3)
+DS_CONVERSION(to_e5m2, float, uint8_t, one_to_e5m2)
 
 #undef DS_CONVERSION
 
+
 }  // namespace
+
+#include "isa_quant.inl"
 
 #define DS_BY_GRAD(R, P, S) {sweep<R, P, S, F32>, sweep<R, P, S, Bf16>, sweep<R, P, S, F16>}
 #define DS_BY_STATE(R, P) {DS_BY_GRAD(R, P, F32), DS_BY_GRAD(R, P, Bf16), DS_BY_GRAD(R, P, F16)}
 #define DS_BY_PARAM(R) {DS_BY_STATE(R, F32), DS_BY_STATE(R, Bf16), DS_BY_STATE(R, F16)}
-#define DS_KERNELS(NAME)                                            \
-    extern "C" const Kernels ds_kernels_##NAME = {                  \
-        #NAME,                                                      \
-        {DS_BY_PARAM(Adam), DS_BY_PARAM(Adagrad), DS_BY_PARAM(Lion)}, \
-        squares,                                                    \
-        squares_f64,                                                \
-        from_bf16,                                                  \
-        from_f16,                                                   \
-        to_bf16,                                                    \
-        to_f16};
+#define DS_RANDOM(S) {adam_random<S, F32>, adam_random<S, Bf16>, adam_random<S, F16>}
+// Without moments their dtype does not matter.
+#define DS_PLAIN_STATE(P) \
+    {DS_BY_GRAD(PlainSgd, P, F32), DS_BY_GRAD(PlainSgd, P, F32), DS_BY_GRAD(PlainSgd, P, F32)}
+#define DS_PLAIN {DS_PLAIN_STATE(F32), DS_PLAIN_STATE(Bf16), DS_PLAIN_STATE(F16)}
+#define DS_KERNELS(NAME)                                                                    \
+    extern "C" const Kernels ds_kernels_##NAME = {                                          \
+        #NAME,                                                                              \
+        {DS_BY_PARAM(Adam), DS_BY_PARAM(Adagrad), DS_BY_PARAM(Lion), DS_BY_PARAM(Sgd), DS_PLAIN}, \
+        {DS_RANDOM(F32), DS_RANDOM(Bf16)},                                                  \
+        noise,                                                                              \
+        lamb_moments,                                                                       \
+        lamb_update,                                                                        \
+        lamb_apply,                                                                         \
+        squares,                                                                            \
+        squares_f64,                                                                        \
+        from_bf16,                                                                          \
+        from_f16,                                                                           \
+        from_e4m3,                                                                          \
+        from_e5m2,                                                                          \
+        to_bf16,                                                                            \
+        to_f16,                                                                             \
+        to_e4m3,                                                                            \
+        to_e5m2,                                                                            \
+        extent,                                                                             \
+        extent_columns,                                                                     \
+        quantize,                                                                           \
+        quantize_columns,                                                                   \
+        round_trip,                                                                         \
+        {DS_DEQUANTIZE(F32), DS_DEQUANTIZE(Bf16), DS_DEQUANTIZE(F16)},                      \
+        {dequantize_columns<F32>, dequantize_columns<Bf16>, dequantize_columns<F16>},       \
+        encode_narrow,                                                                      \
+        encode_wide,                                                                        \
+        {decode<F32, Narrow>, decode<Bf16, Narrow>, decode<F16, Narrow>},                   \
+        {decode<F32, Wide>, decode<Bf16, Wide>, decode<F16, Wide>},                         \
+        pack,                                                                               \
+        unpack,                                                                             \
+        pack_wide,                                                                          \
+        unpack_wide};

@@ -34,28 +34,110 @@ struct LionConstants {
     float lr;
 };
 
+struct SgdConstants {
+    float grad_scale;
+    float l2;
+    float momentum;
+    float rest;  // 1 - dampening
+    float lr;
+    int32_t nesterov;
+    int32_t first;  // the buffer holds nothing yet
+};
+
+struct LambConstants {
+    float grad_scale;
+    float beta1_rest;
+    float beta2;
+    float beta2_rest;
+    float eps;
+    float decay;
+    int32_t eps_inside;
+};
+
+// How groups are rounded to whole numbers: (x - shift) * scale + offset, kept within [least, most], then + bias.
+// One number a group (a column for *_columns).
+struct Rounding {
+    const float *scale, *shift, *offset, *step;
+    float least, most;
+    int32_t bias, mask;
+};
+
+// A float of few bits: of its exponent and of its mantissa.
+struct Tiny {
+    int32_t exponent, mantissa;
+};
+
 // Lanes of the sums of squares: the same in every instruction set, so that all give the same bits.
 enum { kNormLanes = 32 };
 
 // The optimizer rules, in the order of Kernels::sweep.
-enum { kAdam, kAdagrad, kLion, kRules };
+enum { kAdam, kAdagrad, kLion, kSgd, kPlainSgd, kRules };
 
-// Applies a rule to n elements; `second` is null for rules with one moment, `constants` is the rule's struct.
+// Applies a rule to n elements; moments that the rule has not are null, `constants` is the rule's struct.
 typedef void (*Sweep)(void *param, void *first, void *second, const void *grad, int64_t n,
                       const void *constants);
+// Adam on bf16 params, rounded by random bits of each element.
+typedef void (*RandomSweep)(uint16_t *param, void *first, void *second, const void *grad,
+                            const uint32_t *low, const uint32_t *high, int64_t n,
+                            const void *constants);
+// Groups of `size` codes, one a byte, to values: (code - shift) * by + base of each group, or / by for codes without a
+// sign and for columns.
+typedef void (*DequantizeGroups)(const uint8_t *codes, void *out, int64_t groups, int64_t size,
+                           const float *by, const float *shift, const float *base, int bits);
+typedef void (*DequantizeColumns)(const uint8_t *codes, void *out, int64_t n, const float *scale,
+                                  const float *shift, const float *base);
+typedef void (*Decode)(const void *codes, void *out, int64_t n, float scale, Tiny form);
 
 struct Kernels {
     const char *name;
     // by dtype code of the param, the moments and the gradient (see ds_dtype: fp32, bf16, fp16)
     Sweep sweep[kRules][3][3][3];
+    // by dtype code of the moments (fp32, bf16) and the gradient
+    RandomSweep random_adam[2][3];
+    // 64 random bits each of elements index, index + 1, ...
+    void (*noise)(int64_t seed, int64_t index, int64_t n, uint32_t *low, uint32_t *high);
+    void (*lamb_moments)(float *first, float *second, const float *grad, int64_t n,
+                         const LambConstants *c);
+    void (*lamb_update)(const float *param, const float *first, const float *second, float *out,
+                        int64_t n, const LambConstants *c);
+    void (*lamb_apply)(float *param, const float *update, int64_t n, float size);
     // lanes[i % kNormLanes] is the sum of these x[i]^2
     void (*squares)(const float *x, int64_t n, double *lanes);
     void (*squares_f64)(const double *x, int64_t n, double *lanes);
-    // 16-bit formats to fp32 and back, rounded to nearest even
+    // narrow formats to fp32 and back, rounded to nearest even
     void (*from_bf16)(const uint16_t *in, float *out, int64_t n);
     void (*from_f16)(const uint16_t *in, float *out, int64_t n);
+    void (*from_e4m3)(const uint8_t *in, float *out, int64_t n);
+    void (*from_e5m2)(const uint8_t *in, float *out, int64_t n);
     void (*to_bf16)(const float *in, uint16_t *out, int64_t n);
     void (*to_f16)(const float *in, uint16_t *out, int64_t n);
+    void (*to_e4m3)(const float *in, uint8_t *out, int64_t n);
+    void (*to_e5m2)(const float *in, uint8_t *out, int64_t n);
+    // Least and greatest of each group (NaN where it has one); with null `low` the greatest size. Groups lie one after
+    // the other; _columns takes a row of all columns into account.
+    void (*extent)(const float *x, int64_t groups, int64_t size, float *low, float *high);
+    void (*extent_columns)(const float *x, int64_t n, float *low, float *high);
+    // To codes, one a byte; by random bits (null: to nearest even). round_trip writes what codes stand for, in place.
+    void (*quantize)(const float *x, int64_t groups, int64_t size, const Rounding *rule,
+                     const uint32_t *random, uint8_t *codes);
+    void (*quantize_columns)(const float *x, int64_t n, const Rounding *rule, uint8_t *codes);
+    void (*round_trip)(float *x, int64_t groups, int64_t size, const Rounding *rule,
+                       const uint32_t *random);
+    DequantizeGroups dequantize[3][2];  // by dtype code, and whether codes have a sign
+    DequantizeColumns dequantize_columns[3];
+    // x / scale to small floats, one a byte or (12 bits) one a word, and back by dtype code
+    void (*encode_narrow)(const float *x, uint8_t *codes, int64_t n, float scale, Tiny form,
+                          const uint32_t *random);
+    void (*encode_wide)(const float *x, uint16_t *codes, int64_t n, float scale, Tiny form,
+                        const uint32_t *random);
+    Decode decode_narrow[3];
+    Decode decode_wide[3];
+    // n codes of 4 or 6 bits, one a byte, into n * bits / 8 bytes; 6 bits: n is a multiple of 4
+    void (*pack)(const uint8_t *codes, uint8_t *out, int64_t n, int bits, bool high_first);
+    void (*unpack)(const uint8_t *in, uint8_t *codes, int64_t n, int bits, bool high_first);
+    // 12 bits; n is even
+    void (*pack_wide)(const uint16_t *codes, uint8_t *out, int64_t n);
+    void (*unpack_wide)(const uint8_t *in, uint16_t *codes, int64_t n);
 };
 
 extern "C" {

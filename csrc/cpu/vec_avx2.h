@@ -58,6 +58,96 @@ inline void narrow_f16(Vec a, uint16_t *p) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// Two vectors of results of arithmetic: a NaN among them is quiet and keeps its high half. In 16-bit lanes, twice as
+// many at a time: the carry of rounding is the top bit of the mean of the low half and 0x7fff (+ 1 for odd ones).
+inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
+    const __m256i x = _mm256_castps_si256(a.v), y = _mm256_castps_si256(b.v);
+    const __m256i zero = _mm256_setzero_si256(), one = _mm256_set1_epi16(1);
+    const __m256i high = _mm256_packus_epi32(_mm256_srli_epi32(x, 16), _mm256_srli_epi32(y, 16));
+    const __m256i low = _mm256_packus_epi32(_mm256_blend_epi16(x, zero, 0xaa),
+                                            _mm256_blend_epi16(y, zero, 0xaa));
+    const __m256i half = _mm256_add_epi16(_mm256_and_si256(high, one), _mm256_set1_epi16(0x7ffe));
+    const __m256i carry = _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15);
+    const __m256i nan = _mm256_cmpgt_epi16(_mm256_and_si256(high, _mm256_set1_epi16(0x7fff)),
+                                           _mm256_set1_epi16(0x7f80));
+    const __m256i rounded = _mm256_add_epi16(high, _mm256_andnot_si256(nan, carry));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(rounded, 0xd8));
+}
+
+// As many 32-bit integers; arithmetic wraps, shifts are logical.
+struct Ints {
+    __m256i v;
+
+    static Ints all(int32_t x) { return {_mm256_set1_epi32(x)}; }
+    static Ints load(const uint32_t *p) { return {_mm256_loadu_si256((const __m256i *)p)}; }
+    static Ints bytes(const uint8_t *p) {
+        return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))};
+    }
+    static Ints words(const uint16_t *p) {
+        return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p))};
+    }
+    void store_bytes(uint8_t *p) const {
+        const __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                              0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+        const __m256i four = _mm256_shuffle_epi8(v, pick);
+        _mm_storel_epi64((__m128i *)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(four),
+                                                          _mm256_extracti128_si256(four, 1)));
+    }
+    void store_words(uint16_t *p) const {
+        const __m256i whole = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(whole, whole), 0xd8);
+        _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
+    }
+};
+
+struct Mask {
+    __m256 v;
+};
+
+inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Ints operator|(Ints a, Ints b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline Ints left(Ints a, int n) { return {_mm256_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+inline Ints right(Ints a, int n) { return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+inline Ints right_each(Ints a, Ints n) { return {_mm256_srlv_epi32(a.v, n.v)}; }
+inline Ints bits(Vec a) { return {_mm256_castps_si256(a.v)}; }
+inline Vec floats(Ints a) { return {_mm256_castsi256_ps(a.v)}; }
+inline Vec to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+
+// The second where one is NaN.
+inline Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec smaller(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask less(Ints a, Ints b) {
+    return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))};
+}
+inline Mask unordered(Vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.v, b.v)}; }
+inline bool any(Mask a) { return _mm256_movemask_ps(a.v) != 0; }
+inline Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+inline Ints select(Mask m, Ints a, Ints b) { return bits(select(m, floats(a), floats(b))); }
+
+// The largest lane of a vector without NaN.
+inline float highest(Vec a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+// The values of codes 0 to 15.
+struct Table {
+    __m256 low, high;
+
+    explicit Table(const float *sixteen)
+        : low(_mm256_loadu_ps(sixteen)), high(_mm256_loadu_ps(sixteen + 8)) {}
+    Vec operator[](Ints codes) const {
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes.v, 28));  // 8: the sign
+        return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes.v),
+                                 _mm256_permutevar8x32_ps(high, codes.v), upper)};
+    }
+};
+
 struct Squares {
     __m256d lane[8];
 

@@ -54,6 +54,79 @@ inline void narrow_f16(Vec a, uint16_t *p) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// Two vectors of results of arithmetic, see vec_avx2.h.
+inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
+    const __m512i x = _mm512_castps_si512(a.v), y = _mm512_castps_si512(b.v);
+    const __m512i even = _mm512_set_epi16(
+        62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18,
+        16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i one = _mm512_set1_epi16(1);
+    const __m512i low = _mm512_permutex2var_epi16(x, even, y);
+    const __m512i high = _mm512_permutex2var_epi16(x, _mm512_or_si512(even, one), y);
+    const __m512i half = _mm512_add_epi16(_mm512_and_si512(high, one), _mm512_set1_epi16(0x7ffe));
+    const __m512i carry = _mm512_srli_epi16(_mm512_avg_epu16(low, half), 15);
+    const __mmask32 number = _mm512_cmple_epu16_mask(
+        _mm512_and_si512(high, _mm512_set1_epi16(0x7fff)), _mm512_set1_epi16(0x7f80));
+    _mm512_storeu_si512((void *)p, _mm512_mask_add_epi16(high, number, high, carry));
+}
+
+// As many 32-bit integers; arithmetic wraps, shifts are logical.
+struct Ints {
+    __m512i v;
+
+    static Ints all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    static Ints load(const uint32_t *p) { return {_mm512_loadu_si512((const void *)p)}; }
+    static Ints bytes(const uint8_t *p) {
+        return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))};
+    }
+    static Ints words(const uint16_t *p) {
+        return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p))};
+    }
+    void store_bytes(uint8_t *p) const {
+        _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(v));
+    }
+    void store_words(uint16_t *p) const {
+        _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(v));
+    }
+};
+
+struct Mask {
+    __mmask16 v;
+};
+
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Ints left(Ints a, int n) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+inline Ints right(Ints a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+inline Ints right_each(Ints a, Ints n) { return {_mm512_srlv_epi32(a.v, n.v)}; }
+inline Ints bits(Vec a) { return {_mm512_castps_si512(a.v)}; }
+inline Vec floats(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
+inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+// The second where one is NaN.
+inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec smaller(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask less(Ints a, Ints b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
+inline Mask unordered(Vec a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Mask operator|(Mask a, Mask b) { return {(__mmask16)(a.v | b.v)}; }
+inline bool any(Mask a) { return a.v != 0; }
+inline Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.v, b.v, a.v)}; }
+inline Ints select(Mask m, Ints a, Ints b) { return {_mm512_mask_blend_epi32(m.v, b.v, a.v)}; }
+
+// The largest lane of a vector without NaN.
+inline float highest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+// The values of codes 0 to 15.
+struct Table {
+    __m512 values;
+
+    explicit Table(const float *sixteen) : values(_mm512_loadu_ps(sixteen)) {}
+    Vec operator[](Ints codes) const { return {_mm512_permutexvar_ps(codes.v, values)}; }
+};
+
 struct Squares {
     __m512d lane[4];
 

@@ -91,6 +91,70 @@ inline Vec widen_f16(const uint16_t *p) { return {f16_to_float(*p)}; }
 inline void narrow_bf16(Vec a, uint16_t *p) { *p = float_to_bf16(a.v); }
 inline void narrow_f16(Vec a, uint16_t *p) { *p = float_to_f16(a.v); }
 
+// Two vectors of results of arithmetic: a NaN among them is quiet, which some paths make use of.
+inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
+    p[0] = float_to_bf16(a.v);
+    p[1] = float_to_bf16(b.v);
+}
+
+// As many 32-bit integers; arithmetic wraps, shifts are logical.
+struct Ints {
+    int32_t v;
+
+    static Ints all(int32_t x) { return {x}; }
+    static Ints load(const uint32_t *p) { return {(int32_t)*p}; }
+    static Ints bytes(const uint8_t *p) { return {*p}; }
+    static Ints words(const uint16_t *p) { return {*p}; }
+    void store_bytes(uint8_t *p) const { *p = (uint8_t)v; }
+    void store_words(uint16_t *p) const { *p = (uint16_t)v; }
+};
+
+struct Mask {
+    bool v;
+};
+
+inline Ints operator+(Ints a, Ints b) { return {(int32_t)((uint32_t)a.v + (uint32_t)b.v)}; }
+inline Ints operator-(Ints a, Ints b) { return {(int32_t)((uint32_t)a.v - (uint32_t)b.v)}; }
+inline Ints operator&(Ints a, Ints b) { return {a.v & b.v}; }
+inline Ints operator|(Ints a, Ints b) { return {a.v | b.v}; }
+inline Ints left(Ints a, int n) { return {(int32_t)((uint32_t)a.v << n)}; }
+inline Ints right(Ints a, int n) { return {(int32_t)((uint32_t)a.v >> n)}; }
+inline Ints right_each(Ints a, Ints n) { return {(int32_t)((uint32_t)a.v >> n.v)}; }  // n < 32
+
+inline Ints bits(Vec a) {
+    FloatBits x;
+    x.f = a.v;
+    return {(int32_t)x.u};
+}
+inline Vec floats(Ints a) {
+    FloatBits x;
+    x.u = (uint32_t)a.v;
+    return {x.f};
+}
+inline Vec to_float(Ints a) { return {(float)a.v}; }
+
+// The second where one is NaN.
+inline Vec larger(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec smaller(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline Mask less(Vec a, Vec b) { return {a.v < b.v}; }
+inline Mask less(Ints a, Ints b) { return {a.v < b.v}; }
+inline Mask unordered(Vec a) { return {a.v != a.v}; }
+inline Mask operator|(Mask a, Mask b) { return {a.v || b.v}; }
+inline bool any(Mask a) { return a.v; }
+inline Vec select(Mask m, Vec a, Vec b) { return m.v ? a : b; }
+inline Ints select(Mask m, Ints a, Ints b) { return m.v ? a : b; }
+
+// The largest lane of a vector without NaN.
+inline float highest(Vec a) { return a.v; }
+
+// The values of codes 0 to 15.
+struct Table {
+    const float *values;
+
+    explicit Table(const float *sixteen) : values(sixteen) {}
+    Vec operator[](Ints codes) const { return {values[codes.v & 15]}; }
+};
+
 // Sums of squares in kNormLanes doubles; `add` takes kNormLanes elements.
 struct Squares {
     double lane[32];

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 
-_PACKAGES = ("adagrad", "adam", "aio", "fp_quantizer", "lamb", "lion", "op_builder")
+_PACKAGES = ("adagrad", "adam", "aio", "fp_quantizer", "lamb", "lion", "op_builder", "sgd")
 
 
 def __getattr__(name: str) -> object:

@@ -1,70 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group quantization to small floats: fp8 (e4m3), fp6 (e3m2), fp12 (e4m7) and fp4 (e2m1), packed without gaps.
 
-The formats have subnormals and neither infinities nor NaNs. A packed group is ``group_size * bits / 8`` bytes, four
-values in each ``bits / 2`` of them from the low end, then its scale as four bytes of a float32.
+CUDA tensors go to the kernels, all others to the ops of `small_floats`, which tells the formats.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from deepspeed.ops import cuda
-from deepspeed.ops.cuda_quant import _GRID, _seed
+from deepspeed.ops import cuda, small_floats
+from deepspeed.ops.cuda_quant import _GRID
 from deepspeed.ops.packing import NARROW_CODES
+from deepspeed.ops.random_bits import draw_seed
+from deepspeed.ops.small_floats import FORMATS, FloatFormat, count_groups, packed_bytes
 from deepspeed.utils.errors import explain
 
-
-class FloatFormat(NamedTuple):
-    """A small float: bits of its exponent and of its mantissa."""
-
-    exponent: int
-    mantissa: int
-
-    @property
-    def bits(self) -> int:
-        """Bits of a value, with the sign."""
-        return 1 + self.exponent + self.mantissa
-
-    @property
-    def least_exponent(self) -> int:
-        """Exponent of the smallest normal value."""
-        return 2 - (1 << (self.exponent - 1))
-
-    @property
-    def most(self) -> float:
-        """The greatest value."""
-        top = (1 << self.exponent) - 2 + self.least_exponent
-        return (2 - 2.0**-self.mantissa) * 2.0**top
-
-    @staticmethod
-    def of(bits: int, mantissa: int) -> FloatFormat:
-        """Return the format of so many bits.
-
-        Raises:
-            ValueError: there is none.
-        """
-        found = FloatFormat(bits - 1 - mantissa, mantissa)
-        if found not in FORMATS:
-            raise ValueError(
-                explain(
-                    "no such small float",
-                    got=f"{bits} bits with a mantissa of {mantissa}",
-                    expected="8 with 3, 6 with 2, 12 with 7 or 4 with 1",
-                )
-            )
-        return found
-
-
-FORMATS = (FloatFormat(4, 3), FloatFormat(3, 2), FloatFormat(4, 7), FloatFormat(2, 1))
-
-
-def packed_bytes(group_size: int, form: FloatFormat) -> int:
-    """Return the bytes of a packed group, its scale included."""
-    return group_size * form.bits // 8 + 4
+__all__ = ["FORMATS", "FloatFormat", "fp_dequantize", "fp_quantize", "packed_bytes", "scales"]
 
 
 def fp_quantize(
@@ -81,17 +33,18 @@ def fp_quantize(
     Raises:
         ValueError: the sizes do not fit.
     """
-    groups = _groups(values.numel(), group_size)
+    groups = count_groups(values.numel(), group_size)
     code = NARROW_CODES.get(values.dtype)
     launch = cuda.find("fp_quantize", values) if code is not None else None
     if launch is None:
-        return _pack(values.reshape(groups, group_size).float(), form, stochastic)
+        seed = draw_seed() if stochastic else small_floats.NEAREST
+        return small_floats.fp_quantize(values, group_size, *form, seed)
     values = values.contiguous()
     shape = (groups, packed_bytes(group_size, form))
     out = torch.empty(shape, dtype=torch.uint8, device=values.device)
     if groups:
         addresses = (values.data_ptr(), code, out.data_ptr())
-        seed = _seed() if stochastic else 0
+        seed = draw_seed() if stochastic else 0
         launch(min(groups, _GRID), *addresses, groups, group_size, *form, stochastic, seed)
     return out
 
@@ -117,7 +70,7 @@ def fp_dequantize(
         IndexError: a row is out of range (told only where the indexes are in the CPU's memory).
     """
     bytes_each = packed_bytes(group_size, form)
-    there = _groups(packed.numel() // bytes_each * group_size, group_size)
+    there = count_groups(packed.numel() // bytes_each * group_size, group_size)
     if packed.dtype != torch.uint8 or packed.numel() % bytes_each:
         raise ValueError(
             explain(
@@ -131,10 +84,8 @@ def fp_dequantize(
         _check_rows(rows[0], rows[1], there)
     launch = cuda.find("fp_dequantize", packed) if dtype in NARROW_CODES else None
     if launch is None:
-        every = packed.reshape(there, bytes_each)
-        if rows is not None:
-            every = every.reshape(-1, rows[1], bytes_each)[rows[0].long()].reshape(-1, bytes_each)
-        return _unpack(every, group_size, form).to(dtype)
+        chosen = (None, 1) if rows is None else rows
+        return small_floats.fp_dequantize(packed, group_size, *form, dtype, *chosen)
     out = torch.empty(groups, group_size, dtype=dtype, device=packed.device)
     packed = packed.contiguous()
     index = None if rows is None else rows[0].to(packed.device, torch.int64).contiguous()
@@ -161,59 +112,6 @@ def scales(packed: Tensor, groups: int) -> Tensor:
         .clone(memory_format=torch.contiguous_format)
         .view(torch.float32)
     )
-
-
-def _pack(x: Tensor, form: FloatFormat, stochastic: bool) -> Tensor:
-    most = x.abs().amax(1, keepdim=True) if x.numel() else x.new_ones(x.shape[0], 1)
-    scale = torch.where(most == 0, torch.ones_like(most), most / form.most)
-    codes = _encode(x / scale, form, stochastic).reshape(-1, 4)
-    shifts = torch.arange(4, device=x.device) * form.bits
-    four = (codes << shifts).sum(1, keepdim=True)
-    ends = torch.arange(form.bits // 2, device=x.device) * 8
-    payload = (four >> ends & 255).to(torch.uint8).reshape(x.shape[0], -1)
-    return torch.cat([payload, scale.contiguous().view(torch.uint8)], 1)
-
-
-def _unpack(packed: Tensor, group_size: int, form: FloatFormat) -> Tensor:
-    scale = packed[:, -4:].clone(memory_format=torch.contiguous_format).view(torch.float32)
-    units = packed[:, :-4].reshape(-1, form.bits // 2).long()
-    four = (units << torch.arange(form.bits // 2, device=packed.device) * 8).sum(1, keepdim=True)
-    codes = four >> torch.arange(4, device=packed.device) * form.bits & ((1 << form.bits) - 1)
-    return _decode(codes, form).reshape(-1, group_size) * scale
-
-
-def _encode(y: Tensor, form: FloatFormat, stochastic: bool) -> Tensor:
-    """Return int64 codes; not finite becomes the greatest value."""
-    size = y.abs().double().nan_to_num(nan=form.most, posinf=form.most)
-    exponent = torch.frexp(size).exponent.long() - 1
-    exponent = torch.where(size > 0, exponent, exponent.new_tensor(form.least_exponent))
-    exponent = exponent.clamp_min(form.least_exponent)
-    steps = torch.ldexp(size, form.mantissa - exponent)  # in units of the last place
-    whole = (steps + torch.rand_like(steps)).floor() if stochastic else steps.round()
-    code = ((exponent - form.least_exponent) << form.mantissa) + whole.long()
-    code = code.clamp_max((1 << (form.exponent + form.mantissa)) - 1)
-    return code | y.signbit().long() << (form.exponent + form.mantissa)
-
-
-def _decode(code: Tensor, form: FloatFormat) -> Tensor:
-    fraction = code & ((1 << form.mantissa) - 1)
-    field = code >> form.mantissa & ((1 << form.exponent) - 1)
-    whole = torch.where(field > 0, fraction | 1 << form.mantissa, fraction)
-    power = (field - 1).clamp_min(0) + form.least_exponent - form.mantissa
-    size = torch.ldexp(whole.float(), power)
-    return torch.where(code >> (form.exponent + form.mantissa) & 1 > 0, -size, size)
-
-
-def _groups(numel: int, group_size: int) -> int:
-    if group_size < 4 or group_size % 4 or numel % group_size:
-        raise ValueError(
-            explain(
-                "values do not divide into groups",
-                got=f"{numel} values in groups of {group_size}",
-                expected="whole groups of a multiple of 4",
-            )
-        )
-    return numel // group_size
 
 
 def _check_rows(index: Tensor, row_groups: int, there: int) -> None:

@@ -1,27 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group quantization to 8 and 4 bits, and what ZeRO++ makes of it: torch references, and kernels where there are some.
+"""Group quantization to 8, 6 and 4 bits, and what ZeRO++ makes of it: CUDA kernels, and the ops of `group_codes`.
 
 A group of values shares a scale 2^bits / (2 max|x|); asymmetric groups have a scale 2^bits / (max - min) and an offset.
 Kept with the values, one row a group of fp32: 1 / scale, then the offset. Two 4-bit values lie in a byte, the first in
-the low half. See csrc/cuda/quant_math.cuh, which says the same.
+the low half. See csrc/cuda/quant_math.cuh, which says the same; 6 bits (four values in three bytes) have no CUDA kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepspeed.ops import cuda
+from deepspeed.ops import cuda, group_codes
+from deepspeed.ops.group_codes import NEAREST, split, unit_of
 from deepspeed.ops.packing import NARROW_CODES
+from deepspeed.ops.random_bits import draw_seed
 from deepspeed.utils.errors import explain
 
 _GRID = 1 << 16  # blocks; further groups are taken in further rounds
 
 
 class Scheme(NamedTuple):
-    """How values are quantized: bits (8 or 4), with an offset or without."""
+    """How values are quantized: bits (8, 6 or 4), with an offset or without."""
 
     bits: int = 8
     asym: bool = False
@@ -64,7 +67,7 @@ def quantize(
         feedback: error feedback, updated in place.
 
     Returns:
-        int8 values (the last dimension halved for 4 bits), and fp32 [groups, 1 or 2].
+        int8 bytes (the last dimension halved for 4 bits, three quarters for 6), and fp32 [groups, 1 or 2].
 
     Raises:
         ValueError: the sizes do not fit.
@@ -105,13 +108,11 @@ def dequantize(
         ValueError: the sizes do not fit.
     """
     _check_quantized(quantized, params, groups, scheme)
-    shape = list(quantized.shape)
-    if scheme.bits == 4:
-        shape[-1] *= 2
-    numel = quantized.numel() * (8 // scheme.bits)
-    launch = cuda.find("dequantize", quantized)
+    shape = [*quantized.shape[:-1], quantized.shape[-1] * 8 // scheme.bits]
+    numel = quantized.numel() * 8 // scheme.bits
+    launch = _find("dequantize", quantized, scheme)
     if launch is None or dtype not in NARROW_CODES:
-        return _values(quantized, params, groups, scheme).to(dtype).reshape(shape)
+        return group_codes.dequantize_groups(quantized, params, groups, *scheme, dtype).view(shape)
     out = torch.empty(shape, dtype=dtype, device=quantized.device)
     quantized, params = quantized.contiguous(), params.contiguous()
     if numel:
@@ -137,14 +138,11 @@ def fake_quantize(
     code = NARROW_CODES.get(values.dtype)
     if launch is not None and code is not None and values.is_contiguous():
         if values.numel():
-            seed = _seed() if stochastic else 0
+            seed = draw_seed() if stochastic else 0
             address = values.data_ptr()
             launch(min(groups, _GRID), address, code, groups, size, bits, asym, stochastic, seed)
         return values
-    x = values.reshape(groups, -1).float()
-    scale, offset = _grid(x, bits, asym)
-    q = _round(x, scale, offset, bits, stochastic)
-    values.copy_(((q - offset) * (1 / scale)).reshape(values.shape))
+    group_codes.fake_quantize(values, groups, bits, asym, draw_seed() if stochastic else NEAREST)
     return values
 
 
@@ -171,8 +169,7 @@ def quantized_reduction(
     """
     in_groups, out_groups = groups
     _check_quantized(quantized, params, in_groups, scheme)
-    each = 8 // scheme.bits
-    numel = quantized.numel() * each // max(tensors, 1)
+    numel = quantized.numel() * 8 // scheme.bits // max(tensors, 1)
     if tensors < 1 or quantized.numel() % tensors or in_groups % tensors:
         raise ValueError(
             explain(
@@ -181,13 +178,13 @@ def quantized_reduction(
                 expected=f"a multiple of {tensors} tensors",
             )
         )
-    size = _split(numel, out_groups, each)
-    launch = cuda.find("quantized_reduce", quantized)
+    size = split(numel, out_groups, unit_of(scheme.bits))
+    launch = _find("quantized_reduce", quantized, scheme)
     if launch is None:
-        mean = _values(quantized, params, in_groups, scheme).reshape(tensors, -1).sum(0)
-        mean = mean * (1 / tensors)
-        return _quantize_reference(mean, out_groups, scheme, False, feedback, None)
-    out = quantized.new_empty(numel // each)
+        each = group_codes.dequantize_groups(quantized, params, in_groups, *scheme, torch.float32)
+        mean = each.view(tensors, -1).sum(0).mul_(1 / tensors)
+        return _quantize_plainly(mean, out_groups, scheme, False, feedback, None)
+    out = quantized.new_empty(numel * scheme.bits // 8)
     out_params = params.new_empty(out_groups, scheme.columns)
     quantized, params = quantized.contiguous(), params.contiguous()
     if numel:
@@ -217,23 +214,23 @@ def _quantize(
     feedback: Feedback | None,
     swizzle: Swizzle | None,
 ) -> tuple[Tensor, Tensor]:
-    each = _values_a_byte(scheme)
-    size = _group_size(values, groups, each)
+    unit = unit_of(scheme.bits)
+    size = _group_size(values, groups, unit)
     numbers = _feedback(feedback, values.numel())
     code = NARROW_CODES.get(values.dtype)
     name = "quantize" if swizzle is None else "swizzle_quantize"
-    launch = cuda.find(name, values) if code is not None else None
+    launch = _find(name, values, scheme) if code is not None else None
     shape = list(values.shape) or [1]
-    if each == 2 and shape[-1] % 2:
-        shape = [values.numel()]  # groups are even, rows are not: there is no row to halve
-    shape[-1] //= each
+    if shape[-1] % unit:
+        shape = [values.numel()]  # groups fill whole bytes, rows do not: there is no row to cut
+    shape[-1] = shape[-1] * scheme.bits // 8
     if launch is None:
-        q, params = _quantize_reference(values, groups, scheme, stochastic, feedback, swizzle)
+        q, params = _quantize_plainly(values, groups, scheme, stochastic, feedback, swizzle)
         return q.reshape(shape), params
     values = values.contiguous()
     out = torch.empty(shape, dtype=torch.int8, device=values.device)
     params = torch.empty(groups, scheme.columns, dtype=torch.float32, device=values.device)
-    last = (stochastic, _seed() if stochastic else 0) if swizzle is None else swizzle
+    last = (stochastic, draw_seed() if stochastic else 0) if swizzle is None else swizzle
     if values.numel():
         addresses = (values.data_ptr(), code, out.data_ptr(), params.data_ptr())
         sizes = (groups, size, scheme.bits, scheme.asym)
@@ -241,7 +238,7 @@ def _quantize(
     return out, params
 
 
-def _quantize_reference(
+def _quantize_plainly(
     values: Tensor,
     groups: int,
     scheme: Scheme,
@@ -249,16 +246,17 @@ def _quantize_reference(
     feedback: Feedback | None,
     swizzle: Swizzle | None,
 ) -> tuple[Tensor, Tensor]:
-    x = values.reshape(groups, -1).float()
+    """Quantize by the ops; error feedback and order are put around them."""
+    x = values
     if feedback is not None:
-        x = x + feedback.error.reshape(groups, -1).float()
-    scale, offset = _grid(x, scheme.bits, scheme.asym)
-    q = _round(x, scale, offset, scheme.bits, stochastic)
+        x = values.float() + feedback.error.reshape(values.shape).float()
+    seed = draw_seed() if stochastic else NEAREST
+    q, params = group_codes.quantize_groups(x, groups, *scheme, seed)
     if feedback is not None:
-        lost = (x - (q - offset) * (1 / scale)).reshape(feedback.error.shape)
+        known = group_codes.dequantize_groups(q, params, groups, *scheme, torch.float32)
+        lost = (x.reshape(-1) - known).reshape(feedback.error.shape)
         new = feedback.beta * feedback.error.float() + (1 - feedback.beta) * lost
         feedback.error.copy_(new)
-    params = torch.cat([1 / scale, offset], 1) if scheme.asym else 1 / scale
     if swizzle is not None:
         pipeline, nodes, devices = swizzle
 
@@ -266,76 +264,24 @@ def _quantize_reference(
             apart = t.reshape(nodes, devices, pipeline, -1, t.shape[1])
             return apart.permute(2, 1, 0, 3, 4).reshape(t.shape)
 
-        q, params = order(q), order(params)
-    q = q.to(torch.int32).reshape(-1)
-    if scheme.bits == 4:
-        q = (q[0::2] & 15) | (q[1::2] & 15) << 4
-    return q.to(torch.uint8).view(torch.int8), params
+        q, params = order(q.reshape(groups, -1)).reshape(-1), order(params)
+    return q, params
 
 
-def _grid(x: Tensor, bits: int, asym: bool) -> tuple[Tensor, Tensor]:
-    """Return scale and offset of each row."""
-    levels = float(1 << bits)
-    if asym:
-        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-        span = high - low
-    else:
-        low = torch.zeros((), device=x.device)
-        span = 2 * x.abs().amax(1, keepdim=True)
-    scale = torch.where(span == 0, torch.ones_like(span), levels / span)
-    return scale, -levels / 2 - low * scale if asym else torch.zeros_like(scale)
+def _find(name: str, tensor: Tensor, scheme: Scheme) -> Callable[..., None] | None:
+    return None if scheme.bits == 6 else cuda.find(name, tensor)
 
 
-def _round(x: Tensor, scale: Tensor, offset: Tensor, bits: int, stochastic: bool) -> Tensor:
-    exact = x * scale + offset
-    whole = (exact + torch.rand_like(exact)).floor() if stochastic else exact.round()
-    half = 1 << (bits - 1)
-    return whole.nan_to_num(nan=-half).clamp(-half, half - 1)
-
-
-def _values(quantized: Tensor, params: Tensor, groups: int, scheme: Scheme) -> Tensor:
-    """Return the fp32 values as [groups, group size]."""
-    q = quantized.reshape(-1)
-    if scheme.bits == 4:
-        byte = q.to(torch.int32) & 255
-        pairs = torch.stack([byte & 15, byte >> 4], 1).reshape(-1)
-        q = torch.where(pairs >= 8, pairs - 16, pairs)
-    q = q.reshape(groups, -1).float()
-    kept = params.reshape(groups, scheme.columns).float()
-    return (q - kept[:, 1:2]) * kept[:, :1] if scheme.asym else q * kept
-
-
-def _values_a_byte(scheme: Scheme) -> int:
-    if scheme.bits not in (4, 8):
-        raise ValueError(
-            explain("quantized values have a whole layout", got=scheme.bits, expected="8 or 4 bits")
-        )
-    return 8 // scheme.bits
-
-
-def _group_size(values: Tensor, groups: int, each: int) -> int:
+def _group_size(values: Tensor, groups: int, unit: int) -> int:
     if not values.is_floating_point():
         raise ValueError(
             explain("only floats are quantized", got=values.dtype, expected="fp32, bf16 or fp16")
         )
-    return _split(values.numel(), groups, each)
-
-
-def _split(numel: int, groups: int, each: int) -> int:
-    if groups < 1 or numel % groups or numel // groups % each:
-        raise ValueError(
-            explain(
-                "values do not divide into groups",
-                got=f"{numel} values in {groups} groups",
-                expected="equal groups" + (" of even size" if each == 2 else ""),
-            )
-        )
-    return numel // groups
+    return split(values.numel(), groups, unit)
 
 
 def _check_quantized(quantized: Tensor, params: Tensor, groups: int, scheme: Scheme) -> None:
-    each = _values_a_byte(scheme)
-    size = _split(quantized.numel() * each, groups, each)
+    size = split(quantized.numel() * 8 // scheme.bits, groups, unit_of(scheme.bits))
     wanted = groups * scheme.columns
     if quantized.dtype != torch.int8 or params.dtype != torch.float32 or params.numel() != wanted:
         raise ValueError(
@@ -363,8 +309,3 @@ def _feedback(feedback: Feedback | None, numel: int) -> tuple[int, int, float]:
             )
         )
     return error.data_ptr(), NARROW_CODES[error.dtype], feedback.beta
-
-
-def _seed() -> int:
-    """Draw a seed from torch's generator, so that manual_seed fixes stochastic rounding too."""
-    return int(torch.randint(1 << 62, (1,)).item())

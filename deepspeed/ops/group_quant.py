@@ -9,14 +9,21 @@ Two 4-bit codes lie in a byte, the first in the high half.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deepspeed.ops.abi import FORMATS
+from deepspeed.ops.packing import NARROW_CODES, is_plain, threads
+from deepspeed.ops.registry import Op, Ulp
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
+
+_QUANTIZE = FORMATS["ds_quantize_args"]
+_DEQUANTIZE = FORMATS["ds_dequantize_args"]
 
 # Values that the CPU treats at once: what it makes on the way stays in its caches.
 _CPU_CHUNK = 128 * 1024
@@ -112,6 +119,11 @@ class GroupScheme:
                 )
             )
 
+    @property
+    def numbers(self) -> tuple[int, int, int, bool]:
+        """The arguments of the ops."""
+        return self.bits, self.size, self.dim, self.symmetric
+
     def code_shape(self, shape: torch.Size) -> list[int]:
         """The shape of the codes, in bytes."""
         return [*shape[:-1], shape[-1] * self.bits // 8]
@@ -142,7 +154,13 @@ def quantize(values: Tensor, scheme: GroupScheme) -> tuple[Tensor, Tensor, Tenso
         ValueError: the shape does not fit.
     """
     scheme.check(values.shape)
-    values = values.detach().contiguous()
+    return quantize_weight(values.detach().contiguous(), *scheme.numbers)
+
+
+def _quantize_reference(
+    values: Tensor, bits: int, size: int, dim: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    scheme = GroupScheme(bits, size, dim, symmetric)
     codes = values.new_empty(scheme.code_shape(values.shape), dtype=torch.uint8)
     scale = values.new_empty(scheme.scale_shape(values.shape))
     least = values.new_empty(0 if scheme.symmetric else scale.shape)
@@ -163,7 +181,8 @@ def quantize(values: Tensor, scheme: GroupScheme) -> tuple[Tensor, Tensor, Tenso
         else:
             least[groups] = low
             grouped = grouped.sub_(low).mul_(stored).round_()
-        _pack(grouped.clamp_(0, scheme.top).view_as(values[rows]), scheme.bits, codes[rows])
+        whole = grouped.nan_to_num_(nan=0).clamp_(0, scheme.top)
+        _pack(whole.view_as(values[rows]), scheme.bits, codes[rows])
     return codes, scale, least
 
 
@@ -177,6 +196,20 @@ def dequantize(
         scheme: the same scheme.
         dtype: of the result.
     """
+    return dequantize_weight(codes, scale, least, *scheme.numbers, dtype)
+
+
+def _dequantize_reference(
+    codes: Tensor,
+    scale: Tensor,
+    least: Tensor,
+    bits: int,
+    size: int,
+    dim: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    scheme = GroupScheme(bits, size, dim, symmetric)
     values = codes.new_empty([*codes.shape[:-1], codes.shape[-1] * 8 // scheme.bits], dtype=dtype)
     for rows, groups in _chunks(values, scheme):
         part = values[rows]
@@ -216,6 +249,96 @@ def _unpack(codes: Tensor, bits: int, out: Tensor) -> None:
     else:
         out[..., 0::2] = codes >> 4
         out[..., 1::2] = codes & 15
+
+
+def _quantize_fake(
+    values: Tensor, bits: int, size: int, dim: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    scheme = GroupScheme(bits, size, dim, symmetric)
+    codes = values.new_empty(scheme.code_shape(values.shape), dtype=torch.uint8)
+    scale = values.new_empty(scheme.scale_shape(values.shape))
+    return codes, scale, values.new_empty(0 if symmetric else scale.shape)
+
+
+def _dequantize_fake(codes: Tensor, scale: Tensor, least: Tensor, bits: int, *rest: Any) -> Tensor:
+    return codes.new_empty([*codes.shape[:-1], codes.shape[-1] * 8 // bits], dtype=rest[-1])
+
+
+def _layout(shape: Sequence[int], scheme: GroupScheme) -> tuple[int, int, int] | None:
+    """How kernels see a weight: groups, their size, and how many lie side by side; None where bytes straddle groups."""
+    columns = math.prod(shape[scheme.dim + 1 :])
+    groups = math.prod(shape) // scheme.size if math.prod(shape) else 0
+    run = scheme.size if columns == 1 else columns
+    return None if groups == 0 or run * scheme.bits % 8 else (groups, scheme.size, columns)
+
+
+def _quantize_pack(
+    values: Tensor, bits: int, size: int, dim: int, symmetric: bool
+) -> tuple[bytes, tuple[Tensor, Tensor, Tensor]] | None:
+    layout = _layout(values.shape, GroupScheme(bits, size, dim, symmetric))
+    if layout is None or values.dtype not in NARROW_CODES or not is_plain(values):
+        return None
+    made = _quantize_fake(values, bits, size, dim, symmetric)
+    codes, scale, least = made
+    addresses = (
+        values.data_ptr(),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        0 if symmetric else least.data_ptr(),
+    )
+    kind = (NARROW_CODES[values.dtype], bits, not symmetric, True, False, 0, 0)
+    return _QUANTIZE.pack(_QUANTIZE.size, threads(), *layout, *addresses, *kind), made
+
+
+def _dequantize_pack(
+    codes: Tensor,
+    scale: Tensor,
+    least: Tensor,
+    bits: int,
+    size: int,
+    dim: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+) -> tuple[bytes, Tensor] | None:
+    scheme = GroupScheme(bits, size, dim, symmetric)
+    values = _dequantize_fake(codes, scale, least, bits, dtype)
+    layout = _layout(values.shape, scheme)
+    sides = (scale,) if symmetric else (scale, least)
+    if layout is None or not {dtype, scale.dtype} <= NARROW_CODES.keys():
+        return None
+    if not is_plain(codes, *sides) or any(s.numel() != layout[0] for s in sides):
+        return None
+    if not symmetric and least.dtype != scale.dtype:
+        return None
+    addresses = (
+        codes.data_ptr(),
+        scale.data_ptr(),
+        0 if symmetric else least.data_ptr(),
+        values.data_ptr(),
+    )
+    kind = (NARROW_CODES[dtype], NARROW_CODES[scale.dtype], bits, not symmetric, True, 0)
+    return _DEQUANTIZE.pack(_DEQUANTIZE.size, threads(), *layout, *addresses, *kind), values
+
+
+quantize_weight = Op(
+    "quantize_weight(Tensor values, int bits, int size, int dim, bool symmetric) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=_quantize_reference,
+    fake=_quantize_fake,
+    cpu="ds_quantize",
+    pack=_quantize_pack,
+    tolerance=Ulp(0),
+)
+
+dequantize_weight = Op(
+    "dequantize_weight(Tensor codes, Tensor scale, Tensor least, int bits, int size, int dim, "
+    "bool symmetric, ScalarType dtype) -> Tensor",
+    reference=_dequantize_reference,
+    fake=_dequantize_fake,
+    cpu="ds_dequantize",
+    pack=_dequantize_pack,
+    tolerance=Ulp(0),
+)
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -19,7 +19,7 @@ from deepspeed.ops import abi
 from deepspeed.utils import env
 from deepspeed.utils.errors import DeepSpeedError, explain
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_DIR = Path(__file__).resolve().parent / "lib"
 LIBRARY_NAME = {"win32": "ds_cpu.dll", "darwin": "libds_cpu.dylib"}.get(
     sys.platform, "libds_cpu.so"

@@ -16,6 +16,8 @@ from deepspeed.utils.errors import explain
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # what the optimizer kernels take: fp64 params are for the reference
 NARROW_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# what casts take
+CAST_CODES = {**NARROW_CODES, torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
 
 _forced_threads = env.DS_NUM_THREADS.get()
 
@@ -26,16 +28,18 @@ def threads() -> int:
 
 
 def shared_numel(op: str, first: Tensor, *others: Tensor | None) -> int:
-    """Return the elements of buffers that can be walked side by side, or -1 where strides forbid it.
+    """Return the elements of buffers that can be walked side by side, or -1 where strides or addresses forbid it.
 
     Raises:
         ValueError: the tensors differ in size, or are not all in the CPU's memory.
     """
     numel = first.numel()
     contiguous = first.is_contiguous()
+    aligned = is_aligned(first)
     for other in others:
         if other is None:
             continue
+        aligned = aligned and is_aligned(other)
         if other.numel() != numel or not other.is_cpu:
             raise ValueError(
                 explain(
@@ -45,12 +49,24 @@ def shared_numel(op: str, first: Tensor, *others: Tensor | None) -> int:
                 )
             )
         contiguous = contiguous and other.is_contiguous()
+    if not aligned:
+        return -1
     if contiguous:
         return numel
     # Other orders of one dense block (channels last) serve as well, if all tensors have the same.
     strides = first.stride()
     same = all(other is None or other.stride() == strides for other in others)
     return numel if same and _is_dense(first) else -1
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Say whether the elements start at multiples of their size, which memory that was given to torch need not do."""
+    return tensor.data_ptr() % tensor.element_size() == 0
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Say whether native code can walk each tensor: contiguous, aligned and in the CPU's memory."""
+    return all(t.is_contiguous() and t.is_cpu and is_aligned(t) for t in tensors)
 
 
 def _is_dense(tensor: Tensor) -> bool:

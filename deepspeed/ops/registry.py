@@ -16,7 +16,17 @@ from deepspeed.utils.logging import logger
 _LIBRARY = torch.library.Library("deepspeed", "FRAGMENT")
 
 # Modules that register ops when they are imported; by name, since they import this one.
-_DEFINED_IN = ("deepspeed.ops.norms", "deepspeed.ops.rules")
+_DEFINED_IN = (
+    "deepspeed.ops.norms",
+    "deepspeed.ops.rules",
+    "deepspeed.ops.lamb_rule",
+    "deepspeed.ops.copies",
+    "deepspeed.ops.group_codes",
+    "deepspeed.ops.small_floats",
+    "deepspeed.ops.group_quant",
+)
+# ds_status of csrc/api/ds_api.h
+_BAD_VALUE = 2
 
 _UNRESOLVED: Any = object()
 
@@ -46,8 +56,8 @@ class Op:
         reference: the definition of correct, in torch; takes the schema's arguments in order, on any device.
         fake: shapes and dtypes of the result, from the same arguments.
         cpu: symbol of the native library that takes one argument struct, or None.
-        pack: turns the arguments into ``(struct bytes, result)``, or None when only the reference can serve them
-            (strided views, dtypes that the library lacks).
+        pack: turns the arguments into ``(struct bytes, result, whatever must outlive the call)``, or None when only
+            the reference can serve them (strided views, dtypes that the library lacks).
         cuda: ``module:function`` that serves the arguments on CUDA tensors, or answers NotImplemented.
         tolerance: how close the native results are to the reference.
     """
@@ -60,7 +70,7 @@ class Op:
         fake: Callable[..., Any],
         tolerance: Ulp,
         cpu: str | None = None,
-        pack: Callable[..., tuple[bytes, Any] | None] | None = None,
+        pack: Callable[..., tuple[Any, ...] | None] | None = None,
         cuda: str | None = None,
     ) -> None:
         self.schema = schema
@@ -82,6 +92,7 @@ class Op:
 
         Raises:
             native.NativeLibraryError: the native library is there but cannot be used (message: cause and cure).
+            ValueError: the arguments do not fit together (sizes, overlapping buffers).
         """
         entry = self._entry
         if entry is _UNRESOLVED:
@@ -90,8 +101,10 @@ class Op:
         if entry is not None and self.pack is not None and args[0].device.type == "cpu":
             packed = self.pack(*args)
             if packed is not None:
-                if entry(packed[0]):
-                    raise RuntimeError(f"{self.name}: {native.last_error()}")
+                status = entry(packed[0])
+                if status:
+                    kind = ValueError if status == _BAD_VALUE else RuntimeError
+                    raise kind(f"{self.name}: {native.last_error()}")
                 return packed[1]
         if self.cuda is not None and args[0].device.type == "cuda":
             done = self.on_cuda(*args)

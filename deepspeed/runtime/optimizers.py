@@ -19,6 +19,8 @@ DeepSpeedOptimizerCallable = Callable[
 DeepSpeedSchedulerCallable = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 NATIVE_NAMES = ("adam", "adamw", "adagrad", "lamb", "lion")
+# What the native SGD takes; with anything else (maximize, …) torch's serves.
+_CPU_SGD_OPTIONS = {"lr", "momentum", "dampening", "weight_decay", "nesterov"}
 
 
 def make_optimizer(config: Any, params: list[Any]) -> torch.optim.Optimizer:
@@ -70,6 +72,10 @@ def _resolve(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict
         from deepspeed.ops.lamb import FusedLamb
 
         return FusedLamb, options
+    if name == "SGD" and on_host and not set(options) - _CPU_SGD_OPTIONS:
+        from deepspeed.ops.sgd import DeepSpeedCPUSGD
+
+        return DeepSpeedCPUSGD, options
     kind = getattr(torch.optim, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
         raise AssertionError(
@@ -129,8 +135,9 @@ def check_served(config: Any, optimizer: torch.optim.Optimizer, is_client: bool)
     from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.lion import DeepSpeedCPULion
+    from deepspeed.ops.sgd import DeepSpeedCPUSGD
 
-    made_for_host = (DeepSpeedCPUAdam, DeepSpeedCPULion, DeepSpeedCPUAdagrad)
+    made_for_host = (DeepSpeedCPUAdam, DeepSpeedCPULion, DeepSpeedCPUAdagrad, DeepSpeedCPUSGD)
     if (
         is_client
         and _offloads(config)

@@ -16,8 +16,9 @@ BUDGET = {
     "quickstart.py": 180,
     "bin": 72,
     # the ABI table grew with the I/O queue; the wheels of two systems, and the gate that reads ELF and PE
-    "op_builder": 1000,
-    "csrc": 4700,
+    "op_builder": 1150,
+    # one text of each kernel over four vector headers; quantization came to the CPU as well
+    "csrc": 6000,
     "deepspeed/__init__.py": 220,
     "deepspeed/git_version_info.py": 30,
     "deepspeed/env_report.py": 420,  # ten sections, each as text and as JSON, none able to break the rest
@@ -29,7 +30,8 @@ BUDGET = {
     # every public verb is a documented function over three backends; the rendezvous of clouds and MPI; smaller axes; a benchmark
     "deepspeed/comm": 2400,
     # the first wave's ops, and those that came with the CUDA loader and file I/O
-    "deepspeed/ops": 7000,
+    # and quantization, casts and copies, each with its reference
+    "deepspeed/ops": 8000,
     "deepspeed/runtime/engine.py deepspeed/runtime/engine_accessors.py": 920,
     # every rule of loading: three stages, two wrappers, older names, experts, any number of ranks
     "deepspeed/runtime/engine_checkpoint.py deepspeed/runtime/engine_load.py": 750,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.ops.elementwise import ElementwiseOptimizer, require_cpu
-from deepspeed.ops.rules import adam_rollback, adam_step
+from deepspeed.ops.rules import adam_rollback, adam_step, random_adam_step
 from deepspeed.utils.logging import logger
 
 
@@ -28,9 +28,12 @@ class DeepSpeedCPUAdam(ElementwiseOptimizer):
         amsgrad: accepted for compatibility and not used.
         adamw_mode: decay the params directly (AdamW); else add the decay to the gradient (L2).
         fp32_optimizer_states: keep fp32 moments for 16-bit params; else moments of the param's dtype.
+        stochastic_rounding: round bf16 params, and bf16 moments, up with the probability of what is cut off, so that
+            small steps add up without an fp32 master copy. Seeded by `torch.initial_seed()` when the optimizer is made.
 
     Raises:
         AssertionError: at the step, when a param is not in the CPU's memory.
+        TypeError: at the step, stochastic rounding of params that are not bf16.
 
     Example:
         >>> layer = torch.nn.Linear(2, 2)
@@ -42,7 +45,7 @@ class DeepSpeedCPUAdam(ElementwiseOptimizer):
     # Number of optimizers made so far; each takes one as its opt_id.
     optimizer_id: ClassVar[int] = 0
     moments = ("exp_avg", "exp_avg_sq")
-    settings = ("fp32_optimizer_states", "adam_w_mode")
+    settings = ("fp32_optimizer_states", "adam_w_mode", "stochastic_rounding", "_seed")
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class DeepSpeedCPUAdam(ElementwiseOptimizer):
         amsgrad: bool = False,
         adamw_mode: bool = True,
         fp32_optimizer_states: bool = True,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -67,11 +71,15 @@ class DeepSpeedCPUAdam(ElementwiseOptimizer):
         if amsgrad:
             logger.warning("DeepSpeedCPUAdam has no AMSGrad variant: amsgrad=True has no effect")
         self.adam_w_mode = adamw_mode
+        self.stochastic_rounding = stochastic_rounding
+        self._seed = torch.initial_seed()
+        self._at = (0, 0)  # the step that the last seed was for, and how many it has had
         self._take_id()
         super().__init__(model_params, defaults, fp32_optimizer_states)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"stochastic_rounding": False, "_seed": 0, **state})
+        self._at = (0, 0)
         self._take_id()
 
     def _take_id(self) -> None:
@@ -122,7 +130,22 @@ class DeepSpeedCPUAdam(ElementwiseOptimizer):
     ) -> None:
         require_cpu(param, "DeepSpeedCPUAdam")
         state["step"] += 1
-        adam_step(*self._arguments(group, param, grad, state, low, grad_scale))
+        arguments = self._arguments(group, param, grad, state, low, grad_scale)
+        if not self.stochastic_rounding:
+            adam_step(*arguments)
+            return
+        tensors, rule = arguments[:4], arguments[5:]
+        random_adam_step(*tensors, *rule, self._next_seed(state["step"]))
+        if low is not None:
+            low.copy_(param.detach())
+
+    def _next_seed(self, step: int) -> int:
+        """A seed for each call of each step, the same after a restart that loads the step."""
+        last, count = self._at
+        count = count + 1 if last == step else 0
+        self._at = (step, count)
+        # Far apart: consecutive seeds would give neighbouring elements each other's bits.
+        return (self._seed + 0x632BE59BD9B4E019 * (step * 65537 + count)) % (1 << 63)
 
     def _arguments(
         self,

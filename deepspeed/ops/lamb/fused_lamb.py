@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.ops import cuda, cuda_optim
+from deepspeed.ops import cuda, cuda_optim, lamb_rule
 
 
 class FusedLamb(torch.optim.Optimizer):
@@ -126,7 +126,7 @@ class FusedLamb(torch.optim.Optimizer):
             raise RuntimeError("FusedLamb takes no sparse gradients.")
         state = self._state_of(param)
         state["step"] += 1
-        return lamb_step(
+        ratio = lamb_step(
             param,
             None,
             state["exp_avg"],
@@ -143,6 +143,8 @@ class FusedLamb(torch.optim.Optimizer):
             group["bias_correction"],
             group["weight_decay"],
         )
+        torch.autograd.graph.increment_version(param)
+        return ratio
 
     def __getstate__(self) -> dict[str, Any]:
         mine = {"eps_mode": self.eps_mode, "lamb_coeffs": self.lamb_coeffs}
@@ -171,25 +173,30 @@ def lamb_step(
 
     ``grad / grad_scale`` is the gradient used; mode 0 adds eps inside the root; `low` may have no elements.
     """
-    p, m, v = param.float(), exp_avg.float(), exp_avg_sq.float()
-    g = grad.float() / grad_scale
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    spread = (v + eps).sqrt_() if mode == 0 else v.sqrt().add_(eps)
-    update = (m / spread).add_(p, alpha=decay)
-    size = lr
-    if bias_correction:
-        size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-    ours, its = p.norm(), update.norm()
-    ratio = (ours / its).clamp(min_coeff, max_coeff)
-    ratio = torch.where((ours > 0) & (its > 0), ratio, torch.ones_like(ratio))
-    p.sub_(update.mul_(ratio * size))
-    for target, work in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
-        if target is not work:
-            target.copy_(work)
-    if low is not None and low.numel():
-        low.copy_(p)
-    return ratio.reshape(1)
+    if param.is_cpu:
+        factor = 1.0 / float(grad_scale)
+        run = lamb_rule.lamb_step
+    else:
+        factor = 1.0 / grad_scale  # a tensor stays on its device
+        run = lamb_rule.lamb_step.reference
+    return run(
+        param.detach(),
+        exp_avg,
+        exp_avg_sq,
+        grad,
+        low,
+        float(lr),
+        beta1,
+        beta2,
+        eps,
+        decay,
+        step,
+        mode == 0,
+        bool(bias_correction),
+        min_coeff,
+        max_coeff,
+        factor,
+    )
 
 
 def _clip_scale(grads: list[Tensor], limit: float) -> float | Tensor:

@@ -21,6 +21,7 @@ def is_zero_supported_optimizer(optimizer: Any) -> bool:
     from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+    from deepspeed.ops.sgd import DeepSpeedCPUSGD
 
     served = {
         torch.optim.Adam,
@@ -30,6 +31,7 @@ def is_zero_supported_optimizer(optimizer: Any) -> bool:
         DeepSpeedCPUAdam,
         DeepSpeedCPUAdagrad,
         DeepSpeedCPULion,
+        DeepSpeedCPUSGD,
         FusedLion,
     }
     return type(optimizer) in served

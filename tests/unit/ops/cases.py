@@ -136,10 +136,64 @@ def norm_maths(x):
     return [Expected(total, total)]
 
 
+def make_sgd(numel, mix, offset=0, nesterov=True, first=False):
+    p_type, s_type, g_type, low_type = mix
+    param, m, grad, low = _tensors(numel, (p_type, s_type, g_type, low_type), offset)
+    dampening = 0.0 if nesterov else 0.2
+    return [param, m, grad, low, 1e-2, 0.9, dampening, 0.1, nesterov, first, 0.5]
+
+
+def sgd_maths(param, m, grad, low, lr, momentum, dampening, decay, nesterov, first, scale):
+    p, m, g = (t.to(F64) for t in (param, m, grad))
+    g_scale = (g * scale).abs() + (decay * p).abs()
+    g = g * scale + decay * p
+    new_m = g if first else momentum * m + (1 - dampening) * g
+    m_scale = g_scale if first else (momentum * m).abs() + (1 - dampening) * g_scale
+    move = g + momentum * new_m if nesterov else new_m
+    new_p = p - lr * move
+    p_scale = p.abs() + lr * (g_scale + m_scale)
+    results = [Expected(new_p, p_scale), Expected(new_m, m_scale)]
+    return results + ([Expected(new_p, p_scale)] if low is not None else [])
+
+
+def make_lamb(numel, mix, offset=0, inside=False):
+    p_type, s_type, g_type, low_type = mix
+    param, m, v, grad, low = _tensors(numel, (p_type, s_type, s_type, g_type, low_type), offset)
+    v.abs_()
+    bounds = (0.01, 10.0)
+    return [param, m, v, grad, low, 1e-2, 0.9, 0.99, 1e-3, 0.1, 3, inside, True, *bounds, 0.5]
+
+
+def lamb_maths(
+    param, m, v, grad, low, lr, b1, b2, eps, decay, step, inside, correct, least, most, scale
+):
+    p, m64, v64, g = (t.to(F64) for t in (param, m, v, grad))
+    g = g * scale
+    new_m, m_scale = b1 * m64 + (1 - b1) * g, m64.abs() + (1 - b1) * (g.abs() + m64.abs())
+    new_v = b2 * v64 + (1 - b2) * g * g
+    spread = (new_v + eps).sqrt() if inside else new_v.sqrt() + eps
+    update = new_m / spread + decay * p
+    ours, its = p.norm(), update.norm()
+    ratio = (ours / its).clamp(least, most) if ours > 0 and its > 0 else torch.ones((), dtype=F64)
+    size = lr * (1 - b2**step) ** 0.5 / (1 - b1**step) if correct else lr
+    new_p = p - size * ratio * update
+    # The update is made of the moments as stored: a rounding of theirs moves it by as much.
+    half = ROUNDOFF[m.dtype][0] if m.dtype != F32 else 0.0
+    update_scale = m_scale / spread + (decay * p).abs()
+    moved = size * ratio * update_scale
+    p_scale = p.abs() + 2 * moved + moved * (2 * half / (2 * ROUNDOFF[F32][0]))
+    results = [Expected(new_p, p_scale), Expected(new_m, m_scale), Expected(new_v, new_v)]
+    results += [Expected(new_p, p_scale)] if low is not None else []
+    # all moments err alike at most; the norms err by no more
+    return [*results, Expected(ratio.reshape(1), ratio.reshape(1) * (4 + half / ROUNDOFF[F32][0]))]
+
+
 CASES = {
     "adam_step": Case(MIXES, make_adam, (0, 1, 2, 4), adam_maths),
     "adagrad_step": Case(MIXES, make_adagrad, (0, 1, 3), adagrad_maths),
     "lion_step": Case(MIXES, make_lion, (0, 1, 3), lion_maths),
+    "sgd_step": Case(MIXES, make_sgd, (0, 1, 3), sgd_maths),
+    "lamb_step": Case(MIXES, make_lamb, (0, 1, 2, 4), lamb_maths),
     "squared_norm": Case(((F32,), (BF16,), (F16,), (F64,)), make_norm, (), norm_maths),
 }
 

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// Groups of values to small floats and back. A packed group holds its codes, then its scale: max|x| over the greatest
+// value of the format, as four bytes of a float at no particular alignment.
+#include <math.h>
+
+#include "buffers.h"
+#include "dispatch.h"
+#include "pool.h"
+
+namespace {
+
+enum { kTile = 1024, kChunk = 32 * kTile };
+
+struct Format {
+    Tiny form;
+    int bits;
+    int64_t group_size, packed;  // bytes of a packed group
+
+    Format(int32_t exponent, int32_t mantissa, int64_t size)
+        : form{exponent, mantissa}, bits(1 + exponent + mantissa), group_size(size),
+          packed(size * bits / 8 + 4) {}
+
+    float most() const {
+        const int top = (1 << form.exponent) - (1 << (form.exponent - 1));
+        return (float)ldexp(2 - ldexp(1, -form.mantissa), top);
+    }
+
+    int64_t groups_each() const { return group_size < kChunk ? kChunk / group_size : 1; }
+};
+
+struct Pack {
+    const Kernels *kernels;
+    const ds_fp_quantize_args *a;
+    Format format;
+
+    static void groups(void *context, int64_t index) {
+        const Pack &p = *(const Pack *)context;
+        const int64_t each = p.format.groups_each(), begin = index * each;
+        const int64_t end = begin + each < p.a->groups ? begin + each : p.a->groups;
+        for (int64_t group = begin; group < end; ++group) p.one(group);
+    }
+
+    const float *values(int64_t at, int64_t n, float *scratch) const {
+        return ds::as_floats(kernels, (const char *)a->x, a->x_dtype, at, n, scratch);
+    }
+
+    void one(int64_t group) const {
+        alignas(64) float scratch[kTile];
+        const int64_t size = format.group_size, at = group * size;
+        float most = 0;
+        for (int64_t i = 0; i < size; i += kTile) {
+            const int64_t n = size - i < kTile ? size - i : (int64_t)kTile;
+            float found = 0;
+            kernels->extent(values(at + i, n, scratch), 1, n, nullptr, &found);
+            if (found > most || found != found) most = found;
+        }
+        const float scale = most == 0 ? 1.0f : most / format.most();
+        uint8_t *home = (uint8_t *)a->out + group * format.packed;
+        for (int64_t i = 0; i < size; i += kTile) {
+            const int64_t n = size - i < kTile ? size - i : (int64_t)kTile;
+            // a group of one tile is in scratch already
+            const float *x = size <= kTile && a->x_dtype != DS_F32 ? scratch
+                                                                   : values(at + i, n, scratch);
+            encode(x, at + i, n, scale, home + i * format.bits / 8);
+        }
+        uint32_t bits;
+        memcpy(&bits, &scale, 4);
+        for (int k = 0; k < 4; ++k) home[format.packed - 4 + k] = (uint8_t)(bits >> (8 * k));
+    }
+
+    void encode(const float *x, int64_t at, int64_t n, float scale, uint8_t *to) const {
+        alignas(64) uint32_t spare[kTile], random[kTile];
+        alignas(64) uint16_t codes[kTile];
+        if (a->stochastic) kernels->noise(a->seed, at, n, spare, random);
+        const uint32_t *bits = a->stochastic ? random : nullptr;
+        if (format.bits == 12) {
+            kernels->encode_wide(x, codes, n, scale, format.form, bits);
+            kernels->pack_wide(codes, to, n);
+        } else if (format.bits == 8) {
+            kernels->encode_narrow(x, to, n, scale, format.form, bits);
+        } else {
+            kernels->encode_narrow(x, (uint8_t *)codes, n, scale, format.form, bits);
+            kernels->pack((uint8_t *)codes, to, n, format.bits, false);
+        }
+    }
+};
+
+struct Unpack {
+    const Kernels *kernels;
+    const ds_fp_dequantize_args *a;
+    Format format;
+
+    static void groups(void *context, int64_t index) {
+        const Unpack &u = *(const Unpack *)context;
+        const int64_t each = u.format.groups_each(), begin = index * each;
+        const int64_t end = begin + each < u.a->groups ? begin + each : u.a->groups;
+        for (int64_t group = begin; group < end; ++group) u.one(group);
+    }
+
+    void one(int64_t group) const {
+        alignas(64) uint16_t codes[kTile];
+        const int64_t *rows = (const int64_t *)a->rows;
+        const int64_t from =
+            rows ? rows[group / a->row_groups] * a->row_groups + group % a->row_groups : group;
+        const int64_t size = format.group_size, out_bytes = ds::bytes_of(a->out_dtype);
+        const uint8_t *home = (const uint8_t *)a->packed + from * format.packed;
+        const uint8_t *last = home + format.packed - 4;
+        const uint32_t bits = (uint32_t)last[0] | (uint32_t)last[1] << 8 | (uint32_t)last[2] << 16 |
+                              (uint32_t)last[3] << 24;
+        float scale;
+        memcpy(&scale, &bits, 4);
+        for (int64_t i = 0; i < size; i += kTile) {
+            const int64_t n = size - i < kTile ? size - i : (int64_t)kTile;
+            const uint8_t *in = home + i * format.bits / 8;
+            char *to = (char *)a->out + (group * size + i) * out_bytes;
+            if (format.bits == 12) {
+                kernels->unpack_wide(in, codes, n);
+                kernels->decode_wide[a->out_dtype](codes, to, n, scale, format.form);
+                continue;
+            }
+            if (format.bits != 8) kernels->unpack(in, (uint8_t *)codes, n, format.bits, false);
+            kernels->decode_narrow[a->out_dtype](format.bits == 8 ? in : (uint8_t *)codes, to, n,
+                                                 scale, format.form);
+        }
+    }
+};
+
+int check_format(const char *name, int32_t exponent, int32_t mantissa, int64_t groups, int64_t size) {
+    const bool known = (exponent == 4 && (mantissa == 3 || mantissa == 7)) ||
+                       (exponent == 3 && mantissa == 2) || (exponent == 2 && mantissa == 1);
+    if (!known)
+        return ds::fail(DS_BAD_VALUE, "%s: no small float of %d exponent and %d mantissa bits", name,
+                        (int)exponent, (int)mantissa);
+    if (groups < 0 || size < 4 || size % 4 || ds::size_product(ds::size_product(groups, size), 4) < 0)
+        return ds::fail(DS_BAD_VALUE, "%s: %lld groups of %lld values", name, (long long)groups,
+                        (long long)size);
+    return DS_OK;
+}
+
+}  // namespace
+
+extern "C" int ds_fp_quantize(const ds_fp_quantize_args *args) {
+    const char *name = "ds_fp_quantize";
+    if (int status = ds::check_struct(args, name)) return status;
+    if (int status = ds::check_dtype(name, "x", args->x_dtype, DS_F16)) return status;
+    if (int status = check_format(name, args->exponent, args->mantissa, args->groups,
+                                  args->group_size))
+        return status;
+    Pack pack = {ds::kernels(), args, Format(args->exponent, args->mantissa, args->group_size)};
+    const int64_t each = ds::bytes_of(args->x_dtype);
+    const ds::Span spans[] = {
+        {"x", args->x, args->groups * args->group_size * each, each, false},
+        {"out", args->out, ds::size_product(args->groups, pack.format.packed), 1, true}};
+    if (int status = ds::check_spans(name, spans, 2)) return status;
+    const int64_t some = pack.format.groups_each();
+    ds::parallel_for(Pack::groups, &pack, (args->groups + some - 1) / some, args->threads);
+    return DS_OK;
+}
+
+extern "C" int ds_fp_dequantize(const ds_fp_dequantize_args *args) {
+    const char *name = "ds_fp_dequantize";
+    if (int status = ds::check_struct(args, name)) return status;
+    if (int status = ds::check_dtype(name, "out", args->out_dtype, DS_F16)) return status;
+    if (int status = check_format(name, args->exponent, args->mantissa, args->groups,
+                                  args->group_size))
+        return status;
+    Unpack unpack = {ds::kernels(), args, Format(args->exponent, args->mantissa, args->group_size)};
+    const int64_t *rows = (const int64_t *)args->rows;
+    if (rows == nullptr ? args->groups != args->there
+                        : args->row_groups < 1 || args->there % args->row_groups ||
+                              args->groups % args->row_groups)
+        return ds::fail(DS_BAD_VALUE, "%s: %lld groups wanted of %lld, %lld a row", name,
+                        (long long)args->groups, (long long)args->there,
+                        (long long)args->row_groups);
+    const int64_t each = ds::bytes_of(args->out_dtype);
+    const int64_t wanted = rows == nullptr ? 0 : args->groups / args->row_groups;
+    const ds::Span spans[] = {
+        {"packed", args->packed, ds::size_product(args->there, unpack.format.packed), 1, false},
+        {"rows", args->rows, wanted * 8, 8, false},
+        {"out", args->out, args->groups * args->group_size * each, each, true}};
+    if (int status = ds::check_spans(name, spans, 3)) return status;
+    for (int64_t i = 0; i < wanted; ++i)
+        if (rows[i] < 0 || rows[i] >= args->there / args->row_groups)
+            return ds::fail(DS_BAD_VALUE, "%s: row %lld of %lld", name, (long long)rows[i],
+                            (long long)(args->there / args->row_groups));
+    const int64_t some = unpack.format.groups_each();
+    ds::parallel_for(Unpack::groups, &unpack, (args->groups + some - 1) / some, args->threads);
+    return DS_OK;
+}

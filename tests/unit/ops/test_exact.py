@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Casts, copies and quantization: on every path of the machine the bits of the torch references."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from deepspeed.ops import registry
+from deepspeed.ops.copies import flatten, unflatten
+from tests.unit.ops import exact_cases
+from tests.unit.ops.cases import BF16, F16, F32
+from tests.unit.ops.exact_cases import EXACT, FORMS, run, same
+
+OPS = sorted(EXACT)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_native_gives_the_bits_of_the_reference(isa, name):
+    op, (make, written) = registry.ops()[name], EXACT[name]
+    for args in make():
+        assert op.pack is not None and op.pack(*args) is not None
+        pairs = zip(run(op, args, written), run(op.reference, args, written), strict=True)
+        told = [a if not isinstance(a, (torch.Tensor, list)) else "tensors" for a in args]
+        assert all(same(a, b) for a, b in pairs), told
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    if not hasattr(torch.library, "opcheck"):
+        pytest.skip("torch.library.opcheck came with torch 2.4")
+    args = next(iter(EXACT[name][0]()))
+    torch.library.opcheck(getattr(torch.ops.deepspeed, name).default, tuple(args))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_a_damaged_value_shows_in_its_group_and_in_no_other(isa, dtype, bad):
+    ops = registry.ops()
+    x = torch.randn(4, 300).to(dtype)
+    x[1, 157] = bad
+    others = [0, 2, 3]
+    for asym in (False, True):
+        for op in (ops["quantize_groups"], ops["quantize_groups"].reference):
+            codes, params = op(x, 4, 8, asym, -1)
+            back = ops["dequantize_groups"](codes, params, 4, 8, asym, F32).view(4, 300)
+            assert not back[1].isfinite().all()
+            assert (back[others] - x[others].float()).abs().max() < 0.1
+    for symmetric in (False, True):
+        codes, scale, least = ops["quantize_weight"](x, 8, 300, 1, symmetric)
+        back = ops["dequantize_weight"](codes, scale, least, 8, 300, 1, symmetric, dtype).float()
+        assert not back[1].isfinite().all()
+        assert (back[others] - x[others].float()).abs().max() < 0.1
+    for form in FORMS:
+        packed = ops["fp_quantize"](x, 300, *form, -1)
+        back = ops["fp_dequantize"](packed, 300, *form, F32, None, 1)
+        assert not back[1].isfinite().all()
+        assert back[others].isfinite().all()
+
+
+def test_strides_addresses_and_dtypes_that_kernels_lack_are_served():
+    ops = registry.ops()
+    wide = torch.randn(6, 8)
+    for x in (wide.t(), wide[:, ::2], wide.double()):
+        for name, rule in (("quantize_groups", (2, 8, False, -1)), ("fp_quantize", (4, 4, 3, -1))):
+            got, plain = ops[name](x, *rule), ops[name].reference(x.contiguous(), *rule)
+            assert all(same(a, b) for a, b in zip([*got], [*plain], strict=True))
+    # memory that starts at an odd address
+    odd = torch.frombuffer(bytearray(41), dtype=torch.uint8)[1:].view(-1)
+    halves = torch.frombuffer(memoryview(bytearray(81))[1:], dtype=torch.bfloat16, count=40)
+    halves.copy_(torch.randn(40))
+    assert halves.data_ptr() % 2 == 1 or odd.data_ptr() % 2 == 1
+    out = torch.empty(40)
+    ops["cast"](halves, out)
+    assert torch.equal(out, halves.float())
+
+
+def test_flattening_and_its_inverse_keep_every_value(isa):
+    pieces = [torch.randn(3, 5), torch.randn(()), torch.randn(0), torch.randn(4, 2).t()]
+    flat = torch.empty(24)
+    flatten(flat, pieces)
+    assert torch.equal(flat, torch.cat([piece.reshape(-1) for piece in pieces]))
+    back = [torch.empty(piece.shape) for piece in pieces]
+    unflatten(flat, back)
+    assert all(torch.equal(a, b) for a, b in zip(back, pieces, strict=True))
+    for op in (flatten, unflatten):
+        with pytest.raises(ValueError, match="as long as its pieces"):
+            op(flat[1:], pieces)
+
+
+@pytest.mark.parametrize("name", ["quantize_groups", "fp_quantize", "quantize_weight"])
+def test_threads_do_not_show(isa, name, monkeypatch):
+    make, written = EXACT[name]
+    args = list(make())[-1]
+    monkeypatch.setattr("deepspeed.ops.packing._forced_threads", 1)
+    alone = run(registry.ops()[name], args, written)
+    monkeypatch.setattr("deepspeed.ops.packing._forced_threads", 3)
+    assert all(
+        same(a, b) for a, b in zip(alone, run(registry.ops()[name], args, written), strict=True)
+    )
+
+
+def test_casts_keep_the_sign_of_zero(isa):
+    for dtype in (*exact_cases.FLOATS, exact_cases.E4M3, exact_cases.E5M2):
+        for to in (*exact_cases.FLOATS, exact_cases.E4M3, exact_cases.E5M2):
+            out = torch.empty(18, dtype=to)
+            registry.ops()["cast"](torch.full((18,), -0.0).to(dtype), out)
+            assert bool(torch.signbit(out.float()).all())
+
+
+def test_fp8_is_that_of_torch_where_torch_has_it():
+    values = exact_cases.between(torch.float8_e4m3fn)
+    values = values[values.abs() <= 448]
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        out = torch.empty(values.shape, dtype=dtype)
+        registry.ops()["cast"](values, out)
+        assert torch.equal(out.view(torch.uint8), values.to(dtype).view(torch.uint8))
