@@ -29,7 +29,7 @@ from .constants import (
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
-from .format import Model, Optim, Universal, Zero, universal_state_file
+from .format import DATA_BEFORE_EXPERT, Model, Optim, Universal, Zero, universal_state_file
 from .merge_slices import MergeRules
 from .reader import Folder
 from .reshard import FP32, SavedState, from_inline, from_shards
@@ -94,13 +94,17 @@ def _open_part(folder: Folder, mp_rank: int) -> _Part:
             explain(f"there are no model states in {folder.path}", expected=model_names[0])
         )
     model = folder.load(model_name)
-    shapes = {n: s for group in model.get(Model.PARAM_SHAPES) or () for n, s in group.items()}
-    if shapes:
+    if model.get(Model.PARAM_SHAPES):
         near = _shard(folder, 0, mp_rank)
-        saved = from_shards(lambda rank: _shard(folder, rank, mp_rank), model[Model.PARAM_SHAPES])
+        data_first = bool((model.get(Model.DS_CONFIG) or {}).get(DATA_BEFORE_EXPERT))
+        saved = from_shards(
+            lambda rank: _shard(folder, rank, mp_rank),
+            model[Model.PARAM_SHAPES],
+            data_first=data_first,
+        )
         for rank in range(saved.world):
             saved.slots(rank)  # opened here, because workers share them
-        return _Part(model, saved, near, shapes)
+        return _Part(model, saved, near, saved.shapes)
     inline = model.get(Model.OPTIMIZER)
     if not inline or Zero.WRAPPER_NAMES not in inline:
         raise DeepSpeedCheckpointError(
@@ -183,8 +187,7 @@ def _model_files(folder: Folder, parts: Sequence[_Part]) -> Iterator[tuple[str, 
     for mp_rank, part in enumerate(parts):
         model = OrderedDict(part.model)
         model[Model.OPTIMIZER] = None
-        if not model.get(Model.PARAM_SHAPES):
-            model[Model.PARAM_SHAPES] = _shapes_by_group(part)
+        model[Model.PARAM_SHAPES] = _shapes_by_group(part)
         module = OrderedDict(model[Model.MODULE] or {})
         if part.saved.stage == 3:
             module.update(_frozen(folder, model, part.saved.world, mp_rank))
@@ -201,8 +204,14 @@ def _model_files(folder: Folder, parts: Sequence[_Part]) -> Iterator[tuple[str, 
 
 
 def _shapes_by_group(part: _Part) -> list[OrderedDict[str, torch.Size]]:
-    groups = part.common[Zero.WRAPPER_NAMES]
-    return [OrderedDict((name, part.shapes[name]) for name in group) for group in groups]
+    """Shapes as they were saved, and those of other ranks' experts with the group of this rank's."""
+    saved = part.model.get(Model.PARAM_SHAPES) or part.common[Zero.WRAPPER_NAMES]
+    groups = [OrderedDict((name, part.shapes[name]) for name in group) for group in saved]
+    known = {name for group in groups for name in group}
+    for name, pieces in part.saved.pieces.items():
+        if name not in known and pieces:
+            groups[min(pieces[0].slot, len(groups) - 1)][name] = part.shapes[name]
+    return groups
 
 
 def _frozen(

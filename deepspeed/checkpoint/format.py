@@ -16,6 +16,9 @@ LATEST_UNIVERSAL = "latest_universal"
 MANIFEST = "manifest.json"
 EXPORT_SCRIPT = "zero_to_fp32.py"
 
+DATA_BEFORE_EXPERT = "use_data_before_expert_parallelism"
+"""The key of the configuration that turns the numbering of expert-parallel ranks around."""
+
 PARTIAL_SUFFIX = ".tmp"
 """A folder `<tag>.tmp` holds a save that was not published."""
 PARTIAL_MARK = ".deepspeed_partial"

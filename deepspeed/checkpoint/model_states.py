@@ -90,15 +90,31 @@ def local_expert_state(
     state: Mapping[str, Any], first_expert: Callable[[str], int]
 ) -> OrderedDict[str, Any]:
     """The state of an expert's file with local numbers in its keys."""
-    local: OrderedDict[str, Any] = OrderedDict()
-    for key, value in state.items():
-        match = _EXPERT_KEY.fullmatch(key)
-        local[
-            _renumbered(match, int(match["expert"]) - first_expert(match["layer"]))
-            if match
-            else key
-        ] = value
-    return local
+    return OrderedDict(
+        (expert_renumbered(key, lambda layer: -first_expert(layer)), value)
+        for key, value in state.items()
+    )
+
+
+def expert_renumbered(name: str, shift: Callable[[str], int]) -> str:
+    """A parameter's name with `shift(layer)` added to its expert's number, if it is an expert's."""
+    match = _EXPERT_KEY.fullmatch(name)
+    return (
+        name if match is None else _renumbered(match, int(match["expert"]) + shift(match["layer"]))
+    )
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter belongs to an expert of a mixture."""
+    return _EXPERT_KEY.fullmatch(name) is not None
+
+
+def experts_by_layer(names: Iterable[str]) -> dict[str, int]:
+    """How many experts of each layer occur among names with local numbers."""
+    found: dict[str, int] = {}
+    for match in filter(None, map(_EXPERT_KEY.fullmatch, names)):
+        found[match["layer"]] = max(found.get(match["layer"], 0), int(match["expert"]) + 1)
+    return found
 
 
 def _renumbered(match: re.Match[str], expert: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from ..runtime.zero.layout import Layout
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from .format import SCALER_FIELDS, Zero
+from .model_states import expert_renumbered, experts_by_layer
 
 FP32 = "fp32"
 """The key under which the master weights are found among the element-wise states."""
@@ -61,6 +62,7 @@ class SavedState:
         has_masters: whether it holds master weights.
         open_shard: gives the slots of a rank's shard (called for the ranks that are needed only).
         kept_open: most shards that are held open at once.
+        shapes: shape of each parameter, where the saved form tells.
     """
 
     pieces: dict[str, list[Piece]]
@@ -71,6 +73,7 @@ class SavedState:
     has_masters: bool
     open_shard: Callable[[int], list[Slot]]
     kept_open: int = 1 << 30
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
     _shards: OrderedDict[int, list[Slot]] = field(default_factory=OrderedDict, repr=False)
 
     def slots(self, rank: int) -> list[Slot]:
@@ -80,6 +83,16 @@ class SavedState:
             if len(self._shards) > self.kept_open:
                 self._shards.popitem(last=False)
         return self._shards[rank]
+
+    def under_names(self, saved_names: Mapping[str, str]) -> SavedState:
+        """The same with other names: `saved_names` has those in the file by those that are asked for."""
+        known = {mine: theirs for mine, theirs in saved_names.items() if theirs in self.pieces}
+        return replace(
+            self,
+            pieces={mine: self.pieces[theirs] for mine, theirs in known.items()},
+            hyper={mine: self.hyper[n] for mine, n in known.items() if n in self.hyper},
+            shapes={mine: self.shapes[n] for mine, n in known.items() if n in self.shapes},
+        )
 
     def close(self) -> None:
         """Let go of all shards (and of the files behind them)."""
@@ -118,13 +131,15 @@ def from_shards(
     open_dict: Callable[[int], Mapping[str, Any]],
     shapes: Sequence[Mapping[str, torch.Size]],
     near: int = 0,
+    data_first: bool = False,
 ) -> SavedState:
-    """See the shard files of ZeRO stages 1, 2 or 3 as one state.
+    """See the shard files of ZeRO stages 1, 2 or 3 as one state. Experts have the numbers of all ranks in their names.
 
     Args:
         open_dict: gives the `optimizer_state_dict` of a rank's file.
         shapes: `param_shapes` of the model file: names and shapes in flat order, one mapping a group.
         near: a rank whose file is certainly at hand; what all shards have in common is read from it.
+        data_first: ranks with the same experts, not those that share a set, were numbered side by side.
 
     Raises:
         DeepSpeedCheckpointError: the shards and the shapes contradict each other.
@@ -136,25 +151,38 @@ def from_shards(
         layouts, names = _zero3_layouts(head, shapes)
     else:
         layouts, names = _zero12_layouts(head, shapes)
+    world = max(layout.world for layout in layouts)
+    local = {name: torch.Size(shape) for group in shapes for name, shape in group.items()}
+    here = experts_by_layer(local)
     pieces: dict[str, list[Piece]] = OrderedDict()
+    sizes: dict[str, torch.Size] = {}
+    kinds = [[n for n in group if n is not None] for group in names]
     for slot, (layout, in_order) in enumerate(zip(layouts, names, strict=True)):
+        # the ranks are cut into as many sets of experts as make up for the group's smaller world
+        sets = world // layout.world
         for index, name in enumerate(in_order):
-            if name is not None:
-                pieces[name] = [
-                    Piece(s.param_start, s.rank, slot, s.shard_start, s.length)
+            for own in range(sets if name is not None else 0):
+                name_there = expert_renumbered(name, lambda layer: own * here[layer])  # noqa: B023
+                stride, start = (1, own * layout.world) if data_first else (sets, own)
+                pieces[name_there] = [
+                    Piece(s.param_start, start + s.rank * stride, slot, s.shard_start, s.length)
                     for s in layout.param_segments(index)
                 ]
+                sizes[name_there] = local[name]
+                if own and name_there != name:
+                    kinds[slot].append(name_there)
     inner = _inner_state(head)
     return SavedState(
         pieces=pieces,
-        hyper=hyper_by_name(inner, [[n for n in group if n is not None] for group in names]),
+        hyper=hyper_by_name(inner, kinds),
         scaler=scaler_numbers(head),
         stage=stage,
-        world=layouts[0].world,
+        world=world,
         has_masters=True,
         open_shard=lambda rank: _shard_slots(
             open_dict(rank), [layout.shard_numel for layout in layouts]
         ),
+        shapes=sizes,
     )
 
 
@@ -182,6 +210,7 @@ def from_inline(
         world=1,
         has_masters=Zero.WRAPPER_FLAT in saved or Zero.WRAPPER_LISTS in saved,
         open_shard=lambda rank: slots,
+        shapes=shapes,
     )
 
 

@@ -152,6 +152,7 @@ def open_universal(
         has_masters=True,
         open_shard=open_one,
         kept_open=_KEPT_OPEN,
+        shapes=held,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +182,12 @@ def _files_of_rank(
     if has_slices(engine):
         _refuse_packed(engine)
         engine.residency.release_all()
+    if engine.has_moe_layers:
+        _add_experts(engine, files)
     if _writes_model(engine):
         model = _model_content(engine, exclude_frozen)
         if engine.has_moe_layers:
-            _move_experts_out(engine, model, files)
+            _take_experts_out(engine, model)
         model.update(client_state)
         by_rank = names.zero3_model_file(_shard_rank(engine), mp_rank)
         files[by_rank if has_slices(engine) else names.model_file(mp_rank)] = model
@@ -291,22 +293,62 @@ def optimizer_names(engine: Any) -> list[list[str]]:
     return [[engine.param_names[p] for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _move_experts_out(engine: Any, model: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Give every expert its own file, and the optimizer too where it is not sharded."""
+def _add_experts(engine: Any, files: dict[str, dict[str, Any]]) -> None:
+    """Give every expert of this rank its own file, and the optimizer too where it is not sharded.
+
+    Of the ranks with the same experts the first writes.
+    """
+    if has_slices(engine) and any(axis.size > 1 for axis in engine.mesh.expert.values()):
+        raise NotImplementedError(
+            explain(
+                "experts spread over ranks cannot be saved at ZeRO stage 3",
+                got=", ".join(name for name, axis in engine.mesh.expert.items() if axis.size > 1),
+                fix="set zero_optimization.stage to 2, or ep_size to 1",
+            )
+        )
+    mp_rank, prefixes = mp_rank_of(engine), model_states.moe_prefixes(engine.module)
+    state = engine.module_state_dict()
+    _, experts = model_states.split_experts(state, prefixes, first_expert(engine))
+    for (layer, expert), part in experts.items():
+        if expert_data_axis(engine, prefixes[layer]).rank == 0:
+            files[names.expert_file(layer, expert, mp_rank)] = part
+    widest = max(engine.mesh.expert_data.values(), key=lambda axis: -axis.size, default=None)
+    writes = engine.mesh.sequence_data.rank == 0 if widest is None else widest.rank == 0
+    if not has_shards(engine) and writes and engine.optimizer is not None:
+        name = names.expert_optim_file(expert_rank(engine), mp_rank)
+        files[name] = {Model.OPTIMIZER: _inline_optimizer(engine)}
+
+
+def _take_experts_out(engine: Any, model: dict[str, Any]) -> None:
     prefixes = model_states.moe_prefixes(engine.module)
-    rest, experts = model_states.split_experts(model[Model.MODULE], prefixes, first_expert(engine))
+    rest, _ = model_states.split_experts(model[Model.MODULE], prefixes, first_expert(engine))
     model[Model.MODULE] = rest
     model[Model.NUM_EXPERTS] = list(engine.num_experts)
-    mp_rank = mp_rank_of(engine)
-    for (layer, expert), part in experts.items():
-        files[names.expert_file(layer, expert, mp_rank)] = part
     if not has_shards(engine):
-        files[names.expert_optim_file(0, mp_rank)] = {Model.OPTIMIZER: model.pop(Model.OPTIMIZER)}
+        model.pop(Model.OPTIMIZER)
 
 
-def first_expert(engine: Any) -> Any:
-    """Gives the global number of a layer's first local expert; the expert-parallel size is 1."""
-    return lambda layer: 0
+def expert_rank(engine: Any) -> int:
+    """This rank's number among those that share the most widely spread experts."""
+    axis = max(engine.mesh.expert.values(), key=lambda axis: axis.size, default=None)
+    return 0 if axis is None else axis.rank
+
+
+def expert_data_axis(engine: Any, layer: str) -> Any:
+    """The ranks that hold the same experts of a layer."""
+    name = engine.module.get_submodule(layer).expert_group_name
+    return engine.mesh.expert_data.get(name, engine.mesh.sequence_data)
+
+
+def first_expert(engine: Any) -> Callable[[str], int]:
+    """Gives the global number of a layer's first local expert."""
+
+    def first(layer: str) -> int:
+        module = engine.module.get_submodule(layer)
+        axis = engine.mesh.expert.get(module.expert_group_name)
+        return 0 if axis is None else axis.rank * module.num_local_experts
+
+    return first
 
 
 # - weights alone

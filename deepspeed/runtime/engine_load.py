@@ -8,7 +8,7 @@ or another dtype is read is `checkpoint.reshard`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ..utils.logging import logger
 from .engine_checkpoint import (
     GRAD_SCALER,
     crew_of,
+    expert_rank,
     first_expert,
     has_shards,
     has_slices,
@@ -197,14 +198,31 @@ class _Load:
         return from_inline(inline, optimizer_names(self.engine), shapes)
 
     def _from_shards(self) -> SavedState:
-        return from_shards(self._open_shard, self.model[Model.PARAM_SHAPES], self._near())
+        config = self.model.get(Model.DS_CONFIG) or {}
+        data_first = bool(config.get(names.DATA_BEFORE_EXPERT))
+        shapes = self.model[Model.PARAM_SHAPES]
+        saved = from_shards(self._open_shard, shapes, self._near(), data_first)
+        return saved.under_names(self._saved_names(saved.pieces))
+
+    def _saved_names(self, found: Iterable[str]) -> dict[str, str]:
+        """The name that each parameter was saved under: experts are numbered over all ranks there."""
+        if not self.engine.has_moe_layers:
+            return {name: name for name in found}
+        first = first_expert(self.engine)
+        own = self.engine.param_names.values()
+        there = {name: model_states.expert_renumbered(name, first) for name in own}
+        rest = {name: name for name in found if not model_states.is_expert(name)}
+        return {**rest, **there}
 
     def _open_universal(self) -> SavedState:
         engine = self.engine
-        shapes = {name: shape_of(p) for p, name in engine.param_names.items()}
+        own = {name: shape_of(p) for p, name in engine.param_names.items()}
+        there = self._saved_names(own)
+        shapes = {there[name]: shape for name, shape in own.items()}
         groups = [list(group) for group in self.model.get(Model.PARAM_SHAPES) or ()]
         tensor = engine.mesh.tensor
-        return open_universal(self.folder, shapes, groups, tensor.rank, tensor.size)
+        saved = open_universal(self.folder, shapes, groups, tensor.rank, tensor.size)
+        return saved.under_names(there)
 
     def _near(self) -> int:
         """A saved rank whose shard is here: with node-local storage perhaps this rank's only."""
@@ -212,9 +230,21 @@ class _Load:
         return rank if self._shard_name(rank) is not None else 0
 
     def _inline(self) -> Mapping[str, Any] | None:
-        experts = names.expert_optim_file(0, mp_rank_of(self.engine))
-        if self.folder.has(experts):
-            return self.folder.load(experts)[Model.OPTIMIZER]
+        mp_rank = mp_rank_of(self.engine)
+        if found := self.folder.glob(f"expp_rank_*_mp_rank_{mp_rank:02d}_optim_states.pt"):
+            ranks = max((axis.size for axis in self.engine.mesh.expert.values()), default=1)
+            if len(found) != ranks:
+                raise DeepSpeedCheckpointError(
+                    explain(
+                        "the optimizer states of experts are of another expert-parallel size",
+                        got=f"{len(found)} files, without ZeRO",
+                        expected=f"{ranks}",
+                        fix="Load with the ep_size that saved, pass load_optimizer_states=False, or save "
+                        "with ZeRO stage 1 or 2, whose shards load at any ep_size.",
+                    )
+                )
+            name = names.expert_optim_file(expert_rank(self.engine), mp_rank)
+            return self.folder.load(name)[Model.OPTIMIZER]
         return self.model.get(Model.OPTIMIZER)
 
     def _shard_name(self, rank: int) -> str | None:
@@ -271,15 +301,11 @@ class _Load:
         saved, weights = self.saved, OrderedDict(self.model[Model.MODULE] or {})
         assert saved is not None
         own = {name: p for p, name in self.engine.param_names.items()}
-        for group in self.model[Model.PARAM_SHAPES]:
-            for name, shape in group.items():
-                if self.universal and name not in saved.pieces:
-                    continue
-                values = saved.full(name)
-                if values is not None:
-                    dtype = own[name].dtype if name in own else values.dtype
-                    shape = shape_of(own[name]) if self.universal else shape
-                    weights[name] = values.to(dtype).view(shape)
+        for name, saved_shape in saved.shapes.items():
+            values = saved.full(name)
+            if values is not None:
+                dtype = own[name].dtype if name in own else values.dtype
+                weights[name] = values.to(dtype).view(saved_shape)
         if self.is_zero3:
             world = self.model[Model.DP_WORLD_SIZE] if self.universal else saved.world
             for name, shape in (self.model.get(Model.FROZEN_PARAM_SHAPES) or {}).items():
@@ -299,7 +325,7 @@ class _Load:
     def _with_experts(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self.engine.has_moe_layers or Model.NUM_EXPERTS not in self.model:
             return weights
-        whole = OrderedDict(weights)
+        whole, own = OrderedDict(weights), set(self.engine.module.state_dict())
         mp_rank = mp_rank_of(self.engine)
         for pattern in (
             f"layer_*_expert_*_mp_rank_{mp_rank:02d}_*.pt",
@@ -307,7 +333,8 @@ class _Load:
         ):
             for file in self.folder.glob(pattern):
                 part = self.folder.load(file)
-                whole.update(model_states.local_expert_state(part, first_expert(self.engine)))
+                local = model_states.local_expert_state(part, first_expert(self.engine))
+                whole.update((name, value) for name, value in local.items() if name in own)
         return whole
 
     def masters_from_weights(self) -> None:

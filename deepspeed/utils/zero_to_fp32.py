@@ -52,6 +52,8 @@ SHARED_PARAMS = "shared_params"
 MODULE = "module"
 DS_VERSION = "ds_version"
 
+_EXPERT = re.compile(r"(.+\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..+)")
+
 # A group's flat weights are padded to a multiple of this many elements a rank (stages 1 and 2).
 ALIGNMENT = 2
 
@@ -270,7 +272,8 @@ def _tag_folder(checkpoint_dir: str | os.PathLike[str], tag: str | None) -> Path
 def _weights(folder: Path, exclude_frozen: bool) -> OrderedDict[str, Weight]:
     """Every weight of a checkpoint, none of them put together yet."""
     optim_files = [Path(file) for file in get_optim_files(folder)]
-    model_files = [Path(file) for file in get_model_state_files(folder)]
+    # experts' files hold 16-bit copies of what the shards hold in full
+    model_files = [Path(f) for f in get_model_state_files(folder) if "_expert_" not in f]
     _check_manifest(folder, optim_files + model_files)
     shards = [_load(file)[OPTIMIZER_STATE_DICT] for file in optim_files]
     if ZERO_STAGE not in shards[0]:
@@ -325,6 +328,9 @@ def _split_flat(shapes: list[Mapping[str, Any]], shards: list[Any]) -> Iterator[
         world = count[group] if isinstance(count, list) else count
         gaps = (shards[0].get(PARAM_PADDINGS) or {group: None})[group] or [0] * len(names)
         total = sum(torch.Size(shape).numel() for shape in names.values()) + sum(gaps)
+        if world < len(shards):
+            yield from _split_experts(names, flats, world)
+            continue
         piece = -(-total // (ALIGNMENT * world)) * ALIGNMENT
         for rank, flat in enumerate(flats[:world]):
             needed = max(0, min(piece, total - rank * piece))
@@ -337,6 +343,27 @@ def _split_flat(shapes: list[Mapping[str, Any]], shards: list[Any]) -> Iterator[
             numel = torch.Size(shape).numel()
             yield name, Weight(shape, list(_cut(flats, piece, start, numel)))
             start += numel + gap
+
+
+def _split_experts(
+    names: Mapping[str, Any], flats: list[torch.Tensor], world: int
+) -> Iterator[tuple[str, Weight]]:
+    """A group of which the ranks hold several sets: experts, numbered from 0 in each set."""
+    found = [_EXPERT.fullmatch(name) for name in names]
+    here: dict[str, int] = {}  # experts of each layer in one set
+    for match in filter(None, found):
+        here[match[1]] = max(here.get(match[1], 0), int(match[2]) + 1)
+    total = sum(torch.Size(shape).numel() for shape in names.values())
+    piece = -(-total // (ALIGNMENT * world)) * ALIGNMENT
+    sets = len(flats) // world
+    for own in range(sets):
+        start = 0
+        for (name, shape), match in zip(names.items(), found, strict=True):
+            if match:
+                name = f"{match[1]}{own * here[match[1]] + int(match[2])}{match[3]}"
+            numel = torch.Size(shape).numel()
+            yield name, Weight(shape, list(_cut(flats[own::sets], piece, start, numel)))
+            start += numel
 
 
 def _cut(

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts spread over ranks are saved by their global numbers and come back on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deepspeed
+from deepspeed.checkpoint.ds_to_universal import convert
+from deepspeed.checkpoint.model_states import expert_renumbered
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from tests.helpers.checkpointing import state_of
+
+EXPERTS, WIDTH = 4, 6
+
+
+class Mixture(torch.nn.Module):
+    def __init__(self, ep_size: int) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(WIDTH, WIDTH)
+        self.moe = deepspeed.moe.layer.MoE(
+            WIDTH,
+            torch.nn.Linear(WIDTH, WIDTH),
+            num_experts=EXPERTS,
+            ep_size=ep_size,
+            use_rts=False,
+            drop_tokens=False,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, loss, _ = self.moe(self.first(x))
+        return x.float().square().mean() + 0.01 * loss
+
+
+def engine(stage: int, dtype: str, seed: int, ep_size: int, **settings: Any) -> Any:
+    groups.reset()
+    torch.manual_seed(seed)
+    model = Mixture(ep_size)
+    params = split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(model.parameters()), "name": "all"}
+    )
+    config = {
+        "train_batch_size": 8,
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        **settings,
+    }
+    if dtype != "fp32":
+        config[dtype] = {"enabled": True}
+    return deepspeed.initialize(model=model, model_parameters=params, config=config)[0]
+
+
+def train(made: Any, first: int, last: int, rank: int, ranks: int) -> list[float]:
+    generator = torch.Generator().manual_seed(2)
+    losses = []
+    for step in range(last):
+        x = torch.randn(8, WIDTH, generator=generator).to(made.module.first.weight.dtype)
+        if step >= first:
+            loss = made(x.chunk(ranks)[rank])
+            made.backward(loss)
+            made.step()
+            losses.append(loss.item())
+    return losses
+
+
+def state_by_global_name(made: Any) -> dict[str, torch.Tensor]:
+    layer = made.module.moe
+    axis = made.mesh.expert.get(layer.expert_group_name)
+    first = 0 if axis is None else axis.rank * layer.num_local_experts
+    found = {}
+    for name, value in state_of(made).items():
+        found[expert_renumbered(name, lambda layer: first)] = value
+    return found
+
+
+def walk(rank: int, folder: Path) -> list[str]:
+    """Save with two ranks that share the experts; load there, and with all experts on each rank."""
+    wrong = []
+    for stage, dtype in ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32")):
+        place = folder / f"{stage}_{dtype}"
+        made = engine(stage, dtype, rank, 2)
+        train(made, 0, 3, rank, 2)
+        made.save_checkpoint(place, tag="t")
+        state, losses = state_by_global_name(made), train(made, 3, 6, rank, 2)
+        if rank == 0 and stage:
+            convert(place / "t", place / "u")
+        torch.distributed.barrier()
+        cases = [(stage, 2, {})]
+        if stage:
+            universal = {"checkpoint": {"load_universal": True}}
+            cases += [(3 - stage, 2, {}), (stage, 1, {}), (2, 1, universal), (stage, 2, universal)]
+        for after, ep_size, settings in cases:
+            other = engine(after, dtype, 9 + rank, ep_size, **settings)
+            other.load_checkpoint(place)
+            now = state_by_global_name(other)
+            case = f"{stage} {dtype} -> {after} with ep_size {ep_size} {settings}"
+            # rank 1 of an unspread run holds rank 1's experts too
+            wrong += [f"{case}: {n}" for n in state if not torch.equal(now[n], state[n])]
+            if ep_size == 2 and train(other, 3, 6, rank, 2) != losses:
+                wrong.append(f"{case}: losses")
+    return wrong
+
+
+def test_spread_experts_come_back(ranks2: Any, tmp_path: Path) -> None:
+    assert ranks2.run(walk, tmp_path, timeout=180) == [[], []]
+    names = {p.name for p in (tmp_path / "0_fp32" / "t").iterdir()}
+    experts = {f"layer_0_expert_{e}_mp_rank_00_model_states.pt" for e in range(EXPERTS)}
+    assert experts | {f"expp_rank_{r}_mp_rank_00_optim_states.pt" for r in (0, 1)} <= names
+    weights = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "2_fp32")
+    for expert in range(EXPERTS):
+        name = f"moe.deepspeed_moe.experts.deepspeed_experts.{expert}.weight"
+        file = tmp_path / "2_fp32" / "t" / f"layer_0_expert_{expert}_mp_rank_00_model_states.pt"
+        assert torch.equal(weights[name], torch.load(file, weights_only=True)[name])
+
+
+def refused(rank: int, folder: Path) -> str:
+    made = engine(3, "fp32", 0, 2)
+    with pytest.raises(NotImplementedError, match="ZeRO stage 3"):
+        made.save_checkpoint(folder)
+    return "refused"
+
+
+def test_spread_experts_at_stage_3_are_refused_by_name(ranks2: Any, tmp_path: Path) -> None:
+    assert ranks2.run(refused, tmp_path) == ["refused", "refused"]
