@@ -97,13 +97,14 @@ def test_states_on_the_cpu_cross_both_ways(stage: int, tmp_path: Path) -> None:
     case = (str(stage), "fp32", "offload")
     losses = run(UPSTREAM, 2, tmp_path / "theirs", *case)
     then = run(None, 2, tmp_path / "then", *case, f"load={tmp_path / 'theirs'}")
-    close(then, losses[SAVE_AT:], "fp32")
+    # each package has a CPU Adam of its own, which rounds in its own way
+    close(then, losses[SAVE_AT:], "fp32", 1e-5)
     losses = run(None, 2, tmp_path / "ours", *case)
     source = tmp_path / "ours"
     if stage == 3:
         source = convert_to_upstream(source / "t", tmp_path / "up" / "t").parent
     then = run(UPSTREAM, 2, tmp_path / "again", *case, f"load={source}")
-    close(then, losses[SAVE_AT:], "fp32")
+    close(then, losses[SAVE_AT:], "fp32", 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -213,10 +214,12 @@ def test_upstreams_exporter_reads_ours(stage: int, dtype: str, tmp_path: Path) -
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
-def close(got: list[float], expected: list[float], dtype: str) -> None:
+def close(
+    got: list[float], expected: list[float], dtype: str, tolerance: float | None = None
+) -> None:
     # Same torch, same arithmetic: equal to a few roundings of the flat (ours) against the separate (theirs, stage 0)
     # steps, whose last elements torch rounds otherwise.
-    tolerance = 1e-6 if dtype == "fp32" else 1e-2
+    tolerance = tolerance or (1e-6 if dtype == "fp32" else 1e-2)
     assert len(got) == len(expected) > 3
     for a, b in zip(got, expected, strict=True):
         assert abs(a - b) <= tolerance * abs(b), (got, expected)
