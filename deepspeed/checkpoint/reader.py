@@ -15,6 +15,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import types
 import zipfile
 from collections.abc import Callable
@@ -25,8 +26,9 @@ import torch
 
 from ..utils.env import DS_TRUST_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
-from .digest import CRC32, SHA256, of_file
+from .digest import CRC32, SHA256, of_file, text_of
 from .format import MANIFEST, PARTIAL_MARK
+from .whole_file import WholeFile, byte_view, fits, read_whole
 
 _MAX_PICKLE = 1 << 30
 
@@ -236,7 +238,55 @@ _restricted: Any = types.SimpleNamespace(
 )
 
 
-def load_file(path: str | os.PathLike[str], map_location: Any = "cpu", *, mmap: bool = True) -> Any:
+class _MemoryUnpickler(_Unpickler):
+    """Takes storages from a file in memory."""
+
+    def __init__(
+        self, pickled: bytes, file: WholeFile, records: dict[str, tuple[int, int]]
+    ) -> None:
+        super().__init__(io.BytesIO(pickled), encoding="utf-8")
+        self._file, self._records = file, records
+        self._made: dict[str, torch.UntypedStorage] = {}
+
+    def persistent_load(self, saved_id: Any) -> Any:
+        _, kind, key, _, count = saved_id
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind._dtype
+        begin, nbytes = self._records[f"data/{key}"]
+        if count * dtype.itemsize != nbytes:
+            raise ValueError(f"a storage of {count} elements in a record of {nbytes} bytes")
+        if key not in self._made:
+            self._made[key] = self._file.record(begin, nbytes)
+        return torch.storage.TypedStorage(wrap_storage=self._made[key], dtype=dtype, _internal=True)
+
+
+def _from_memory(path: Path, file: WholeFile) -> Any:
+    records = file.records(path)
+
+    def text(name: str) -> bytes:
+        return bytes(byte_view(file.record(*records[name])).numpy()) if name in records else b""
+
+    if text("byteorder") not in (b"", sys.byteorder.encode()):
+        return _by_torch(path, "cpu", mmap=False)
+    return _MemoryUnpickler(text("data.pkl"), file, records).load()
+
+
+def _by_torch(path: Path, map_location: Any, mmap: bool) -> Any:
+    return torch.load(
+        str(path),
+        map_location=map_location,
+        pickle_module=_restricted,
+        weights_only=False,
+        mmap=mmap,
+    )
+
+
+def load_file(
+    path: str | os.PathLike[str],
+    map_location: Any = "cpu",
+    *,
+    mmap: bool = True,
+    whole: WholeFile | None = None,
+) -> Any:
     """Read one checkpoint file.
 
     Args:
@@ -244,6 +294,7 @@ def load_file(path: str | os.PathLike[str], map_location: Any = "cpu", *, mmap: 
         map_location: as for `torch.load`.
         mmap: map tensors from the file rather than read them (pages are read when touched; copy what outlives the
             file). Falls back to reading where the file or torch cannot.
+        whole: the file's content, if it was read already; tensors then share its memory.
 
     Returns:
         The object in the file; classes of older checkpoints come as `Record`s, enumerations as numbers.
@@ -255,13 +306,9 @@ def load_file(path: str | os.PathLike[str], map_location: Any = "cpu", *, mmap: 
     path = Path(path)
     is_zip = _check_archive(path)
     try:
-        return torch.load(
-            str(path),
-            map_location=map_location,
-            pickle_module=_restricted,
-            weights_only=False,
-            mmap=mmap and is_zip,
-        )
+        if whole is not None and is_zip and map_location == "cpu":
+            return _from_memory(path, whole)
+        return _by_torch(path, map_location, mmap and is_zip)
     except _Refused as error:
         raise DeepSpeedCheckpointError(
             explain(
@@ -303,6 +350,8 @@ def _check_archive(path: Path) -> bool:
     except Exception as error:  # zipfile raises what it likes
         raise damaged(path, f"{type(error).__name__}: {error}") from error
     size = path.stat().st_size
+    if len({item.filename for item in items}) != len(items):
+        raise damaged(path, "two records of one name")
     for item in items:
         inside = item.filename.partition("/")[2]
         if item.compress_type != zipfile.ZIP_STORED or item.file_size != item.compress_size:
@@ -323,14 +372,15 @@ class Folder:
 
     Args:
         path: the tag's folder.
-        verify: whether sizes and hashes are checked (folders without a manifest cannot be).
+        verify: whether sizes and checksums are compared (folders without a manifest have none).
+        whole: read files that are checked into memory at once, as far as there is room: for who needs all of them.
 
     Raises:
         DeepSpeedCheckpointError: the folder is an unfinished save, or its manifest is damaged.
     """
 
-    def __init__(self, path: Path, verify: bool = True) -> None:
-        self.path = path
+    def __init__(self, path: Path, verify: bool = True, whole: bool = False) -> None:
+        self.path, self._whole = path, whole
         if (path / PARTIAL_MARK).exists():
             raise damaged(path, "a save that did not finish")
         self._expected = _read_manifest(path / MANIFEST) if verify else {}
@@ -351,8 +401,21 @@ class Folder:
 
     def load(self, name: str, map_location: Any = "cpu", *, mmap: bool = True) -> Any:
         """Check one file and read it; see `load_file`."""
+        whole = self._read_checked(name) if self._whole and mmap else None
         self.check(name)
-        return load_file(self.path / name, map_location, mmap=mmap)
+        return load_file(self.path / name, map_location, mmap=mmap, whole=whole)
+
+    def _read_checked(self, name: str) -> WholeFile | None:
+        """The content of a file if it is to be checked and there is room for it; compared with the manifest."""
+        path, entry = self.path / name, self._expected.get(name, {})
+        if CRC32 not in entry or name in self._checked or not path.is_file():
+            return None
+        if path.stat().st_size != entry["size"] or not fits(entry["size"]):
+            return None
+        found = read_whole(path)
+        self._compare(path, CRC32, text_of(found.crc32), entry)
+        self._checked.add(name)
+        return found
 
     def check(self, name: str) -> None:
         """Compare a file with the manifest.
@@ -370,11 +433,14 @@ class Folder:
                 path, f"{path.stat().st_size} bytes where the manifest says {entry['size']}"
             )
         algorithm = next(name for name in (CRC32, SHA256) if name in entry)
-        if of_file(path, algorithm) != entry[algorithm]:
+        self._compare(path, algorithm, of_file(path, algorithm), entry)
+        self._checked.add(name)
+
+    def _compare(self, path: Path, algorithm: str, found: str, entry: dict[str, Any]) -> None:
+        if found != entry[algorithm]:
             raise damaged(
                 path, f"content that differs from what was saved (its {algorithm} is another)"
             )
-        self._checked.add(name)
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

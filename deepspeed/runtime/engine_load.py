@@ -124,7 +124,7 @@ class _Load:
 
     def open(self) -> None:
         """Read the model states, and the parts of the optimizer that this rank is going to copy."""
-        self.folder = Folder(self.path, verify=DS_VERIFY_CHECKPOINTS.get())
+        self.folder = Folder(self.path, verify=DS_VERIFY_CHECKPOINTS.get(), whole=True)
         mp_rank = mp_rank_of(self.engine)
         choices = (names.model_file(mp_rank), names.zero3_model_file(0, mp_rank))
         self.model_path = self.path / next(filter(self.folder.has, choices), choices[0])

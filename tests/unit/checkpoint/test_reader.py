@@ -19,8 +19,9 @@ import numpy
 import pytest
 import torch
 
-from deepspeed.checkpoint import add_safe_classes, reader
-from deepspeed.checkpoint.atomic import Crew, publish
+from deepspeed.checkpoint import add_safe_classes, reader, whole_file
+from deepspeed.checkpoint.atomic import Crew, Entry, publish
+from deepspeed.checkpoint.digest import of_file
 from deepspeed.checkpoint.format import MANIFEST, PARTIAL_MARK
 from deepspeed.checkpoint.reader import Folder, load_file
 from deepspeed.checkpoint.writer import save_file
@@ -349,3 +350,44 @@ def test_a_stream_of_random_bytes_never_does_more_than_fail(tmp_path: Path) -> N
             load_file(path)
         except DeepSpeedCheckpointError:
             pass
+
+
+@pytest.mark.parametrize("by_torch", [False, True], ids=["ours", "torch"])
+def test_a_file_read_at_once_is_the_file_mapped(
+    by_torch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_file, "_LEAST", 0)
+    monkeypatch.setattr(whole_file, "_CHUNK", 100_000)
+    base = torch.randn(70_000)
+    content = {
+        "a": base,
+        "b": base[10:20],
+        "c": torch.randn(4, 5).t(),
+        "low": torch.ones(7, dtype=torch.bfloat16),
+        "empty": torch.zeros(0),
+        "param": torch.nn.Parameter(torch.ones(2)),
+        "untyped": torch.arange(6, dtype=torch.uint8).untyped_storage(),
+        "rest": [1, "x", None],
+    }
+    save = torch.save if by_torch else (lambda c, path: save_file(path, c))
+
+    def write(folder: Path) -> list[Entry]:
+        save(content, folder / "f.pt")
+        return [Entry("f.pt", (folder / "f.pt").stat().st_size, of_file(folder / "f.pt"))]
+
+    publish(tmp_path, "step", Crew(), write)
+    found = Folder(tmp_path / "step", whole=True).load("f.pt")
+    mapped = Folder(tmp_path / "step").load("f.pt")
+    assert list(found) == list(mapped) == list(content)
+    for key in ("a", "b", "c", "low", "empty", "param"):
+        assert torch.equal(found[key], mapped[key]) and type(found[key]) is type(mapped[key])
+        assert found[key].stride() == mapped[key].stride() and found[key].dtype is mapped[key].dtype
+    storage = getattr(found["untyped"], "_untyped_storage", found["untyped"])
+    assert storage.tolist() == list(range(6)) and found["rest"] == content["rest"]
+    assert found["a"].data_ptr() + 40 == found["b"].data_ptr()
+    assert not found["a"].untyped_storage().resizable()
+    data = bytearray((tmp_path / "step" / "f.pt").read_bytes())
+    data[len(data) // 2] ^= 4
+    (tmp_path / "step" / "f.pt").write_bytes(data)
+    with pytest.raises(DeepSpeedCheckpointError, match="its crc32 is another"):
+        Folder(tmp_path / "step", whole=True).load("f.pt")
