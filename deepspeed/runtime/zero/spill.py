@@ -32,12 +32,14 @@ _ALIGNMENT = 4096
 _WRITES_BEHIND = 4
 MASTER = "master"
 
+_in_use: set[Path] = set()
+
 
 class SpillFolder:
     """A folder of one rank for files that do not outlive the run.
 
     Args:
-        folder: made anew; what was in it is removed.
+        folder: made anew; what was in it is removed. Where another `SpillFolder` of this process has it, a neighbour of it.
         options: block size, depth and the like of the file queue.
 
     Raises:
@@ -45,6 +47,7 @@ class SpillFolder:
     """
 
     def __init__(self, folder: Path, options: Options | None = None) -> None:
+        folder = _not_in_use(folder)
         self.folder = folder
         try:
             shutil.rmtree(folder, ignore_errors=True)
@@ -61,6 +64,7 @@ class SpillFolder:
                     fix="correct nvme_path in the configuration",
                 ),
             ) from error
+        _in_use.add(folder)
         self.queue = FileQueue(options)
         self.writing: deque[tuple[SpilledGrad, int]] = deque()
         self._idle: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
@@ -91,8 +95,15 @@ class SpillFolder:
         self._discard()
 
 
+def _not_in_use(folder: Path) -> Path:
+    """The folder, or the first neighbour of it that no engine of this process has its files in."""
+    names = itertools.chain([folder.name], (f"{folder.name}-{n}" for n in itertools.count(2)))
+    return next(place for name in names if (place := folder.with_name(name)) not in _in_use)
+
+
 def _discard(folder: Path, queue: FileQueue) -> None:
     queue.close()
+    _in_use.discard(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
