@@ -24,6 +24,7 @@ import torch.distributed as dist
 from deepspeed.utils.errors import DeepSpeedCommError, explain
 
 from .mesh import Axis
+from .profiling import watched
 
 Segment = tuple[int, int, int]
 """(index of the owner in the axis, first element, number of elements)"""
@@ -138,6 +139,7 @@ def _host(tensor: torch.Tensor, copy: bool = True) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------ all-gather
+@watched("all_gather_into_tensor", "out")
 def all_gather_into(
     out: torch.Tensor, shard: torch.Tensor, axis: Axis, async_op: bool = False
 ) -> Handle:
@@ -198,6 +200,7 @@ def _gather_in_hops(out: torch.Tensor, shard: torch.Tensor, node: Axis, nodes: A
 
 
 # ------------------------------------------------------------------ exchange
+@watched("all_to_all_single", "out")
 def exchange(out: torch.Tensor, parts: torch.Tensor, axis: Axis, async_op: bool = False) -> Handle:
     """Give each rank its part, and get this rank's parts from all.
 
@@ -236,6 +239,7 @@ def exchange(out: torch.Tensor, parts: torch.Tensor, axis: Axis, async_op: bool 
 
 
 # ------------------------------------------------------------------ reduce to owners
+@watched("reduce_scatter_tensor", "full")
 def reduce_scatter_into(
     shard: torch.Tensor, full: torch.Tensor, axis: Axis, async_op: bool = False
 ) -> Handle:
@@ -275,6 +279,7 @@ def reduce_scatter_into(
     )
 
 
+@watched("reduce_scatter_tensor", "flat")
 def reduce_to_owners(
     flat: torch.Tensor, segments: Sequence[Segment], axis: Axis, async_op: bool = False
 ) -> Handle:
@@ -388,6 +393,7 @@ def _exchange_and_sum(
 _OPS = {"sum": "SUM", "max": "MAX", "min": "MIN"}
 
 
+@watched("all_reduce", "tensor")
 def all_reduce_(
     tensor: torch.Tensor, axis: Axis, op: str = "sum", async_op: bool = False
 ) -> Handle:
@@ -444,6 +450,7 @@ def _all_reduce_in_two(tensor: torch.Tensor, axis: Axis) -> Handle:
     return _Pending([scatter], finish)
 
 
+@watched("broadcast", "tensor")
 def broadcast_(tensor: torch.Tensor, axis: Axis, src: int = 0) -> None:
     """Copy the tensor of one rank to all ranks of the axis.
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,6 +84,52 @@ def recorded(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             get_accelerator().synchronize()
             milliseconds = (time.perf_counter() - start) * 1e3
             comms_logger.append(name, label if comms_logger.debug else log_name, milliseconds, size)
+            return result
+
+        return call
+
+    return wrap
+
+
+_inside = threading.local()
+
+
+def watched(name: str, message: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Record a verb of the engine (`deepspeed.comm.flat`) under its public name, when asked.
+
+    A recorded call is waited for at once, so that its time is its own and not that of what overlaps
+    it: training is slower while the logger is on. Verbs that a verb calls are part of it.
+
+    Args:
+        name: the public verb that it amounts to.
+        message: the parameter that is the message.
+    """
+
+    def wrap(verb: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(verb)
+
+        @functools.wraps(verb)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not comms_logger.records(name, False) or getattr(_inside, "verb", False):
+                return verb(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            axis, tensor = given["axis"], given[message]
+            if axis.size == 1 or tensor.numel() == 0:
+                return verb(*args, **kwargs)
+            label = f"{name} | [Caller Func: {get_caller_func(2)}]" if comms_logger.debug else name
+            get_accelerator().synchronize()
+            start = time.perf_counter()
+            _inside.verb = True
+            try:
+                result = verb(*args, **kwargs)
+                if result is not None:
+                    result.wait()
+            finally:
+                _inside.verb = False
+            get_accelerator().synchronize()
+            size = tensor.numel() * tensor.element_size()
+            milliseconds = (time.perf_counter() - start) * 1e3
+            comms_logger.append(name, label, milliseconds, size, axis.size)
             return result
 
         return call

@@ -51,6 +51,23 @@ def _numbers(args: argparse.Namespace, nodes: int) -> tuple[int, int]:
     return low, high
 
 
+def _windows_rendezvous(args: argparse.Namespace, parameters: Any, host: bool) -> Any:
+    """Make torch's c10d rendezvous over a store without libuv, which torch's Windows builds lack."""
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+    store = TCPStore(
+        args.master_addr,
+        args.master_port,
+        is_master=host,
+        wait_for_workers=False,
+        multi_tenant=True,
+        use_libuv=False,
+    )
+    return create_handler(store, C10dRendezvousBackend(store, parameters.run_id), parameters)
+
+
 def worker_spec(args: argparse.Namespace, world: World) -> WorkerSpec:
     """Describe this node's ranks to torch's agent.
 
@@ -61,16 +78,19 @@ def worker_spec(args: argparse.Namespace, world: World) -> WorkerSpec:
     from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 
     low, high = _numbers(args, len(world.ranks))
-    options: dict[str, Any] = {"is_host": world.node_rank == 0}
-    if WINDOWS:  # torch's Windows builds are made without libuv
-        options["use_libuv"] = "0"
+    host = world.node_rank == 0
     parameters = RendezvousParameters(
         backend="c10d",
         endpoint=f"{args.master_addr}:{args.master_port}",
         run_id=os.environ.get("ELASTIC_RUN_ID") or RUN_ID,
         min_nodes=low,
         max_nodes=high,
-        **options,
+        is_host=host,
+    )
+    rendezvous = (
+        _windows_rendezvous(args, parameters, host)
+        if WINDOWS
+        else registry.get_rendezvous_handler(parameters)
     )
     words = [word.replace("$", "$$") for word in rank_command(args, 0)]
     if not args.no_local_rank:
@@ -81,7 +101,7 @@ def worker_spec(args: argparse.Namespace, world: World) -> WorkerSpec:
         local_world_size=len(world.slots),
         entrypoint=words[0],
         args=tuple(words[1:]),
-        rdzv_handler=registry.get_rendezvous_handler(parameters),
+        rdzv_handler=rendezvous,
         max_restarts=MAX_RESTARTS,
         monitor_interval=MONITOR_S,
         local_addr=_own_address(args.master_addr, args.master_port),

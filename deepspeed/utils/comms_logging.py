@@ -87,7 +87,14 @@ class CommsLogger:
         """Say whether a call of the operation ``name`` is recorded."""
         return self.enabled and (self.prof_all or prof or name in self.prof_ops)
 
-    def append(self, raw_name: str, record_name: str, latency: float, msg_size: int) -> None:
+    def append(
+        self,
+        raw_name: str,
+        record_name: str,
+        latency: float,
+        msg_size: int,
+        ranks: int | None = None,
+    ) -> None:
         """Record one call.
 
         Args:
@@ -95,8 +102,9 @@ class CommsLogger:
             record_name: the name to record it under.
             latency: milliseconds.
             msg_size: bytes.
+            ranks: ranks taking part; None means all.
         """
-        world = _world_size()
+        world = ranks or _world_size()
         throughput, bus = calc_bw_log(raw_name, msg_size, latency / 1e3, world)
         row = self.comms_dict.setdefault(record_name, {}).setdefault(msg_size, [0, [], [], []])
         row[0] += 1
@@ -160,26 +168,31 @@ class CommsLogger:
         }
 
     def _stragglers(self) -> dict[str, Any]:
-        """Compare each operation's total time with the fastest rank's: the rest is waiting."""
-        rows = [
-            (name, size, row)
+        """Compare each operation's total time with that of the rank which waited least: the straggler."""
+        totals = {
+            (name, size): sum(row[1])
             for name, sizes in self.comms_dict.items()
             for size, row in sizes.items()
-        ]
-        totals = [sum(row[1]) for _, _, row in rows]
-        least = _minimum_over_ranks(totals)
+        }
+        told = _of_all_ranks(totals)
         result: dict[str, Any] = {}
-        for (name, size, row), total, low in zip(rows, totals, least, strict=True):
+        for (name, size), total in totals.items():
+            least, rank = min(
+                (other[name, size], rank)
+                for rank, other in enumerate(told)
+                if (name, size) in other  # ranks need not have taken part in the same ones
+            )
             result.setdefault(name, {})[size] = {
-                "count": row[0],
-                "total_comm_lat_ms": low,
-                "total_straggler_ms": total - low,
+                "count": self.comms_dict[name][size][0],
+                "total_comm_lat_ms": least,
+                "total_straggler_ms": total - least,
+                "straggler_rank": rank,
             }
         return result
 
     def _table(self, stragglers: dict[str, Any] | None) -> str:
         head = f"{'op':<28}{'size':>12}{'count':>8}{'total ms':>12}{'avg ms':>10}{'Gbps':>10}{'bus Gbps':>10}"
-        lines = [head + ("   straggler ms" if stragglers else "")]
+        lines = [head + ("   straggler ms  rank" if stragglers else "")]
         for name, sizes in self.comms_dict.items():
             for size, row in sorted(sizes.items()):
                 one = _summary(size, row)
@@ -189,7 +202,8 @@ class CommsLogger:
                     f"{one['tput_avg_gbps']:>10.2f}{one['busbw_avg_gbps']:>10.2f}"
                 )
                 if stragglers:
-                    line += f"{stragglers[name][size]['total_straggler_ms']:>15.2f}"
+                    waits = stragglers[name][size]
+                    line += f"{waits['total_straggler_ms']:>15.2f}{waits['straggler_rank']:>6}"
                 lines.append(line)
         return "\n".join(lines)
 
@@ -219,13 +233,13 @@ def _distributed() -> Any:
     return module if module and module.is_available() and module.is_initialized() else None
 
 
-def _minimum_over_ranks(values: list[float]) -> list[float]:
+def _of_all_ranks(own: dict[tuple[str, int], float]) -> list[dict[tuple[str, int], float]]:
     module = _distributed()
-    if module is None or not values:
-        return values
+    if module is None:
+        return [own]
     gathered: list[Any] = [None] * module.get_world_size()
-    module.all_gather_object(gathered, values)
-    return [min(column) for column in zip(*gathered, strict=True)]
+    module.all_gather_object(gathered, own)
+    return gathered
 
 
 def _world_size() -> int:
