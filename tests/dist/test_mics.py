@@ -12,6 +12,7 @@ import torch
 
 import deepspeed
 from deepspeed.runtime.zero.mics import MiCS_Init, MiCS_Optimizer
+from deepspeed.runtime.zero.sharded_param import piece_of
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -97,6 +98,23 @@ CELLS = {
 }
 
 
+IN_FILES = {
+    "zero_optimization": {
+        "sub_group_size": 20,
+        "offload_optimizer": {"device": "nvme"},
+        "offload_param": {"device": "nvme"},
+    }
+}
+
+
+def in_folder(extra, folder):
+    zero = {
+        key: {**value, "nvme_path": folder} if isinstance(value, dict) else value
+        for key, value in extra["zero_optimization"].items()
+    }
+    return {**extra, "zero_optimization": zero}
+
+
 def trains(rank, cells):
     left = {}
     for name, extra in cells.items():
@@ -110,16 +128,17 @@ def trains(rank, cells):
         hops = engine.mesh.state_axes[0].hops
         assert (hops is not None) == (name == "two hops")
         train(engine, rank, extra.get("gradient_accumulation_steps", 1))
-        slices = [p.ds_tensor.numel() for p in engine.module.parameters()]
+        slices = [piece_of(p) for p in engine.module.parameters()]
         kind = isinstance(engine.optimizer, MiCS_Optimizer)
         left[name] = (whole(engine), slices, kind, engine.is_first_weights_partition_group())
         engine.destroy()
     return left
 
 
-def test_training_is_that_of_the_plain_loop(ranks4):
-    results = ranks4.run(trains, CELLS)
-    for name, extra in CELLS.items():
+def test_training_is_that_of_the_plain_loop(ranks4, tmp_path):
+    cells = {**CELLS, "in files": in_folder(IN_FILES, str(tmp_path))}
+    results = ranks4.run(trains, cells)
+    for name, extra in cells.items():
         want = by_hand(
             extra.get("gradient_clipping", 0.0), extra.get("gradient_accumulation_steps", 1)
         )
@@ -236,6 +255,26 @@ def test_one_ranks_weights_and_edits_reach_every_group(ranks4):
     for rank in range(RANKS):
         (loss_of(want, rank, 0) / RANKS).backward()
     torch.testing.assert_close(grad, want.first.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def overflows(rank):
+    half = {"fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}}
+    engine = deepspeed.initialize(model=net_of(), config=config({"mics_shard_size": 2}, **half))[0]
+    before = whole(engine)
+    loss = engine(x_of(rank, 0).half()).float().sum()
+    engine.backward(
+        loss * (float("inf") if rank == 3 else 1.0)
+    )  # the second rank of the second group
+    engine.step()
+    kept = all(torch.equal(a, b) for a, b in zip(before, whole(engine), strict=True))
+    engine.backward(engine(x_of(rank, 0).half()).float().sum())
+    engine.step()
+    went = not torch.equal(before[0], whole(engine)[0])
+    return engine.skipped_steps, engine.optimizer.loss_scale, kept, went
+
+
+def test_an_overflow_in_one_group_skips_the_step_in_all(ranks4):
+    assert ranks4.run(overflows) == [(1, 8.0, True, True)] * RANKS
 
 
 def refusals(rank):

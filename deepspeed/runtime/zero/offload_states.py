@@ -175,7 +175,9 @@ def _param_tensors(group: ShardGroup) -> list[torch.Tensor | None]:
     """Everything that points into a group's parameters: the slab and its views, or the slices of sharded ones."""
     if group.param_slab is None:
         slices = [getattr(param, "ds_tensor", None) for param in group.params]
-        return [group.own, *slices, *group.params]  # whole params, too: small ones stay gathered
+        seconds = [getattr(param, "ds_secondary_tensor", None) for param in group.params]
+        # whole params, too: small ones stay gathered
+        return [group.own, *slices, *seconds, *group.params]
     slab = group.param_slab
     views = [slab.view(index) for index in range(len(group.params))]
     return [slab.flat, *views, group.own, *group.params]

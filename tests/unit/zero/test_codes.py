@@ -8,8 +8,9 @@ import torch
 
 from deepspeed import DeepSpeedConfigError
 from deepspeed.runtime.build import build_plan
-from deepspeed.runtime.memory_plan import read_config
+from deepspeed.runtime.memory_plan import plan_for, read_config
 from deepspeed.runtime.zero.codec import SLICE_GROUP, SliceCodec
+from deepspeed.runtime.zero.estimate import ModelSize
 from deepspeed.runtime.zero.quantized_sum import GROUP, ErrorFeedback, QuantizedSum, RowCodec
 
 STEPS = {8: 127, 4: 7}
@@ -135,3 +136,21 @@ def test_what_a_configuration_says_of_codes():
 def test_settings_of_the_feedback_are_checked(given):
     with pytest.raises(DeepSpeedConfigError, match="zeropp_loco_param"):
         plan_of(zero_quantized_gradients=True, zeropp_loco_param=given)
+
+
+def rows_of(ranks=8, **zero):
+    config = read_config({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, **zero}})
+    plan = plan_for(config, ModelSize((8_000_000, 5), (16_000_000,), 16_000_000), ranks)
+    return {row.role: row.nbytes for row in plan.rows if row.lasting}
+
+
+def test_the_plan_counts_second_copies_and_errors():
+    plain = rows_of()
+    near = rows_of(zero_hpz_partition_size=4)
+    # bf16, a quarter of each parameter, the small one filled up to a multiple of four
+    assert near.pop("second copy of params") == 2 * (2_000_000 + 2 + 4_000_000)
+    assert near == plain and plain["params"] == 2 * (1_000_000 + 1)
+    assert rows_of(zero_hpz_partition_size=8) == plain  # all ranks: no second copy
+    loco = rows_of(zero_quantized_gradients=True, zeropp_loco_param={})
+    assert loco["errors of codes"] == 2 * 8_000_005
+    assert rows_of(mics_shard_size=2)["params"] == 2 * (4_000_000 + 3)
