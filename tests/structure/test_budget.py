@@ -23,7 +23,7 @@ BUDGET = {
     "deepspeed/git_version_info.py": 30,
     "deepspeed/env_report.py": 420,  # ten sections, each as text and as JSON, none able to break the rest
     # more than the design named: the communication logger, debug names, the stand-alone converter's readers, leaf modules
-    "deepspeed/utils": 2850,
+    "deepspeed/utils": 2920,
     "deepspeed/accelerator -deepspeed/accelerator/*product*": 800,
     # 16-bit products through fp32: the design counted on torch's own
     "deepspeed/accelerator/*product*": 800,
@@ -32,7 +32,7 @@ BUDGET = {
     # the first wave's ops, and those that came with the CUDA loader and file I/O
     # and quantization, casts and copies, each with its reference
     "deepspeed/ops": 8000,
-    "deepspeed/runtime/engine.py deepspeed/runtime/engine_accessors.py": 920,
+    "deepspeed/runtime/engine.py deepspeed/runtime/engine_accessors.py deepspeed/runtime/engine_data.py": 960,
     # every rule of loading: three stages, two wrappers, older names, experts, any number of ranks
     "deepspeed/runtime/engine_checkpoint.py deepspeed/runtime/engine_load.py": 750,
     # requests are refused here, in words: more than half of it is messages
