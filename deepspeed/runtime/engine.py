@@ -10,16 +10,18 @@ from typing import Any
 import torch
 
 from deepspeed.accelerator.lowp_products import products_context
+from deepspeed.utils.errors import explain
 
 from . import build, engine_checkpoint, engine_load, memory_plan, module_prep, sharding
 from .backward import BackwardWatch
 from .clock import AccumulationClock
 from .engine_accessors import ConfigAccessors
+from .engine_data import DataControl
 from .observers import build_observers
 from .zero import offload_states
 
 
-class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
+class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
     """Wraps a module with its optimizer, scheduler, precision and sharding; see `deepspeed.initialize`.
 
     Args:
@@ -308,53 +310,6 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
 
     # - data and batch sizes
 
-    def deepspeed_io(
-        self,
-        dataset: Any,
-        batch_size: int | None = None,
-        route: str = "train",
-        pin_memory: bool = True,
-        data_sampler: Any = None,
-        collate_fn: Any = None,
-        num_local_io_workers: int | None = None,
-    ) -> Any:
-        """A loader over `dataset` for this data-parallel rank; see `runtime.dataloader`."""
-        return build.build_loader(
-            self,
-            dataset,
-            batch_size=batch_size,
-            route=route,
-            pin_memory=pin_memory,
-            data_sampler=data_sampler,
-            collate_fn=collate_fn or self.collate_fn,
-            num_local_io_workers=num_local_io_workers,
-        )
-
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the global batch size by changing the number of accumulated micro-batches.
-
-        Raises:
-            ValueError: if it is no multiple of micro-batch size times data-parallel ranks.
-        """
-        build.resize_batch(self._config, train_batch_size, self.mesh.data.size)
-        self.clock.accumulation = self._config.gradient_accumulation_steps
-
-    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the micro-batch size; the accumulation stays. Existing loaders are not touched."""
-        self._config.train_batch_size = (
-            micro_batch_size * self.gradient_accumulation_steps() * self.mesh.data.size
-        )
-        self._config.train_micro_batch_size_per_gpu = micro_batch_size
-
-    def set_data_post_process_func(self, post_process_func: Any) -> None:
-        """Have the training loader pass every batch through `post_process_func`."""
-        if self.training_dataloader is not None:
-            self.training_dataloader.post_process_func = post_process_func
-
-    def set_dataloader(self, loader: Any) -> None:
-        """Use `loader` as `training_dataloader`."""
-        self.training_dataloader = loader
-
     def set_lr_scheduler(self, scheduler: Any) -> None:
         """Have `step()` drive `scheduler`."""
         self.lr_scheduler = scheduler
@@ -465,6 +420,24 @@ class DeepSpeedEngine(ConfigAccessors, torch.nn.Module):
     @property
     def is_compiled(self) -> bool:
         return self._is_compiled
+
+    def get_compile_time(self) -> list[Any]:
+        """What DeepCompile took for each of its graphs: nothing, since it is not there."""
+        return []
+
+    def register_compile_pass(self, name: str, opt_pass_fn: Any, contract: Any = None) -> None:
+        """Refuse a pass over DeepCompile's graphs.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            explain(
+                "DeepCompile and its passes are not there",
+                got=f"register_compile_pass({name!r})",
+                fix="compile with engine.compile(), which uses torch.compile",
+            )
+        )
 
     def offload_states(
         self,

@@ -21,6 +21,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.engine": 6,
     "deepspeed.runtime.initialize": 6,
     "deepspeed.runtime.engine_accessors": 6,
+    "deepspeed.runtime.engine_data": 6,
     "deepspeed.runtime.hybrid_engine": 6,
     "deepspeed.inference": 6,
     "deepspeed.runtime.pipe": 6,

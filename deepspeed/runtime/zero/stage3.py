@@ -9,6 +9,14 @@ import torch
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.utils.errors import explain
+from deepspeed.utils.tensor_fragment import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+)
 
 from .estimate import (
     estimate_zero3_model_states_mem_needs,
@@ -17,6 +25,7 @@ from .estimate import (
 )
 from .optimizer import ZeroOptimizer
 from .parameter_offload import DeepSpeedZeRoOffload
+from .plan import TierKind
 from .sharded_param import piece_of
 
 __all__ = [
@@ -66,6 +75,46 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
     def dp_process_group(self) -> Any:
         """The data-parallel process group."""
         return self.mesh.data.group
+
+    @property
+    def swap_optimizer(self) -> bool:
+        """Whether states live in files between steps."""
+        return self.plan.state_tier is TierKind.FILE
+
+    # - a whole parameter's state, gathered from the ranks; collective
+
+    def get_full_hp_param(
+        self, param: torch.nn.Parameter, optim_state_key: str | None = None
+    ) -> torch.Tensor | None:
+        """The master weight, or a state of its size, in the parameter's shape."""
+        if optim_state_key is None:
+            return safe_get_full_fp32_param(param)
+        return safe_get_full_optimizer_state(param, optim_state_key)
+
+    def set_full_hp_param(
+        self, value: torch.Tensor, param: torch.nn.Parameter, optim_state_key: str | None = None
+    ) -> None:
+        """Set the master weight, or a state of its size."""
+        if optim_state_key is None:
+            safe_set_full_fp32_param(param, value)
+        else:
+            safe_set_full_optimizer_state(param, value, optim_state_key)
+
+    def get_fp32_grad_for_param(self, param: torch.nn.Parameter) -> torch.Tensor | None:
+        """The reduced gradient in fp32; None where there is none."""
+        return safe_get_full_grad(param)
+
+    def set_fp32_grad_for_param(self, value: torch.Tensor, param: torch.nn.Parameter) -> None:
+        """Set the gradient that the next step uses."""
+        safe_set_full_grad(param, value)
+
+    def checkpoint_event_prologue(self) -> None:
+        """Called before the module's own state is read or written: nothing is whole afterwards."""
+        self.parameter_offload.empty_partition_cache()
+
+    def checkpoint_event_epilogue(self) -> None:
+        """Called after the module's own state was read or written: parameters that stay whole are so again."""
+        self.parameter_offload.residency.after_step()
 
     # - one rank's part of a parameter's state; see deepspeed.utils.safe_get_local_fp32_param and its like
 
