@@ -89,10 +89,13 @@ def carried_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """Read lines ``NAME=VALUE``; blank ones and those that start with # are skipped.
+    """Read lines ``NAME=VALUE``, or ``export NAME=VALUE``; blank ones and comments are skipped.
+
+    A name that is none for a shell is left out with a warning: other programs write down whole
+    environments.
 
     Raises:
-        ValueError: another line is found.
+        ValueError: a line has no equals sign.
     """
     if not path.is_file():
         return {}
@@ -101,8 +104,8 @@ def read_env_file(path: Path) -> dict[str, str]:
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        name, equals, value = text.partition("=")
-        if not equals or not _NAME.fullmatch(name.strip()):
+        name, equals, value = text.removeprefix("export ").partition("=")
+        if not equals:
             raise ValueError(
                 explain(
                     f"the environment file {path} has a bad line",
@@ -111,7 +114,10 @@ def read_env_file(path: Path) -> dict[str, str]:
                     fix="Correct the line, or start it with # to leave it out.",
                 )
             )
-        found[name.strip()] = value.strip()
+        if _NAME.fullmatch(name.strip()):
+            found[name.strip()] = value.strip()
+        else:
+            logger.warning("%s, line %d: %r is no name of a variable", path, number, name)
     return found
 
 
