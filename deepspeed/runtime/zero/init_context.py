@@ -22,7 +22,8 @@ from deepspeed.comm import comm as dist
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
 from deepspeed.ops.group_quant import GroupScheme
-from deepspeed.utils import groups
+from deepspeed.utils import env, groups
+from deepspeed.utils.errors import explain
 
 from .codec import QUANTIZED_MODULES, GroupCodec, initial_scheme
 from .sharded_param import shard_param
@@ -71,6 +72,7 @@ class InitContext:
     Raises:
         DeepSpeedConfigError: NVMe without a folder.
         OSError: the folder cannot be used.
+        RuntimeError: WORLD_SIZE says that there are several processes, and torch.distributed knows only this one.
         DeepSpeedCommError: `mics_shard_size` of the configuration does not divide the ranks.
     """
 
@@ -98,6 +100,7 @@ class InitContext:
             return
         if not dist.is_initialized():
             dist.init_distributed()
+        _refuse_lonely_group()
         settings = _settings(config_dict_or_path if config_dict_or_path is not None else config)
         self.home = _axis(data_parallel_group or sequence_data_parallel_group, mpu)
         self.axis = self.home
@@ -295,6 +298,20 @@ def _settings(config: Any) -> _Settings:
         None if offload is None else offload.nvme_path,
         get_aio_config(config),
     )
+
+
+def _refuse_lonely_group() -> None:
+    """Parameters cut over one process of several would be whole on each, and drift apart."""
+    expected = env.WORLD_SIZE.get() or 1
+    if expected > 1 and dist.get_world_size() == 1:
+        raise RuntimeError(
+            explain(
+                "zero.Init found a process group of one process in a job of several",
+                got=f"WORLD_SIZE={expected}, torch.distributed with 1 process",
+                expected=f"{expected} processes in the default group",
+                fix="call deepspeed.init_distributed() before anything else makes a group, or unset WORLD_SIZE",
+            )
+        )
 
 
 def _axis(group: Any, mpu: Any) -> Axis:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`zero.Init` in one process: what its arguments change, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deepspeed
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.mics import MiCS_Init
+
+Override = partition_parameters.DeepSpeedTensorOverride
+
+
+def test_a_job_of_several_needs_a_group_of_several(monkeypatch):
+    deepspeed.init_distributed()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2"):
+        deepspeed.zero.Init()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [
+        (None, torch.bfloat16),
+        ([Override.dtype, Override.device], torch.bfloat16),
+        ([Override.device], torch.float32),
+        ([], torch.float32),
+    ],
+)
+def test_constructors_decide_what_they_are_told_to(overrides, dtype):
+    with deepspeed.zero.Init(dtype=torch.bfloat16, tensor_overrides=overrides):
+        made, whole = torch.zeros(2), torch.arange(3)
+        layer = torch.nn.Linear(3, 2)
+    assert made.dtype == dtype and whole.dtype == torch.int64
+    assert layer.weight.dtype == torch.bfloat16 and layer.weight.ds_shape == (2, 3)
+
+
+def test_the_wrapper_is_looked_up_when_the_context_is_entered(monkeypatch):
+    seen = []
+
+    def wrapper(fn, target_fp_dtype, target_device):
+        seen.append((fn is partition_parameters._orig_torch_arange, target_fp_dtype))
+        return fn
+
+    context = deepspeed.zero.Init(dtype=torch.float16)
+    monkeypatch.setattr(partition_parameters, "zero_wrapper_for_fp_tensor_constructor", wrapper)
+    with context:
+        torch.zeros(1)
+    assert (True, torch.float16) in seen
+
+
+def test_a_disabled_context_does_nothing():
+    with deepspeed.zero.Init(enabled=False), MiCS_Init(enabled=False):
+        assert not hasattr(torch.nn.Linear(2, 2).weight, "ds_id")
+
+
+@pytest.mark.parametrize("config", [None, {}, {"zero_optimization": {"stage": 3}}])
+def test_mics_needs_the_size_of_its_groups(config):
+    with pytest.raises(deepspeed.DeepSpeedConfigError, match="mics_shard_size"):
+        MiCS_Init(config_dict_or_path=config)
+
+
+def test_groups_that_do_not_divide_the_ranks_are_refused():
+    config = {"zero_optimization": {"stage": 3, "mics_shard_size": 2}}
+    with pytest.raises(deepspeed.utils.errors.DeepSpeedCommError, match="divisor of 1"):
+        MiCS_Init(config_dict_or_path=config)
+
+
+def test_frozen_matrices_may_be_codes_from_the_start():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = torch.nn.Parameter(torch.randn(8, 64), requires_grad=False)
+            self.head = torch.nn.Parameter(torch.randn(8, 64))
+
+    torch.manual_seed(0)
+    plain = Net()
+    torch.manual_seed(0)
+    with deepspeed.zero.Init(dtype=torch.float32, zero_quantized_nontrainable_weights=True):
+        net = Net()
+    assert net.base.ds_tensor.dtype == torch.uint8 and net.head.ds_tensor.dtype == torch.float32
+    with deepspeed.zero.GatheredParameters([net.base, net.head]):
+        lost = (net.base - plain.base).abs().max()
+        assert torch.equal(net.head, plain.head)
+    assert 0 < lost <= plain.base.abs().max() / 127 / 2 * (1 + 2**-20)
