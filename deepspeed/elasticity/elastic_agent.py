@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
 from torch.distributed.elastic.agent.server import WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -49,4 +52,22 @@ class DSElasticAgent(LocalElasticAgent):
             "LOCAL_SIZE": str(worker_group.spec.local_world_size),
         }
         with env.overlaid({**self.ds_env, **group}):
-            return super()._start_workers(worker_group)
+            started = super()._start_workers(worker_group)
+        if sys.platform == "win32":
+            for handler in self._pcontext.subprocess_handlers.values():
+                handler.close = functools.partial(_end_tree, handler.proc.pid)
+        return started
+
+
+def _end_tree(pid: int, death_sig: int | None = None) -> None:
+    """End a rank and what it started. torch's own way on Windows, a Ctrl-C event, ends us too, or fails."""
+    try:
+        root = psutil.Process(pid)
+        tree = [*root.children(recursive=True), root]
+    except psutil.Error:
+        return
+    for process in tree:
+        try:
+            process.kill()
+        except psutil.Error:
+            continue
