@@ -16,6 +16,7 @@ are read by an allow-list, so that a damaged or hostile file gives an error and 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -235,15 +236,31 @@ class Weight:
         whole = torch.empty(self.numel(), dtype=torch.float32)
         done = 0
         for source, start, length in self._runs:
-            whole.narrow(0, done, length).copy_(
-                source.detach().reshape(-1).narrow(0, start, length)
-            )
+            run = source.detach().reshape(-1).narrow(0, start, length)
+            whole.narrow(0, done, length).copy_(run)
+            _page_out(run)
             done += length
         if done != whole.numel():
             raise ValueError(
                 f"{done} elements saved where a shape of {tuple(self.shape)} needs {whole.numel()}"
             )
         return whole.view(self.shape)
+
+
+_PAGE_OUT = 21
+_PAGED_AT_ONCE = 1 << 20
+
+
+def _page_out(run: torch.Tensor) -> None:
+    """Let the system take back the pages that a run was mapped by (Linux; it keeps what is no file's)."""
+    nbytes, page = run.numel() * run.element_size(), 4096
+    if not sys.platform.startswith("linux") or nbytes < _PAGED_AT_ONCE:
+        return
+    start = -(-run.data_ptr() // page) * page
+    end = (run.data_ptr() + nbytes) // page * page
+    if end > start:
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGE_OUT)
 
 
 def _tag_folder(checkpoint_dir: str | os.PathLike[str], tag: str | None) -> Path:

@@ -294,3 +294,14 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
         get_fp32_state_dict_from_zero_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="doesn't exist"):
         get_fp32_state_dict_from_zero_checkpoint(tmp_path, tag="t")
+
+
+def test_giving_pages_back_changes_nothing(tmp_path: Path) -> None:
+    values = torch.randn(600_000)
+    torch.save({"x": values}, tmp_path / "x.pt")
+    mapped = torch.load(tmp_path / "x.pt", mmap=True, weights_only=True)["x"]
+    for source in (mapped, values.clone()):  # of a file, and of no file
+        weight = zero_to_fp32.Weight((600_000,), [(source, 0, 300_001), (source, 300_001, 299_999)])
+        for _ in range(2):
+            assert torch.equal(weight.contiguous(), values)
+        assert torch.equal(source, values)
