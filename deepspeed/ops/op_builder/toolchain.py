@@ -120,7 +120,13 @@ def compiler_for(with_torch: bool) -> Compiler:
 def _shares_torchs_library(compiler: Compiler) -> bool:
     if compiler.family != "gnu" or sys.platform != "win32":
         return compiler.family != "zig"
-    return "msvc" in _words_of([*compiler.words, "-dumpmachine"])
+    return _is_clang_of_msvc(compiler)
+
+
+def _is_clang_of_msvc(compiler: Compiler) -> bool:
+    """Whether it is clang with the flags of GCC and the libraries of Microsoft."""
+    windows = sys.platform == "win32" and compiler.family == "gnu"
+    return windows and "msvc" in _words_of([*compiler.words, "-dumpmachine"])
 
 
 def _words_of(command: list[str]) -> str:
@@ -188,6 +194,8 @@ def _for_gnu(op: SourceOp, compiler: Compiler, module: str, with_torch: bool) ->
         words += ["-target", target.zig, "-fno-sanitize=all"]
     flags = [f"-std={_standard(with_torch)}", "-O2", "-fvisibility=hidden"]
     flags += [] if target.system == "windows" else ["-fPIC"]
+    of_msvc = _is_clang_of_msvc(compiler)
+    flags += ["-fms-runtime-lib=dll"] if of_msvc else []  # as Python and torch have it
     flags += [f"-D{define}" for define in _defines(op, with_torch)]
     flags += [f"-I{path}" for path in op.include_paths]
     # as headers of the system: their warnings are nobody's, and the list of what was read leaves them out
@@ -203,7 +211,9 @@ def _for_gnu(op: SourceOp, compiler: Compiler, module: str, with_torch: bool) ->
     link += [f"-L{_TORCH / 'lib'}", *(f"-l{n}" for n in _TORCH_LIBRARIES)] if with_torch else []
     link += [*op.link_flags, *(f"-l{name}" for name in op.libraries)]
     if target.system == "windows":
-        link += _python_library(op) + (["-static"] if compiler.family == "gnu" else [])
+        link += _python_library(op)
+        # nothing of MinGW's own is to be found beside the module
+        link += ["-static"] if compiler.family == "gnu" and not of_msvc else []
     return Plan(op, compiler.name, module, commands, tuple(link))
 
 
