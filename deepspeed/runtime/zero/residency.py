@@ -161,7 +161,9 @@ class Residency:
         self._enter(number)
         if not torch.is_grad_enabled():
             return
-        self._saved.begin(len(self._stack), [p for p in params if id(p) not in self._staying])
+        own = {id(p) for p in module.parameters(recurse=False)}
+        if any(id(p) in own for p in params):
+            self._saved.begin(len(self._stack), [p for p in params if id(p) not in self._staying])
         if not all(p.requires_grad for p in params):
             for tensor in tensors_in((args, kwargs)):
                 if tensor.requires_grad and not tensor.is_leaf:

@@ -6,7 +6,9 @@ A linear layer saves its weight transposed, a view that would keep the gathered 
 the parameter has been let go. So while a module computes with gathered parameters, views of them are saved as notes, and
 read from the parameter when the backward pass asks, gathered once more if need be. Everything else is saved as it is,
 together with the version that torch would have compared. Where others watch what is saved (activation checkpointing,
-offloading of activations), the saving is theirs: ours stays out of their way.
+offloading of activations), the saving is theirs: ours stays out of their way. And where a module reads only the
+parameters of others, nothing is watched: a function of the caller's that saves a parameter itself expects that very
+parameter back, and torch has only a bare tensor for hooks.
 """
 
 from __future__ import annotations
