@@ -81,6 +81,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.zero.codec": 3,
     "deepspeed.runtime.zero.shard_group": 3,
     "deepspeed.runtime.zero.quantized_sum": 3,
+    "deepspeed.runtime.zero.second_copy": 3,
     "deepspeed.runtime.zero.slice_forms": 3,
     "deepspeed.runtime.zero.spill": 3,
     "deepspeed.runtime.zero.sharded_param": 3,

@@ -4,11 +4,6 @@
 The public face is a set of `ds_*` attributes on the parameter; they are set here and nowhere else. Between uses
 `param.data` is an empty tensor. Gathering makes a new buffer each time and letting go only drops it, so whoever kept a
 reference to gathered values goes on seeing them.
-
-[Note: Second copy]
-With hpZ (ZeRO++, arXiv:2306.10209) neighbours share a second copy of each parameter. Whenever a parameter has been
-gathered from all ranks, each rank keeps its part for the neighbours; gathers inside a backward pass then ask only these.
-They give what the last gather from all ranks gave, which the forward pass made, so that both passes see equal weights.
 """
 
 from __future__ import annotations
@@ -28,6 +23,7 @@ from deepspeed.comm.mesh import Axis
 from deepspeed.utils.errors import explain
 
 from .codec import GroupCodec, SliceCodec
+from .second_copy import SecondCopy
 from .spill import SpilledSlice, SpillFolder, together
 from .tiers import Tier
 
@@ -97,27 +93,6 @@ def shard_param(
     describe(param, axis, device, home or axis)
     cut(param, tier, folder, codec)
     param.data = torch.empty(0, dtype=param.dtype, device=device)
-
-
-@dataclass
-class SecondCopy:
-    """This rank's part of a copy that neighbours share.
-
-    Attributes:
-        axis: the neighbours.
-        part: flat, in the parameter's dtype.
-        ready: whether it holds what the last gather from all ranks gave.
-    """
-
-    axis: Axis
-    part: torch.Tensor
-    ready: bool = False
-
-    def take(self, values: torch.Tensor) -> None:
-        """Keep the own part of whole values."""
-        own = values.detach().reshape(-1)[self.axis.rank * self.part.numel() :][: self.part.numel()]
-        self.part[: own.numel()].copy_(own)
-        self.ready = True
 
 
 def cut(
@@ -223,6 +198,9 @@ def describe(param: torch.nn.Parameter, axis: Axis, device: torch.device, home: 
     param.partition_numel = lambda: piece_of(param)
     param.ds_summary = partial(_summary, param)
     param.convert_to_zero_parameters = partial(_convert_like, param)
+    param.item = partial(_item, param)
+    param.reduce_gradients_at_owner = partial(_reduced_by_hooks, "reduce_gradients_at_owner")
+    param.partition_gradients = partial(_reduced_by_hooks, "partition_gradients")
 
 
 def hold(param: torch.nn.Parameter, shard: torch.Tensor) -> None:
@@ -494,3 +472,23 @@ def _convert_like(param: torch.nn.Parameter, param_list: Iterable[torch.nn.Param
             on_host = param.ds_tensor.device.type == "cpu" and param.ds_device.type != "cpu"
             tier = tier_for(param.ds_device, on_host, True)
             shard_param(other, param.ds_axis, param.ds_device, tier, home=param.ds_home)
+
+
+def _item(param: torch.nn.Parameter) -> Any:
+    """The value of a parameter of one element; a collective of its ranks while it is not whole."""
+    whole = param.ds_status is ZeroParamStatus.AVAILABLE
+    gather([param])
+    value = torch.Tensor.item(param)
+    if not whole:
+        release([param])
+    return value
+
+
+def _reduced_by_hooks(name: str, *_: Any, **__: Any) -> None:
+    raise NotImplementedError(
+        explain(
+            f"{name} is not for callers",
+            expected="gradients reduced by the engine's backward pass",
+            fix="call engine.backward(loss), and read gradients by deepspeed.utils.safe_get_full_grad",
+        )
+    )

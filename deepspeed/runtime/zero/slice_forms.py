@@ -8,8 +8,8 @@ import torch
 from deepspeed.comm.mesh import Axis
 
 from .codec import GroupCodec, SliceCodec
+from .second_copy import SecondCopy
 from .sharded_param import (
-    SecondCopy,
     cut,
     describe,
     gather,
@@ -71,7 +71,7 @@ def keep_quantized(param: torch.nn.Parameter, tier: Tier) -> None:
 
 
 def keep_second(param: torch.nn.Parameter, axis: Axis) -> None:
-    """Share a second copy of a sharded parameter with the neighbours of `axis`; see [Note: Second copy]."""
+    """Share a second copy of a sharded parameter with the neighbours of `axis`; see [Note: Second copy] in second_copy.py."""
     if axis.size == param.ds_axis.size or not param.ds_numel:
         return
     part = torch.zeros(-(-param.ds_numel // axis.size), dtype=param.dtype, device=param.ds_device)

@@ -85,3 +85,13 @@ def test_frozen_matrices_may_be_codes_from_the_start():
         lost = (net.base - plain.base).abs().max()
         assert torch.equal(net.head, plain.head)
     assert 0 < lost <= plain.base.abs().max() / 127 / 2 * (1 + 2**-20)
+
+
+def test_a_parameter_of_one_element_tells_its_value():
+    with deepspeed.zero.Init(dtype=torch.float32):
+        layer = torch.nn.Linear(1, 1)
+    with deepspeed.zero.GatheredParameters(layer.weight, modifier_rank=0), torch.no_grad():
+        layer.weight.fill_(2.5)
+    assert layer.weight.item() == 2.5 and layer.weight.numel() == 0
+    with pytest.raises(NotImplementedError, match=r"engine\.backward"):
+        layer.weight.partition_gradients()
