@@ -131,7 +131,7 @@ int check_format(const char *name, int32_t exponent, int32_t mantissa, int64_t g
     if (!known)
         return ds::fail(DS_BAD_VALUE, "%s: no small float of %d exponent and %d mantissa bits", name,
                         (int)exponent, (int)mantissa);
-    if (groups < 0 || size < 4 || size % 4 || ds::size_product(ds::size_product(groups, size), 4) < 0)
+    if (groups < 0 || size < 4 || size % 4 || size > ds::kMostBytes / 16 || ds::size_product(ds::size_product(groups, size), 4) < 0)
         return ds::fail(DS_BAD_VALUE, "%s: %lld groups of %lld values", name, (long long)groups,
                         (long long)size);
     return DS_OK;

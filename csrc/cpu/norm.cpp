@@ -2,8 +2,7 @@
 // Sum of squares. Chunks have a fixed size and are added in order, so the number of threads does not show.
 #include <stdlib.h>
 
-#include "../api/ds_api.h"
-#include "../api/error.h"
+#include "buffers.h"
 #include "dispatch.h"
 #include "pool.h"
 
@@ -53,14 +52,12 @@ struct Norm {
 }  // namespace
 
 extern "C" int ds_squared_norm(const ds_norm_args *args) {
-    if (args == nullptr || args->size != sizeof(ds_norm_args))
-        return ds::fail(DS_BAD_STRUCT, "ds_squared_norm: struct of %u bytes given, %u expected",
-                        args == nullptr ? 0u : args->size, (unsigned)sizeof(ds_norm_args));
-    if (args->numel < 0 || args->x_dtype < DS_F32 || args->x_dtype > DS_F64)
-        return ds::fail(DS_BAD_VALUE, "ds_squared_norm: numel %lld, dtype code %d",
-                        (long long)args->numel, (int)args->x_dtype);
-    if (args->out == nullptr || (args->x == nullptr && args->numel > 0))
-        return ds::fail(DS_BAD_VALUE, "ds_squared_norm: a buffer is null");
+    if (int status = ds::check_struct(args, "ds_squared_norm")) return status;
+    if (int status = ds::check_dtype("ds_squared_norm", "x", args->x_dtype, DS_F64)) return status;
+    const int64_t each = ds::bytes_of(args->x_dtype);
+    const ds::Span spans[] = {{"x", args->x, ds::size_product(args->numel, each), each, false},
+                              {"out", args->out, sizeof(double), sizeof(double), true}};
+    if (int status = ds::check_spans("ds_squared_norm", spans, 2)) return status;
     const int64_t chunks = (args->numel + kChunk - 1) / kChunk;
     double few[64];
     double *sums = few;

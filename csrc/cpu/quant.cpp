@@ -77,7 +77,7 @@ struct Quantize {
             memcpy((char *)a->scale + first * each, stored, (size_t)(n * each));
             if (a->asym)
                 ds::narrow(kernels, s.low, (char *)a->least + first * each, a->x_dtype, n);
-        } else if (a->scale && keep) {
+        } else if (a->codes && keep) {
             const int64_t columns = a->asym ? 2 : 1;
             memcpy((float *)a->scale + first * columns, kept, (size_t)(n * columns) * sizeof(float));
         }
@@ -335,7 +335,8 @@ int check(const Args *a, const char *name, bool packed, int64_t *numel) {
     const bool bits = packed ? a->bits == 8 || a->bits == 6 || a->bits == 4
                              : a->bits >= 1 && a->bits <= 16;
     if (!bits) return ds::fail(DS_BAD_VALUE, "%s: no codes of %d bits", name, (int)a->bits);
-    if (a->groups < 0 || a->group_size < 1 || a->columns < 1 || a->groups % a->columns)
+    const bool sizes = a->group_size <= ds::kMostBytes && a->columns <= ds::kMostBytes;
+    if (!sizes || a->groups < 0 || a->group_size < 1 || a->columns < 1 || a->groups % a->columns)
         return ds::fail(DS_BAD_VALUE, "%s: %lld groups of %lld values, %lld side by side", name,
                         (long long)a->groups, (long long)a->group_size, (long long)a->columns);
     if (a->columns > 1 && (!a->weights || !packed))

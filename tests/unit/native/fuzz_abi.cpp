@@ -34,7 +34,7 @@ struct Entry {
 
 #include "fuzz_table.inc"
 
-enum { kBuffers = 32, kBufferBytes = 1 << 20, kMostNumel = 1024, kMostIoBytes = 1 << 16 };
+enum { kBuffers = 32, kBufferBytes = 1 << 23, kMostNumel = 1024, kMostIoBytes = 1 << 16 };
 
 uint64_t g_random = 88172645463325252ull;
 uint64_t random_bits() {
@@ -49,6 +49,7 @@ T one_of(const T (&values)[N]) {
 }
 
 char *g_buffers[kBuffers];
+char g_table[32 * kMostNumel];  // rows of zeros: what a row points to no callee can check
 const char *g_paths[3];
 void *g_queue;
 int64_t g_ticket;
@@ -73,6 +74,7 @@ int64_t whole_number(const Entry &entry, const Field &field) {
 void *pointer(const Entry &entry, const Field &field, size_t index) {
     if (is(field, "queue")) return random_bits() % 8 ? g_queue : nullptr;
     if (is(field, "path")) return random_bits() % 4 ? (void *)one_of(g_paths) : nullptr;
+    if (is(field, "table")) return random_bits() % 16 ? g_table : nullptr;
     return random_bits() % 16 ? g_buffers[index % kBuffers] : nullptr;
 }
 

@@ -14,10 +14,18 @@ from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+from deepspeed.ops.sgd import DeepSpeedCPUSGD
 from tests.unit.ops.conftest import paths
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-ELEMENTWISE = [DeepSpeedCPUAdam, FusedAdam, DeepSpeedCPULion, FusedLion, DeepSpeedCPUAdagrad]
+ELEMENTWISE = [
+    DeepSpeedCPUAdam,
+    FusedAdam,
+    DeepSpeedCPULion,
+    FusedLion,
+    DeepSpeedCPUAdagrad,
+    DeepSpeedCPUSGD,
+]
 EVERY = [*ELEMENTWISE, FusedLamb]
 
 
@@ -146,6 +154,54 @@ def test_lion_leaves_an_element_without_any_gradient_alone(path, ours):
     assert torch.equal(param, start)
 
 
+SGD = [
+    {},
+    {"weight_decay": 0.1},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    {"momentum": 0.5, "dampening": 0.3},
+]
+
+
+@pytest.mark.parametrize("rule", SGD)
+def test_sgd_is_that_of_torch(path, rule):
+    params = params_of(((1000,), (7, 5)))
+    others = twins(params)
+    ours = DeepSpeedCPUSGD(params, lr=0.1, **rule)
+    theirs = torch.optim.SGD(others, lr=0.1, **rule)
+    for _ in range(3):
+        set_grads(params, others)
+        ours.step()
+        theirs.step()
+    # a few roundings a step
+    for a, b in zip(params, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert all(
+        ("momentum_buffer" in state) == ("momentum" in rule) for state in ours.state.values()
+    )
+
+
+def test_states_of_torch_sgd_are_understood():
+    params = params_of(((40,),))
+    others = twins(params)
+    theirs = torch.optim.SGD(others, lr=0.1, momentum=0.9, dampening=0.5)
+    set_grads(params, others)
+    theirs.step()
+    ours = DeepSpeedCPUSGD(params, lr=0.1, momentum=0.9, dampening=0.5)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    with torch.no_grad():
+        params[0].copy_(others[0])
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(params[0], others[0], rtol=1e-6, atol=1e-6)
+
+
+def test_sgd_refuses_nesterov_without_momentum():
+    for rule in ({}, {"momentum": 0.9, "dampening": 0.1}):
+        with pytest.raises(ValueError, match="Nesterov"):
+            DeepSpeedCPUSGD(params_of(), nesterov=True, **rule)
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_lamb_is_its_formula(inside):
     (param,) = params_of([(33,)])
@@ -212,6 +268,7 @@ def test_state_has_the_public_keys():
         DeepSpeedCPULion: {"step", "exp_avg"},
         FusedLion: {"step", "exp_avg"},
         DeepSpeedCPUAdagrad: {"step", "exp_avg_sq"},
+        DeepSpeedCPUSGD: {"step"},  # without momentum
     }
     for optimizer in EVERY:
         (param,) = params_of([(3,)])
@@ -371,7 +428,9 @@ def test_autograd_can_notice_the_change_of_a_saved_param(path, optimizer):
     assert param._version > before
 
 
-@pytest.mark.parametrize("optimizer", [DeepSpeedCPUAdam, DeepSpeedCPULion, DeepSpeedCPUAdagrad])
+@pytest.mark.parametrize(
+    "optimizer", [DeepSpeedCPUAdam, DeepSpeedCPULion, DeepSpeedCPUAdagrad, DeepSpeedCPUSGD]
+)
 def test_cpu_optimizers_refuse_params_elsewhere(optimizer):
     param = torch.nn.Parameter(torch.ones(2, device="meta"))
     param.grad = torch.ones(2, device="meta")
