@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,13 @@ from .engine_checkpoint import (
     expert_rank,
     first_expert,
     has_shards,
-    has_slices,
     keeps_position,
     mp_rank_of,
     optimizer_names,
 )
+from .engine_weights import load_module_state_dict
 from .zero import state as zero_state
 from .zero.optimizer import ZeroOptimizer
-from .zero.partition_parameters import GatheredParameters
 from .zero.sharded_param import shape_of
 
 _OLDEST_STAGE1 = (0, 3, 17)
@@ -168,7 +166,8 @@ class _Load:
                     expected=f"{self.engine.mp_world_size} of both",
                 )
             )
-        if self.model[Model.MODULE] is None and not self.universal:
+        layers = self.engine.pipeline_parallelism
+        if self.model[Model.MODULE] is None and not (self.universal or layers):
             raise DeepSpeedCheckpointError(
                 explain(
                     "the checkpoint is of a pipeline",
@@ -285,6 +284,9 @@ class _Load:
 
     def module(self, strict: bool, custom_load_fn: Any) -> None:
         """Load the weights."""
+        if self.model[Model.MODULE] is None and self.engine.pipeline_parallelism:
+            self.engine.module.load_layers(self.folder.load, strict)
+            return
         if self.universal:
             self.saved = self.saved or self._open_universal()
         elif self.is_zero3 and self.saved is None:
@@ -430,72 +432,3 @@ def _give_state(owner: Any, saved: Any, what: str) -> None:
         logger.warning(f"the checkpoint holds no state of a {what}; this run's starts afresh")
         return
     owner.load_state_dict(own_memory(saved))
-
-
-def load_module_state_dict(
-    engine: Any,
-    checkpoint: Mapping[str, Any],
-    strict: bool = True,
-    custom_load_fn: Any = None,
-    fetch_z3_params: bool = False,
-    z3_params_to_fetch: Any = None,
-    allowed_missing_keys: Any = None,
-) -> None:
-    """Load `checkpoint['module']` into the engine's module.
-
-    Args:
-        engine: receives.
-        checkpoint: a dict of model states.
-        strict: keys must match.
-        custom_load_fn: called as `custom_load_fn(src=state, dst=module)` instead.
-        fetch_z3_params, z3_params_to_fetch: accepted; sharded parameters are gathered module by module anyway.
-        allowed_missing_keys: names that may be absent though `strict`.
-
-    Raises:
-        RuntimeError: keys or shapes do not match.
-    """
-    weights = checkpoint[Model.MODULE]
-    if custom_load_fn is not None:
-        custom_load_fn(src=weights, dst=engine.module)
-        return
-    allowed = set(allowed_missing_keys or ())
-    load = _load_slices if has_slices(engine) else _load_whole
-    missing, unexpected = load(engine, weights, strict and not allowed)
-    if strict and allowed and (unexpected or set(missing) - allowed):
-        raise RuntimeError(
-            explain(
-                "the saved weights do not match the module",
-                got=f"missing {sorted(set(missing) - allowed)}, unexpected {list(unexpected)}",
-            )
-        )
-
-
-def _load_whole(
-    engine: Any, weights: Mapping[str, Any], strict: bool
-) -> tuple[list[str], list[str]]:
-    found = engine.module.load_state_dict(weights, strict=strict)
-    return found.missing_keys, found.unexpected_keys
-
-
-def _load_slices(
-    engine: Any, weights: Mapping[str, Any], strict: bool
-) -> tuple[list[str], list[str]]:
-    """Load into sharded parameters, one module at a time; every rank has the same weights."""
-    own = engine.module.state_dict().keys()
-    missing, unexpected = sorted(own - weights.keys()), sorted(weights.keys() - own)
-    errors: list[str] = []
-    optimizer = engine.optimizer
-    resident = optimizer.in_memory() if isinstance(optimizer, ZeroOptimizer) else nullcontext()
-    with resident:
-        for prefix, module in engine.module.named_modules():
-            with GatheredParameters(list(module.parameters(recurse=False)), modifier_rank=0):
-                start = f"{prefix}." if prefix else ""
-                module._load_from_state_dict(dict(weights), start, {}, False, [], [], errors)
-    engine.residency.release_all()
-    if strict and (missing or unexpected):
-        errors.append(f"missing {missing}, unexpected {unexpected}")
-    if errors:
-        raise RuntimeError(
-            explain("the saved weights do not match the module", got="; ".join(errors))
-        )
-    return missing, unexpected

@@ -34,6 +34,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.clock": 5,
     "deepspeed.runtime.engine_checkpoint": 5,
     "deepspeed.runtime.engine_load": 5,
+    "deepspeed.runtime.engine_weights": 5,
     "deepspeed.runtime.checkpoint_engine": 5,
     "deepspeed.runtime.observers": 5,
     "deepspeed.runtime.memory_plan": 5,
