@@ -61,6 +61,7 @@ class ScriptParser(argparse.ArgumentParser):
             tail = tail[1:]
         if not tail:
             self.error(f"the following arguments are required: {self._script}")
+        parsed.launcher_words = words[:at]
         setattr(parsed, self._script, tail[0])
         setattr(parsed, self._rest, tail[1:])
         return parsed

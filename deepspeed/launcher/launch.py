@@ -22,7 +22,7 @@ import psutil
 
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.utils import numa
-from deepspeed.utils.errors import explain
+from deepspeed.utils.errors import DeepSpeedError, explain
 from deepspeed.utils.logging import logger, set_log_level_from_string
 
 from .arguments import ScriptParser, check_program
@@ -267,7 +267,7 @@ def told_clearly(program: str) -> Iterator[None]:
     """Turn a user's mistake into one line on stderr and exit status 1, without a traceback."""
     try:
         yield
-    except (ValueError, RuntimeError, OSError, AssertionError) as error:
+    except (DeepSpeedError, ValueError, RuntimeError, OSError, AssertionError) as error:
         if logger.isEnabledFor(10):
             raise
         sys.stdout.flush()

@@ -121,20 +121,38 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("-q", "--quiet", action="store_true", help="the same as --log_level error")
 
 
-def run_autotuning(args: argparse.Namespace, active_resources: Mapping[str, list[int]]) -> NoReturn:
-    """Search for the best configuration; not there yet.
+def run_autotuning(args: argparse.Namespace, active_resources: Mapping[str, list[int]]) -> int:
+    """Search for the best configuration; with ``--autotuning run`` train with it then.
 
-    Raises:
-        NotImplementedError: always.
+    Returns:
+        0, the status of that training, or 1 when no experiment succeeded.
     """
-    raise NotImplementedError(
-        explain("--autotuning is not available yet", fix="Run without it, with a chosen config.")
-    )
+    from deepspeed.autotuning.autotuner import Autotuner
+
+    tuner = Autotuner(args, active_resources)
+    found = tuner.tune()
+    tuner.print_tuning_results()
+    tuner.write_optimal_config()
+    if found is None:
+        logger.error("autotuning: no experiment succeeded; see %s", tuner.results_dir)
+        return 1
+    return tuner.run_after_tuning() if args.autotuning == "run" else 0
 
 
-def _refuse_the_unbuilt(args: argparse.Namespace) -> None:
-    if args.autotuning:
-        run_autotuning(args, {})
+def _search(args: argparse.Namespace) -> int:
+    """Check the command line as `run` does, and search; a signal ends the experiment and the search."""
+    active = select_resources(args)
+    if not _on_other_nodes(args, active):
+        check_program(args.user_script, module=args.module, no_python=args.no_python)
+
+    def stop(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    return run_autotuning(args, active)
+
+
+def _check_launcher(args: argparse.Namespace) -> None:
     if args.launcher.lower() not in LAUNCHERS:
         raise NotImplementedError(
             explain("unknown launcher", got=args.launcher, expected=", ".join(LAUNCHERS))
@@ -385,7 +403,9 @@ def run(args: argparse.Namespace) -> int:
     if args.quiet:
         args.log_level = "error"
     set_log_level_from_string(args.log_level, logger)
-    _refuse_the_unbuilt(args)
+    _check_launcher(args)
+    if args.autotuning:
+        return _search(args)
     with Signals() as signals:
         active = select_resources(args)
         elsewhere = _on_other_nodes(args, active)

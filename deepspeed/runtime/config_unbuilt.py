@@ -165,7 +165,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         lambda config: config.data_efficiency_enabled,
         _OFF,
     ),
-    Unbuilt("autotuning.enabled", "autotuning", lambda c: c.autotuning_config.enabled, _OFF),
     # ------------------------------------------------------------------ checkpoints
     Unbuilt(
         "checkpoint.writer.data_parallel",

@@ -32,6 +32,7 @@ def build_observers(engine: Any) -> Observers:
     )
     engine.monitor = _build_monitor(config)
     engine.flops_profiler = _build_flops_profiler(engine)
+    engine.tuning_probe = _build_tuning_probe(config)
     return Observers(config.wall_clock_breakdown, config.steps_per_print, config.memory_breakdown)
 
 
@@ -42,6 +43,14 @@ def _build_flops_profiler(engine: Any) -> Any:
     from deepspeed.profiling.flops_profiler import FlopsProfiler
 
     return FlopsProfiler(engine.module, engine, section.recompute_fwd_factor)
+
+
+def _build_tuning_probe(config: Any) -> Any:
+    if not config.autotuning_config.enabled:
+        return None
+    from deepspeed.autotuning.probe import TuningProbe
+
+    return TuningProbe(config.autotuning_config)
 
 
 def _build_monitor(config: Any) -> Any:
@@ -145,6 +154,8 @@ class Observers:
             engine.timers.log(list(_MICRO.values()))
             if boundary and self._due(engine.global_steps):
                 engine.timers.log(list(_TOTAL.values()))
+        if boundary and engine.tuning_probe is not None:
+            engine.tuning_probe.after_step(engine)
 
     def saw_loss(self, engine: Any, share: Any) -> None:
         """Called with one micro-batch's part of the step's loss, for the monitors."""

@@ -38,7 +38,7 @@ BUILT = {
         "replace_transformer_layer revert_transformer_layer"
     ),
     "deepspeed.accelerator": "get_accelerator set_accelerator DeepSpeedAccelerator",
-    "deepspeed.autotuning": "",
+    "deepspeed.autotuning": "Autotuner ResourceManager",
     "deepspeed.autotuning.config": "DeepSpeedAutotuningConfig",
     "deepspeed.checkpoint": (
         "get_layer_ckpt_name_for_rank get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank "
@@ -270,7 +270,6 @@ LATER = {
         "PipelineModule domino DeepSpeedTransformerLayer "
         "DeepSpeedTransformerConfig set_autotp_mode pipe"
     ),
-    "deepspeed.autotuning": "Autotuner ResourceManager",
     "deepspeed.compression": "init_compression redundancy_clean",
     "deepspeed.compression.compress": "init_compression redundancy_clean",
     "deepspeed.compression.helper": "convert_conv1d_to_linear",

@@ -219,7 +219,7 @@ def test_missing_hostfile(tmp_path):
         (("--include", "localhost", "--num_gpus", "1"), "--num_gpus cannot be combined"),
         (("--num_nodes", "2"), "--num_nodes 2"),
         (("--module", "--no_python"), "exclude each other"),
-        (("--autotuning", "run"), "--autotuning is not available yet"),
+        (("--autotuning", "run"), "--deepspeed_config FILE"),
         (("--venv_script", "env.sh"), "--venv_script concerns several nodes"),
         (("--elastic_training", "--min_elastic_nodes", "2"), "impossible numbers of elastic nodes"),
         (("--launcher", "pigeon"), "unknown launcher"),

@@ -65,6 +65,7 @@ BUDGET = {
     "deepspeed/monitor": 600,
     # counting, the report and the numbers' form are a file each
     "deepspeed/profiling": 800,
+    "deepspeed/autotuning": 480,
     "deepspeed/elasticity": 500,  # with the agent
     # job objects, process groups and signals of two systems, seven ways to several nodes, and the line that
     # ends a job everywhere; the design counted one machine

@@ -56,7 +56,6 @@ ASKING = {
     "progressive_layer_drop.enabled": {"progressive_layer_drop": {"enabled": True}},
     "curriculum_learning.enabled": {"curriculum_learning": {"enabled": True}},
     "data_efficiency.enabled": {"data_efficiency": {"enabled": True}},
-    "autotuning.enabled": {"autotuning": {"enabled": True}},
     "checkpoint.writer.data_parallel": {"checkpoint": {"writer": {"data_parallel": "REPLICA"}}},
     "aio.use_gds": {"aio": {"use_gds": True}},
     "nebula.enabled": {"nebula": {"enabled": True}},

@@ -138,7 +138,7 @@ def test_a_missing_local_rank(monkeypatch):
     ("section", "key"),
     [
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
-        ({"autotuning": {"enabled": True}}, "autotuning"),
+        ({"nebula": {"enabled": True}}, "nebula"),
     ],
 )
 def test_what_is_not_built_is_named(section, key):
