@@ -343,7 +343,11 @@ def _from_neighbours(param: torch.nn.Parameter, second: SecondCopy) -> _Travel:
 
 def _open(param: torch.nn.Parameter, wire: SliceCodec | None, whole: torch.Tensor) -> None:
     if wire is not None:
-        whole = torch.cat([wire.decode(row) for row in whole.view(-1, wire.nbytes)])
+        codes, whole = whole, whole.new_empty(param.ds_axis.size * wire.numel, dtype=wire.dtype)
+        for row, values in zip(
+            codes.view(-1, wire.nbytes), whole.view(-1, wire.numel), strict=True
+        ):
+            values.copy_(wire.decode(row))
     elif param.ds_codec is not None:
         whole = param.ds_codec.decode(whole).view(-1)
     _become_whole(param, whole)
