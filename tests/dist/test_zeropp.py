@@ -18,6 +18,7 @@ from deepspeed.runtime.comm.coalesced_collectives import (
     reduce_scatter_coalesced,
 )
 from deepspeed.runtime.zero.codec import SliceCodec
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.quantized_sum import QuantizedSum, RowCodec
 
 RANKS, STEPS = 4, 2
@@ -410,3 +411,25 @@ def test_averages_of_several_tensors(ranks4):
         # 4 contributions of at most 40 (three sigma and a bit), half a step each
         assert 0 < (codes[2] - plain[2]).abs().max() < 40 / 14
         assert (mended - plain[2]).abs().mean() < (codes[2] - plain[2]).abs().mean() / 4
+
+
+def by_itself(rank):
+    net = Net().bfloat16().eval()
+    x = x_of(0, 0).bfloat16()
+    want = net(x).detach()
+    offload = DeepSpeedZeRoOffload(
+        net, None, None, param_persistence_threshold=40, prefetch_bucket_size=0
+    )
+    left = [p.numel() for p in net.parameters()]
+    with torch.no_grad():
+        same = torch.equal(net(x), want)
+    kept = [p.numel() for p in offload.persistent_parameters]
+    offload.empty_partition_cache()
+    offload.destroy()
+    return left, same, kept, [p.dtype for p in net.parameters()]
+
+
+def test_stage_3_without_an_engine(ranks4):
+    for left, same, kept, dtypes in ranks4.run(by_itself):
+        assert left == [0] * 7 and same and kept == [31, 31, 31]
+        assert set(dtypes) == {torch.bfloat16}

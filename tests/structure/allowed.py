@@ -23,6 +23,7 @@ WIDE_CLASSES: dict[str, str] = {
 
 # over 8 params: signatures that the public contract or torch fixes
 WIDE_SIGNATURES: dict[str, str] = {
+    "deepspeed/runtime/pipe/module.py:PipelineModule.__init__": "public constructor",
     "deepspeed/runtime/sequence_parallel/tiled_compute.py:sequence_tiled_compute": "public signature",
     "deepspeed/runtime/sequence_parallel/tiled_compute.py:SequenceTiledCompute.apply": "public signature",
     "deepspeed/runtime/sequence_parallel/ulysses_sp.py:UlyssesSPAttentionHF.__init__": "public signature",
@@ -53,6 +54,7 @@ WIDE_SIGNATURES: dict[str, str] = {
     "deepspeed/profiling/flops_profiler/profiler.py:get_model_profile": "public signature",
     "deepspeed/runtime/dataloader.py:DeepSpeedDataLoader.__init__": "public constructor",
     "deepspeed/runtime/zero/mics.py:MiCS_Init.__init__": "public constructor",
+    "deepspeed/runtime/zero/parameter_offload.py:DeepSpeedZeRoOffload.__init__": "public constructor",
     "deepspeed/runtime/zero/tiling.py:TiledLinear.__init__": "public constructor",
     "deepspeed/runtime/lr_schedules.py:OneCycle.__init__": "the keys of its config section",
 }

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.utils.errors import explain
 
+from .init_context import InitContext
 from .partition_parameters import GatheredParameters
-from .residency import Residency
+from .residency import Residency, ResidencyPolicy
+from .utils import is_zero_param
 
 
 class ParamCoordinator:
@@ -34,13 +38,82 @@ class ParamCoordinator:
 
 
 class DeepSpeedZeRoOffload(ZeROOptimizer):
-    """Keeps a module's parameters sharded, and whole while they are in use.
+    """Keeps a module's parameters sharded, and whole while they are in use; an engine makes it at stage 3.
 
     Args:
-        residency: what does it.
+        module: a module whose parameters are to be sharded (or are), or the residency of an engine.
+        timers, ds_config, overlap_comm: accepted; nothing of them is needed here.
+        zenflow: must be False.
+        prefetch_bucket_size: elements that are gathered ahead of use.
+        max_reuse_distance: a parameter that is needed again within so many elements is kept.
+        max_live_parameters: elements that may be whole at once before looking ahead and keeping stop.
+        param_persistence_threshold: parameters of at most so many elements stay whole.
+        model_persistence_threshold: all of those together.
+        dp_process_group: the ranks to cut over; None is all data-parallel ones.
+        offload_param_config: section `offload_param`: where the slices live, "none" or "cpu".
+        mpu: object that knows the data-parallel group.
+        zero_param_parallel_group: neighbours that share a second copy (hpZ).
+        zero_quantized_weights: gathers carry 8-bit codes (qwZ).
+        zero_quantized_nontrainable_weights: frozen matrices are kept as codes.
+
+    Raises:
+        NotImplementedError: for ZenFlow, and for slices on NVMe, which need an engine.
+
+    Example:
+        >>> offload = DeepSpeedZeRoOffload(model, None, None)  # on every rank; then call model(...)
     """
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module | Residency,
+        timers: Any = None,
+        ds_config: Any = None,
+        zenflow: bool = False,
+        overlap_comm: bool = True,
+        prefetch_bucket_size: int = 50_000_000,
+        max_reuse_distance: float = 1e9,
+        max_live_parameters: float = 1e9,
+        param_persistence_threshold: int = 100_000,
+        model_persistence_threshold: int = sys.maxsize,
+        dp_process_group: Any = None,
+        offload_param_config: Any = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+    ) -> None:
+        if isinstance(module, Residency):
+            residency = module
+        else:
+            place = str(getattr(offload_param_config, "device", None) or "none").rpartition(".")[2]
+            if zenflow or place == "nvme":
+                raise NotImplementedError(
+                    explain(
+                        "DeepSpeedZeRoOffload by itself cannot do this",
+                        got="zenflow=True" if zenflow else "slices on NVMe",
+                        fix="call deepspeed.initialize" if place == "nvme" else "leave it out",
+                    )
+                )
+            _shard_in_place(
+                module,
+                InitContext(
+                    data_parallel_group=dp_process_group,
+                    remote_device=place,
+                    dtype=torch.float32,  # not used: each parameter keeps its own
+                    mpu=mpu,
+                    zero_param_parallel_group=zero_param_parallel_group,
+                    zero_quantized_weights=zero_quantized_weights,
+                    zero_quantized_nontrainable_weights=zero_quantized_nontrainable_weights,
+                ),
+            )
+            policy = ResidencyPolicy(
+                prefetch_numel=int(prefetch_bucket_size),
+                max_live_numel=int(max_live_parameters),
+                max_reuse_distance=int(max_reuse_distance),
+                persist_numel=int(param_persistence_threshold),
+                model_persist_numel=int(model_persistence_threshold),
+            )
+            residency = Residency(module, policy)
         self.residency = residency
         self.module = residency.module
         self.param_coordinator = ParamCoordinator(residency)
@@ -86,6 +159,14 @@ class DeepSpeedZeRoOffload(ZeROOptimizer):
     def destroy(self) -> None:
         """Remove the module hooks; parameters stay sharded."""
         self.residency.remove_hooks()
+
+
+def _shard_in_place(module: torch.nn.Module, context: InitContext) -> None:
+    """Cut what is whole; each parameter keeps its dtype."""
+    for param in module.parameters():
+        if not is_zero_param(param):
+            context.dtype = param.dtype
+            context._shard(param, None)
 
 
 @contextlib.contextmanager
