@@ -36,6 +36,10 @@ inline void fetch_block(const Kept *p) {
 struct F32 {
     typedef float Kept;
     static inline Vec load(const float *p) { return Vec::load(p); }
+    static inline void load_pair(const float *p, Vec &a, Vec &b) {
+        a = load(p);
+        b = load(p + Vec::width);
+    }
     static inline void store(Vec a, float *p) { a.store(p); }
     static inline void store_pair(Vec a, Vec b, float *p) {
         a.store(p);
@@ -45,12 +49,17 @@ struct F32 {
 struct Bf16 {
     typedef uint16_t Kept;
     static inline Vec load(const uint16_t *p) { return widen_bf16(p); }
+    static inline void load_pair(const uint16_t *p, Vec &a, Vec &b) { widen_bf16_pair(p, a, b); }
     static inline void store(Vec a, uint16_t *p) { narrow_bf16(a, p); }
     static inline void store_pair(Vec a, Vec b, uint16_t *p) { narrow_bf16_pair(a, b, p); }
 };
 struct F16 {
     typedef uint16_t Kept;
     static inline Vec load(const uint16_t *p) { return widen_f16(p); }
+    static inline void load_pair(const uint16_t *p, Vec &a, Vec &b) {
+        a = load(p);
+        b = load(p + Vec::width);
+    }
     static inline void store(Vec a, uint16_t *p) { narrow_f16(a, p); }
     static inline void store_pair(Vec a, Vec b, uint16_t *p) {
         narrow_f16(a, p);
@@ -198,12 +207,14 @@ inline void apply(const Rule &rule, typename P::Kept *param, typename S::Kept *f
 template <class Rule, class P, class S, class G>
 inline void apply_pair(const Rule &rule, typename P::Kept *param, typename S::Kept *first,
                        typename S::Kept *second, const typename G::Kept *grad) {
-    enum { w = Vec::width };
-    Vec p = P::load(param), m = p, v = p, q = P::load(param + w), n = q, u = q;
-    if (Rule::moments >= 1) m = S::load(first), n = S::load(first + w);
-    if (Rule::moments == 2) v = S::load(second), u = S::load(second + w);
-    rule(p, m, v, G::load(grad));
-    rule(q, n, u, G::load(grad + w));
+    Vec p, q, g, h;
+    P::load_pair(param, p, q);
+    G::load_pair(grad, g, h);
+    Vec m = p, v = p, n = q, u = q;
+    if (Rule::moments >= 1) S::load_pair(first, m, n);
+    if (Rule::moments == 2) S::load_pair(second, v, u);
+    rule(p, m, v, g);
+    rule(q, n, u, h);
     P::store_pair(p, q, param);
     if (Rule::moments >= 1) S::store_pair(m, n, first);
     if (Rule::moments == 2) S::store_pair(v, u, second);

@@ -74,6 +74,13 @@ inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
     _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(rounded, 0xd8));
 }
 
+inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
+    const __m256i sixteen = _mm256_loadu_si256((const __m256i *)p), zero = _mm256_setzero_si256();
+    const __m256i order = _mm256_permute4x64_epi64(sixteen, 0xd8);
+    a = {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, order))};
+    b = {_mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, order))};
+}
+
 // As many 32-bit integers; arithmetic wraps, shifts are logical.
 struct Ints {
     __m256i v;

@@ -70,6 +70,11 @@ inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
     _mm512_storeu_si512((void *)p, _mm512_mask_add_epi16(high, number, high, carry));
 }
 
+inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
+    a = widen_bf16(p);
+    b = widen_bf16(p + Vec::width);
+}
+
 // As many 32-bit integers; arithmetic wraps, shifts are logical.
 struct Ints {
     __m512i v;

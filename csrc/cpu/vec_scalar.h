@@ -97,6 +97,11 @@ inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
     p[1] = float_to_bf16(b.v);
 }
 
+inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
+    a = widen_bf16(p);
+    b = widen_bf16(p + Vec::width);
+}
+
 // As many 32-bit integers; arithmetic wraps, shifts are logical.
 struct Ints {
     int32_t v;

@@ -5,7 +5,17 @@ from __future__ import annotations
 
 import importlib
 
-_PACKAGES = ("adagrad", "adam", "aio", "fp_quantizer", "lamb", "lion", "op_builder", "sgd")
+_PACKAGES = (
+    "adagrad",
+    "adam",
+    "aio",
+    "fp_quantizer",
+    "lamb",
+    "lion",
+    "op_builder",
+    "quantizer",
+    "sgd",
+)
 
 
 def __getattr__(name: str) -> object:

@@ -218,6 +218,34 @@ def test_bf16_masters_and_states_take_the_place_of_fp32(stage, states):
     assert state["exp_avg"].dtype == (torch.bfloat16 if states else torch.float32)
 
 
+def test_bf16_masters_are_rounded_by_chance_on_request():
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    rule = {"type": "AdamW", "params": {"lr": 1e-2, "stochastic_rounding": True}}
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    engine = start(2, bf16=bf16, optimizer=rule, zero_optimization=offload)
+    assert engine.basic_optimizer.stochastic_rounding
+    first = one_step(engine, torch.bfloat16)
+    for _ in range(5):
+        last = one_step(engine, torch.bfloat16)
+    assert last < first
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_on_the_host_is_that_of_torch(momentum):
+    rule = {"type": "SGD", "params": {"lr": 1e-2, "momentum": momentum}}
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    ours = start(2, optimizer=rule, zero_optimization=offload)
+    theirs = start(0, optimizer=rule)
+    assert type(ours.basic_optimizer).__name__ == "DeepSpeedCPUSGD"
+    theirs.module.load_state_dict(ours.module.state_dict())
+    for _ in range(3):
+        one_step(ours, torch.float32)
+        one_step(theirs, torch.float32)
+    for a, b in zip(ours.module.parameters(), theirs.module.parameters(), strict=True):
+        # fp32, three steps of a few roundings each
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_autocast_computes_low_and_keeps_weights(stage, dtype):

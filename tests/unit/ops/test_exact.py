@@ -117,3 +117,18 @@ def test_fp8_is_that_of_torch_where_torch_has_it():
         out = torch.empty(values.shape, dtype=dtype)
         registry.ops()["cast"](values, out)
         assert torch.equal(out.view(torch.uint8), values.to(dtype).view(torch.uint8))
+
+
+def test_ds_quantizer_rounds_in_place_group_by_group():
+    from deepspeed.ops.quantizer import ds_quantizer
+
+    x = torch.cat([torch.linspace(-1, 1, 64), torch.linspace(-100, 100, 64)])
+    for stochastic in (False, True):
+        for asym in (False, True):
+            y = x.clone()
+            assert ds_quantizer(y, groups=2, bit_num=4, sr=stochastic, asym=asym) is y
+            # half a step of 2/16 and 200/16 (a whole one by chance), and the top code is one step short
+            within = 2.0 if stochastic or not asym else 1.01
+            assert (y - x)[:64].abs().max() <= within / 8 + 1e-6
+            assert (y - x)[64:].abs().max() <= within * 100 / 8 + 1e-4
+            assert len(y[:64].unique()) <= 16
