@@ -177,6 +177,14 @@ def _files_of_rank(
 ) -> OrderedDict[str, dict[str, Any]]:
     """The files that this rank writes, with their content."""
     _check_client_state(engine, client_state)
+    if engine.plan.stage == 3 and engine.zero_elastic_checkpoint():
+        raise NotImplementedError(
+            explain(
+                "stage 3 has no elastic form of checkpoints",
+                got="zero_optimization.elastic_checkpoint",
+                fix="remove the key: every checkpoint loads on any number of ranks",
+            )
+        )
     files: OrderedDict[str, dict[str, Any]] = OrderedDict()
     mp_rank = mp_rank_of(engine)
     if has_slices(engine):
@@ -191,6 +199,8 @@ def _files_of_rank(
         model.update(client_state)
         by_rank = names.zero3_model_file(_shard_rank(engine), mp_rank)
         files[by_rank if has_slices(engine) else names.model_file(mp_rank)] = model
+    if engine.pipeline_parallelism:
+        files.update(engine.layer_files(exclude_frozen))
     if has_shards(engine) and _writes_shard(engine):
         name = names.optim_file(_shard_rank(engine), mp_rank, bf16=engine.bfloat16_enabled())
         files[name] = {

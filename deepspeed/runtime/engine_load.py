@@ -396,6 +396,8 @@ class _Load:
             _give_state(
                 engine.lr_scheduler, model.get(Model.LR_SCHEDULER), "learning-rate scheduler"
             )
+            if self.with_states and self.saved is not None and not self.saved.hyper:
+                self._rates_from_schedule()
         if self.with_states and DS_RESUME_POSITION.get():
             self._resume_position()
         sampler = getattr(engine.training_dataloader, "data_sampler", None)
@@ -403,6 +405,13 @@ class _Load:
         _give_state(
             engine.random_ltd_scheduler, model.get(Model.RANDOM_LTD), "random-LTD scheduler"
         )
+
+    def _rates_from_schedule(self) -> None:
+        """Set the learning rates of the next step where none were saved (upstream's elastic form has none)."""
+        scheduler, optimizer = self.engine.lr_scheduler, self.engine.optimizer
+        if hasattr(scheduler, "last_batch_iteration") and optimizer is not None:
+            for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=False):
+                group["lr"] = rate
 
     def _resume_position(self) -> None:
         """Go on with the random numbers and the batches that would have come next."""

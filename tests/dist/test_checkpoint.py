@@ -116,6 +116,7 @@ RECORDED = (
     "s2_bf16_w2",
     "s2_fp32_w2_frozen",
     "s2_fp32_w2_offload",
+    "s2_fp32_w2_elastic",
     "s3_fp32_w2",
     "s3_bf16_w2_frozen",
     "s1_fp32_w2_universal",

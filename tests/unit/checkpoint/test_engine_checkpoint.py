@@ -490,3 +490,10 @@ def test_consolidated_weights_are_the_modules() -> None:
     assert "fc.weight" not in made._consolidated_16bit_state_dict(exclude_frozen_parameters=True)
     with pytest.raises(ValueError, match="requires ZeRO-3"):
         made._zero3_consolidated_16bit_state_dict()
+
+
+def test_stage_3_refuses_the_elastic_form_and_others_take_the_key(tmp_path: Path) -> None:
+    elastic = {"zero": {"elastic_checkpoint": True}}
+    with pytest.raises(NotImplementedError, match="elastic"):
+        engine(3, "fp32", **elastic).save_checkpoint(tmp_path)
+    assert engine(2, "fp32", **elastic).save_checkpoint(tmp_path)
