@@ -52,7 +52,11 @@ _NAMES = {
     ".runtime.compiler": ["is_compile_supported"],
     ".runtime.config": ["DeepSpeedConfig", "DeepSpeedConfigError"],
     ".runtime.dataloader": ["DeepSpeedDataLoader"],
+    ".pipe": ["*"],
+    ".sequence": ["*"],
     ".runtime.engine": ["DeepSpeedEngine"],
+    ".runtime.pipe.engine": ["PipelineEngine"],
+    ".runtime.pipe.module": ["PipelineModule"],
     ".runtime.lr_schedules": ["add_tuning_arguments"],
     ".runtime.optimizers": ["DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable"],
     ".inference": ["*"],
@@ -71,8 +75,6 @@ _ALIASES = {
 
 # Public names whose feature has no code yet; reaching for one says so.
 _NOT_BUILT = {
-    "PipelineModule": "pipeline parallelism",
-    "PipelineEngine": "pipeline parallelism",
     "DeepSpeedHybridEngine": "the hybrid engine",
     "DeepSpeedTransformerLayer": "the fused transformer layer",
     "DeepSpeedTransformerConfig": "the fused transformer layer",

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
+from deepspeed.ops.norms import squared_norm
 from deepspeed.utils.errors import explain
 
 from .zero.optimizer import ZeroOptimizer
@@ -81,6 +83,7 @@ class PlainDriver:
         clip_grad: largest 2-norm of all gradients; 0 for none.
         reduce_dtype: dtype of gradients on the wire; None is their own.
         scaler: for fp16 autocast.
+        pipe: stages of a pipeline, over which the norm is taken.
     """
 
     reduces_each_backward = False
@@ -93,6 +96,7 @@ class PlainDriver:
         clip_grad: float,
         reduce_dtype: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        pipe: Axis | None = None,
     ) -> None:
         self.optimizer, self.params, self.plan, self.clip_grad = (
             optimizer,
@@ -100,7 +104,7 @@ class PlainDriver:
             plan,
             clip_grad,
         )
-        self.reduce_dtype, self.scaler = reduce_dtype, scaler
+        self.reduce_dtype, self.scaler, self.pipe = reduce_dtype, scaler, pipe
         self.grad_norm: Any = None
         self._unreduced = False
 
@@ -145,7 +149,10 @@ class PlainDriver:
         if self.clip_grad <= 0:
             return
         with_grad = [p for _, params in self.params for p in params if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(with_grad, self.clip_grad)
+        if self.pipe is None or self.pipe.size == 1:
+            norm = torch.nn.utils.clip_grad_norm_(with_grad, self.clip_grad)
+        else:
+            norm = self._clip_over_stages(with_grad, self.pipe)
         if math.isfinite(norm):
             self.grad_norm = norm.detach()
         elif self.scaler is None:
@@ -157,6 +164,17 @@ class PlainDriver:
                     fix="look for NaN in the batch or a division by zero in the loss, or lower the learning rate",
                 )
             )
+
+    def _clip_over_stages(self, params: list[torch.nn.Parameter], pipe: Axis) -> torch.Tensor:
+        own = [p.grad for p in params if not getattr(p, "ds_pipe_replicated", False)]
+        square = sum((squared_norm(grad) for grad in own), torch.zeros((), dtype=torch.float64))
+        square = square.to(params[0].device if params else "cpu")
+        flat.all_reduce_(square, pipe)
+        norm = square.sqrt().float()
+        factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        for param in params:
+            param.grad.mul_(factor)
+        return norm
 
     def zero_grad(self) -> None:
         for _, params in self.params:

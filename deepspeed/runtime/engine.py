@@ -14,6 +14,7 @@ from deepspeed.utils.errors import explain
 
 from . import build, engine_checkpoint, engine_load, memory_plan, module_prep, sharding
 from .backward import BackwardWatch
+from .build_mesh import build_mesh
 from .clock import AccumulationClock
 from .engine_accessors import ConfigAccessors
 from .engine_data import DataControl
@@ -67,7 +68,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         build.check_request(self._config, model, optimizer, lr_scheduler)
         self.device = module_prep.take_device(args, self.local_rank, model, dont_change_device)
         self.has_moe_layers, self.num_experts = module_prep.prepare_moe(model, self._config)
-        self.mesh = build.build_mesh(self._config, mpu, mesh_device)
+        self.mesh = build_mesh(self._config, mpu, mesh_device)
         self.precision = build.build_precision(self._config)
         self.plan = build.build_plan(self._config, self.mesh.sequence.size)
         self.clock = AccumulationClock(

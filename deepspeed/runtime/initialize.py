@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=engine_arguments["dist_init_required"],
     )
+    engine_class = _engine_class(model, engine_arguments)
     mpu = engine_arguments["mpu"]
     mesh_device = None
     if mesh_param is not None:
@@ -49,7 +51,7 @@ def initialize(
         dist.configure(parsed)
     shutdown_init_context()  # modules that the engine builds for itself stay whole
     try:
-        engine = DeepSpeedEngine(
+        engine = engine_class(
             args,
             model,
             config=config,
@@ -60,6 +62,29 @@ def initialize(
     finally:
         restore_init_context()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _engine_class(model: Any, engine_arguments: dict[str, Any]) -> type[DeepSpeedEngine]:
+    """The engine for a kind of model; a pipeline brings its own `mpu`.
+
+    Raises:
+        AssertionError: an `mpu` was given with a pipeline.
+    """
+    pipe = sys.modules.get("deepspeed.runtime.pipe.module")
+    if pipe is None or not isinstance(model, pipe.PipelineModule):
+        return DeepSpeedEngine
+    from .pipe.engine import PipelineEngine
+
+    if engine_arguments["mpu"] is not None:
+        raise AssertionError(
+            explain(
+                "mpu must be None with pipeline parallelism",
+                got=repr(engine_arguments["mpu"]),
+                fix="leave mpu out: the PipelineModule has its own",
+            )
+        )
+    engine_arguments["mpu"] = model.mpu()
+    return PipelineEngine
 
 
 def find_config(args: Any, config: Any) -> Any:

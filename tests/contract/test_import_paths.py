@@ -17,6 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # module -> names in it; all of it is there
 BUILT = {
+    "deepspeed.pipe": "PipelineModule LayerSpec TiedLayerSpec",
+    "deepspeed.runtime.pipe.engine": "PipelineEngine",
+    "deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec PipelineError",
+    "deepspeed.runtime.pipe.schedule": (
+        "PipeSchedule InferenceSchedule TrainSchedule DataParallelSchedule OptimizerStep "
+        "ReduceGrads ReduceTiedGrads LoadMicroBatch ForwardPass BackwardPass SendActivation "
+        "RecvActivation SendGrad RecvGrad"
+    ),
+    "deepspeed.runtime.pipe.topology": (
+        "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology "
+        "PipelineParallelGrid"
+    ),
     "deepspeed.runtime.sequence_parallel.parallel_state_sp": "initialize_sequence_parallel",
     "deepspeed.runtime.sequence_parallel.ulysses_sp": (
         "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter SequenceTiledCompute TiledMLP "
@@ -25,7 +37,7 @@ BUILT = {
     "deepspeed.sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",
     "deepspeed.sequence.layer": "DistributedAttention _SeqAllToAll single_all_to_all",
     "deepspeed": (
-        "__version__ version __version_major__ __version_minor__ __version_patch__ __git_hash__ "
+        "PipelineModule PipelineEngine pipe sequence __version__ version __version_major__ __version_minor__ __version_patch__ __git_hash__ "
         "__git_branch__ git_hash git_branch initialize init_inference init_distributed "
         "tp_model_init add_config_arguments default_inference_config add_tuning_arguments "
         "DeepSpeedEngine DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable "
@@ -266,9 +278,9 @@ BUILT = {
 # module -> names that come with later work; a row moves up when it is built
 LATER = {
     "deepspeed": (
-        "set_optimizer_flags PipelineEngine DeepSpeedHybridEngine "
-        "PipelineModule domino DeepSpeedTransformerLayer "
-        "DeepSpeedTransformerConfig set_autotp_mode pipe"
+        "set_optimizer_flags DeepSpeedHybridEngine "
+        "domino DeepSpeedTransformerLayer "
+        "DeepSpeedTransformerConfig set_autotp_mode"
     ),
     "deepspeed.compression": "init_compression redundancy_clean",
     "deepspeed.compression.compress": "init_compression redundancy_clean",
@@ -278,7 +290,6 @@ LATER = {
     "deepspeed.module_inject.auto_tp": "AutoTP",
     "deepspeed.module_inject.layers": "GatherReplacedLayerParams LinearAllreduce LinearLayer",
     "deepspeed.ops.adam": "ZenFlowCPUAdam ZenFlowSelectiveAdamW ZenFlowSelectiveAdamW_stage3",
-    "deepspeed.pipe": "PipelineModule LayerSpec TiedLayerSpec",
     "deepspeed.runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
     "deepspeed.runtime.data_pipeline.data_sampling.data_analyzer": (
         "DataAnalyzer DistributedDataAnalyzer"
@@ -293,17 +304,6 @@ LATER = {
     "deepspeed.runtime.fp16.onebit.lamb": "OnebitLamb",
     "deepspeed.runtime.fp16.onebit.zoadam": "ZeroOneAdam",
     "deepspeed.runtime.hybrid_engine": "DeepSpeedHybridEngine",
-    "deepspeed.runtime.pipe.engine": "PipelineEngine",
-    "deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec",
-    "deepspeed.runtime.pipe.schedule": (
-        "PipeSchedule InferenceSchedule TrainSchedule DataParallelSchedule OptimizerStep "
-        "ReduceGrads ReduceTiedGrads LoadMicroBatch ForwardPass BackwardPass SendActivation "
-        "RecvActivation SendGrad RecvGrad"
-    ),
-    "deepspeed.runtime.pipe.topology": (
-        "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology "
-        "PipelineParallelGrid"
-    ),
     "deepspeed.runtime.quantize": "Quantizer",
     "deepspeed.runtime.rollout": (
         "RolloutConfig SamplingConfig RolloutRequest RolloutBatch RolloutEngine HybridEngineRollout"

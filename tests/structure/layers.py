@@ -16,6 +16,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.elasticity.cli": 7,
     "deepspeed.env_report": 7,
     "deepspeed.nvme": 7,
+    "deepspeed.pipe": 7,
     "deepspeed.launcher": 7,
     # L6: what a user holds in the hand
     "deepspeed.runtime.engine": 6,
@@ -28,6 +29,7 @@ LAYERS: dict[str, int] = {
     # L5: builders and features around the training state
     "deepspeed.runtime.backward": 5,
     "deepspeed.runtime.build": 5,
+    "deepspeed.runtime.build_mesh": 5,
     "deepspeed.runtime.drivers": 5,
     "deepspeed.runtime.module_prep": 5,
     "deepspeed.runtime.optimizers": 5,
@@ -172,7 +174,6 @@ PLANNED = frozenset(
     {
         "deepspeed.compression",
         "deepspeed.runtime.hybrid_engine",
-        "deepspeed.runtime.pipe",
     }
 )
 

@@ -17,6 +17,7 @@ import torch
 
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis, Mesh
+from deepspeed.ops.norms import squared_norm
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.fp16.loss_scaler import LossScalerBase, report_overflow
 from deepspeed.runtime.precision import Precision
@@ -300,10 +301,16 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 square = group.square_of(part).to(self.device)
                 axis = group.shard_axis
                 sums[axis] = sums[axis] + square if axis in sums else square
+            for own in _copies_of_other_stages(group):
+                sums[group.shard_axis] = sums[group.shard_axis] - squared_norm(own).to(self.device)
         total = 0.0
         for axis, square in sums.items():
             flat.all_reduce_(square, axis)
             total += square.item()
+        if self.mesh.pipe.size > 1:
+            whole = torch.tensor(total, dtype=torch.float64, device=self.device)
+            flat.all_reduce_(whole, self.mesh.pipe)
+            total = whole.item()
         return math.sqrt(total) if total >= 0 else total
 
     def _combined_scale(self, norm: float, scale: float) -> float:
@@ -449,6 +456,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.reducer.remove_hooks()
         if self.folder is not None:
             self.folder.close()
+
+
+def _copies_of_other_stages(group: ShardGroup) -> Iterator[torch.Tensor]:
+    """This rank's gradients of weights that an earlier stage of the pipeline counts, too."""
+    for segment in group.layout.segments(group.shard_axis.rank):
+        if getattr(group.params[segment.param], "ds_pipe_replicated", False):
+            for part, _, start, length in group.runs(segment.shard_start, segment.length):
+                yield group.grad_of(part).narrow(0, start, length)
 
 
 def expert_group_name(param: torch.nn.Parameter) -> str | None:

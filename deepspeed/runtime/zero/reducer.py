@@ -114,6 +114,15 @@ class Reducer:
         self._held.clear()
         self._unreduced = False
 
+    def take(self, param: torch.nn.Parameter) -> None:
+        """Take over `param.grad`, which was completed outside of a backward pass; reduced by `reduce_now`."""
+        group, index = self.groups[param._index_in_param_group], param.param_idx_in_group
+        if param.grad is not None:
+            if (id(group), index) in self._bucket_of:
+                self._hold(group, index, param)
+            else:
+                self._keep_whole(group, index, param)
+
     def remove_hooks(self) -> None:
         """Let go of the parameters."""
         for hook in self._hooks:
