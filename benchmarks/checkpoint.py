@@ -58,9 +58,14 @@ def step(engine: Any) -> None:
 
 
 def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    return both_seconds(action)[0]
+
+
+def both_seconds(action: Callable[[], object]) -> tuple[float, float]:
+    """By the clock, and of this process's time on a CPU."""
+    start, cpu = time.perf_counter(), time.process_time()
     action()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def flush(path: Path) -> None:
@@ -99,10 +104,11 @@ def torch_load(folder: Path) -> list[Any]:
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
 
 
-def saves_and_loads(folder: Path, layers: int, rounds: int) -> list[tuple[str, str, str]]:
+def saves_and_loads(folder: Path, layers: int, rounds: int) -> list[tuple[str, ...]]:
     from deepspeed.ops.aio.buffers import aligned_tensor
     from deepspeed.runtime.engine_checkpoint import _files_of_rank
 
+    torch.set_num_threads(1)  # or copies wait for a thread that other work keeps from running
     engine = build(layers, decoupled=False)
     contents = _files_of_rank(engine, {}, False)
     engine.save_checkpoint(folder / "size", tag="t")
@@ -111,46 +117,44 @@ def saves_and_loads(folder: Path, layers: int, rounds: int) -> list[tuple[str, s
     whole = source[: nbytes // PIECE * PIECE]
     scale = nbytes / whole.numel()
     times: dict[str, list[float]] = {}
+    work: dict[str, list[float]] = {}
 
-    def note(name: str, value: float) -> None:
-        times.setdefault(name, []).append(value)
+    def note(name: str, action: Callable[[], object], scale: float = 1.0) -> None:
+        passed, busy = both_seconds(action)
+        times.setdefault(name, []).append(passed * scale)
+        work.setdefault(name, []).append(busy * scale)
 
     for _ in range(rounds):
         shutil.rmtree(folder / "ours", ignore_errors=True)
         shutil.rmtree(folder / "torch", ignore_errors=True)
         (folder / "raw").unlink(missing_ok=True)
-        note("raw write", scale * seconds(lambda: raw_write(folder / "raw", whole)))
-        note("save_checkpoint", seconds(lambda: engine.save_checkpoint(folder / "ours", tag="t")))
-        note("torch.save", seconds(lambda: torch_save(contents, folder / "torch")))
+        note("raw write", lambda: raw_write(folder / "raw", whole), scale)
+        note("save_checkpoint", lambda: engine.save_checkpoint(folder / "ours", tag="t"))
+        note("torch.save", lambda: torch_save(contents, folder / "torch"))
         for kind in ("cold", "warm"):
             if kind == "cold":
                 if not hasattr(os, "posix_fadvise"):
                     continue
                 forget(folder)
-            note(f"torch.load, {kind}", seconds(lambda: torch_load(folder / "torch")))
-            note(
-                f"load_checkpoint, {kind}", seconds(lambda: engine.load_checkpoint(folder / "ours"))
-            )
+            note(f"torch.load, {kind}", lambda: torch_load(folder / "torch"))
+            note(f"load_checkpoint, {kind}", lambda: engine.load_checkpoint(folder / "ours"))
     engine.destroy()
-    rows = [("state", f"{nbytes / 1e9:.2f} GB", "")]
+    rows = [("state", f"{nbytes / 1e9:.2f} GB", "", "")]
+
+    def ratio(name: str, against: str) -> str:
+        pairs = zip(times[against], times[name], strict=True)
+        return f"{statistics.median(a / b for a, b in pairs):.2f} of {against}"
+
     for name, values in times.items():
         against = f"torch.load, {name.split(', ')[1]}" if ", " in name else "raw write"
-        ratio = statistics.median(a / b for a, b in zip(times[against], values, strict=True))
-        rows.append(
-            (
-                name,
-                f"{nbytes / 1e9 / statistics.median(values):.2f} GB/s",
-                f"{ratio:.2f} of {against}",
-            )
-        )
-    ratio = statistics.median(
-        a / b for a, b in zip(times["torch.save"], times["save_checkpoint"], strict=True)
-    )
-    rows.append(("save_checkpoint", "", f"{ratio:.2f} of torch.save"))
+        speed, busy = nbytes / 1e9 / statistics.median(values), statistics.median(work[name])
+        rows.append((name, f"{speed:.2f} GB/s", f"{busy:.2f} s", ratio(name, against)))
+    rows.append(("save_checkpoint", "", "", ratio("save_checkpoint", "torch.save")))
     return rows
 
 
-def beside(folder: Path, layers: int, rounds: int, steps: int) -> list[tuple[str, str, str]]:
+def beside(folder: Path, layers: int, rounds: int, steps: int) -> list[tuple[str, ...]]:
+    torch.set_num_threads(os.cpu_count() or 1)
     engine = build(layers, decoupled=True)
     engine.save_checkpoint(folder / "beside", tag="first")  # takes the memory of the copy
     engine.checkpoint_engine.finish()
@@ -171,9 +175,9 @@ def beside(folder: Path, layers: int, rounds: int, steps: int) -> list[tuple[str
     engine.destroy()
     more = statistics.median(b / a for a, b in zip(plain, saving, strict=True)) - 1
     return [
-        (f"{steps} steps", f"{statistics.median(plain):.2f} s", ""),
-        (f"{steps} steps and a save beside", f"{statistics.median(saving):.2f} s", f"{more:+.1%}"),
-        ("of it the call of save_checkpoint", f"{statistics.median(calls):.2f} s", ""),
+        (f"{steps} steps", f"{statistics.median(plain):.2f} s", "", ""),
+        (f"{steps} steps, a save beside", f"{statistics.median(saving):.2f} s", "", f"{more:+.1%}"),
+        ("of it the call of save_checkpoint", f"{statistics.median(calls):.2f} s", "", ""),
     ]
 
 
@@ -187,13 +191,13 @@ def main() -> None:
     print(f"torch {torch.__version__}, {platform.system()}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        print("\n| | | |\n|---|---|---|")
+        print("\n| | | CPU | |\n|---|---|---|---|")
         show(saves_and_loads(folder, args.layers, args.rounds))
         if args.steps:
             show(beside(folder, args.layers, args.rounds, args.steps))
 
 
-def show(rows: list[tuple[str, str, str]]) -> None:
+def show(rows: list[tuple[str, ...]]) -> None:
     for row in rows:
         print(f"| {' | '.join(row)} |")
     sys.stdout.flush()

@@ -392,6 +392,9 @@ def _prepare(final: Path, partial: Path, needed: int) -> None:
                 fix="Free some space, or save elsewhere. Nothing was written.",
             ),
         )
+    if partial.is_symlink():
+        what = "the folder for a checkpoint's files is a link to elsewhere"
+        raise OSError(errno.ELOOP, explain(what, got=str(partial), fix="Remove the link."))
     disk.make_folder(partial)
     write_small(partial / PARTIAL_MARK, f"{socket.gethostname()} {os.getpid()}\n".encode())
 

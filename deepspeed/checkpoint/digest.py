@@ -77,6 +77,8 @@ def of_file(path: Path, algorithm: str = CRC32) -> str:
         return text_of(0)
     begins = range(0, size, _PIECE)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        if hasattr(os, "posix_fadvise"):  # many transfers at once, where the file is not cached
+            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
 
         def piece(begin: int) -> tuple[int, int]:
             length = min(_PIECE, size - begin)

@@ -28,7 +28,7 @@ from ..utils.env import DS_TRUST_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from .digest import CRC32, SHA256, of_file, text_of
 from .format import MANIFEST, PARTIAL_MARK
-from .whole_file import WholeFile, byte_view, fits, read_whole
+from .whole_file import WholeFile, byte_view, pays, read_whole
 
 _MAX_PICKLE = 1 << 30
 
@@ -191,6 +191,12 @@ class _Unpickler(pickle._Unpickler):  # the C one offers no way to guard its opc
     """Executes a pickle whose globals are all harmless."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    sizes: ClassVar[dict[str, int] | None] = None
+
+    def load_binpersid(self) -> None:
+        if self.sizes is not None:
+            _check_storage(self.stack[-1], self.sizes)
+        super().load_binpersid()
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -220,40 +226,46 @@ class _Unpickler(pickle._Unpickler):  # the C one offers no way to guard its opc
     def load_bytearray8(self) -> None:
         raise _Refused("bytearray of a declared size")
 
+    dispatch[pickle.BINPERSID[0]] = load_binpersid
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
-def _load(file: Any, **options: Any) -> Any:
-    return _Unpickler(file, **options).load()
+def _check_storage(saved_id: Any, sizes: dict[str, int]) -> None:
+    """Refuse a storage that is larger or smaller than the record that holds it."""
+    _, kind, key, _, count = saved_id
+    dtype = torch.uint8 if kind is torch.UntypedStorage else kind._dtype
+    held = sizes[f"data/{key}"]
+    if count * dtype.itemsize != held:
+        raise ValueError(f"a storage of {count} elements in a record of {held} bytes")
 
 
-_restricted: Any = types.SimpleNamespace(
-    __name__="deepspeed.checkpoint.reader",
-    Unpickler=_Unpickler,
-    load=_load,
-    loads=lambda data, **options: _load(io.BytesIO(data), **options),
-    UnpicklingError=pickle.UnpicklingError,
-)
+def _restricted(sizes: dict[str, int] | None) -> Any:
+    """What `torch.load` takes for the module `pickle`."""
+    kind = type("Unpickler", (_Unpickler,), {"sizes": sizes})
+    return types.SimpleNamespace(
+        __name__="deepspeed.checkpoint.reader",
+        Unpickler=kind,
+        load=lambda file, **options: kind(file, **options).load(),
+        loads=lambda data, **options: kind(io.BytesIO(data), **options).load(),
+        UnpicklingError=pickle.UnpicklingError,
+    )
 
 
 class _MemoryUnpickler(_Unpickler):
     """Takes storages from a file in memory."""
 
-    def __init__(
-        self, pickled: bytes, file: WholeFile, records: dict[str, tuple[int, int]]
-    ) -> None:
-        super().__init__(io.BytesIO(pickled), encoding="utf-8")
+    def __init__(self, data: bytes, file: WholeFile, records: dict[str, tuple[int, int]]) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
         self._file, self._records = file, records
+        self.sizes = {name: nbytes for name, (_, nbytes) in records.items()}  # type: ignore[misc]
         self._made: dict[str, torch.UntypedStorage] = {}
 
     def persistent_load(self, saved_id: Any) -> Any:
-        _, kind, key, _, count = saved_id
+        _, kind, key, _, _ = saved_id
         dtype = torch.uint8 if kind is torch.UntypedStorage else kind._dtype
         begin, nbytes = self._records[f"data/{key}"]
-        if count * dtype.itemsize != nbytes:
-            raise ValueError(f"a storage of {count} elements in a record of {nbytes} bytes")
         if key not in self._made:
             self._made[key] = self._file.record(begin, nbytes)
         return torch.storage.TypedStorage(wrap_storage=self._made[key], dtype=dtype, _internal=True)
@@ -266,15 +278,15 @@ def _from_memory(path: Path, file: WholeFile) -> Any:
         return bytes(byte_view(file.record(*records[name])).numpy()) if name in records else b""
 
     if text("byteorder") not in (b"", sys.byteorder.encode()):
-        return _by_torch(path, "cpu", mmap=False)
+        return _by_torch(path, "cpu", False, None)
     return _MemoryUnpickler(text("data.pkl"), file, records).load()
 
 
-def _by_torch(path: Path, map_location: Any, mmap: bool) -> Any:
+def _by_torch(path: Path, map_location: Any, mmap: bool, sizes: dict[str, int] | None) -> Any:
     return torch.load(
         str(path),
         map_location=map_location,
-        pickle_module=_restricted,
+        pickle_module=_restricted(sizes),
         weights_only=False,
         mmap=mmap,
     )
@@ -304,11 +316,11 @@ def load_file(
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    is_zip = _check_archive(path)
+    sizes = _check_archive(path)
     try:
-        if whole is not None and is_zip and map_location == "cpu":
+        if whole is not None and sizes is not None and map_location == "cpu":
             return _from_memory(path, whole)
-        return _by_torch(path, map_location, mmap and is_zip)
+        return _by_torch(path, map_location, mmap and sizes is not None, sizes)
     except _Refused as error:
         raise DeepSpeedCheckpointError(
             explain(
@@ -336,14 +348,14 @@ def damaged(path: Path, why: str) -> DeepSpeedCheckpointError:
     )
 
 
-def _check_archive(path: Path) -> bool:
-    """Refuse archives that lie about their size or hold code; say whether the file is a zip archive at all."""
+def _check_archive(path: Path) -> dict[str, int] | None:
+    """Refuse archives that lie about their size or hold code; return their records' sizes, None if it is no archive."""
     with open(path, "rb") as file:
         start = file.read(2)
     if not start:
         raise damaged(path, "an empty file")
     if start != b"PK":
-        return False
+        return None
     try:
         with zipfile.ZipFile(path) as archive:
             items = archive.infolist()
@@ -364,7 +376,7 @@ def _check_archive(path: Path) -> bool:
             raise damaged(path, f"{item.file_size} bytes of structure")
     if sum(item.file_size for item in items) > size:
         raise damaged(path, "records that overlap")
-    return True
+    return {item.filename.partition("/")[2]: item.file_size for item in items}
 
 
 class Folder:
@@ -410,7 +422,7 @@ class Folder:
         path, entry = self.path / name, self._expected.get(name, {})
         if CRC32 not in entry or name in self._checked or not path.is_file():
             return None
-        if path.stat().st_size != entry["size"] or not fits(entry["size"]):
+        if path.stat().st_size != entry["size"] or not pays(path):
             return None
         found = read_whole(path)
         self._compare(path, CRC32, text_of(found.crc32), entry)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file brought into memory at once: many transfers at a time past the page cache, summed as they arrive.
 
-Mapping a file costs least where little of it is needed. Where all of it is, and has to be summed before it is trusted,
-the page cache is a detour: a disk delivers two or three times as fast into large pages of our own.
+Mapping a file costs least where little of it is needed, or where it is in the page cache already. Where all of it has
+to come from the disk and be summed before it is trusted, the page cache is a detour: a disk delivers up
+to three times as fast into large pages of our own.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +26,10 @@ from .digest import combine_all, crc32_of_address, threads
 _LEAST = 4 << 20
 _CHUNK = 16 << 20
 _IN_FLIGHT = 8
-_SHARE = 0.25
-"""At most this part of the free memory is taken for a file, by all ranks of a machine together."""
+_PROBES = 16
+_SHARE = 1 / 16
+"""At most this part of the memory that nobody uses is taken for a file, by all ranks of a machine together. The page
+cache does not count: large pages would have to be won back from it, which takes longer than reading."""
 
 
 class WholeFile(NamedTuple):
@@ -58,12 +62,29 @@ class WholeFile(NamedTuple):
         return found
 
 
-def fits(nbytes: int) -> bool:
-    """Whether a file of that size is worth it, and leaves enough memory to others."""
-    ranks = env.LOCAL_WORLD_SIZE.get() or env.LOCAL_SIZE.get() or 1
-    if nbytes < _LEAST:
+def pays(path: Path) -> bool:
+    """Whether to read a file by `read_whole`: a large one that is not in the page cache, and leaves memory to others."""
+    size = path.stat().st_size
+    if size < _LEAST:
         return False
-    return nbytes * max(ranks, 1) <= _SHARE * psutil.virtual_memory().available
+    ranks = env.LOCAL_WORLD_SIZE.get() or env.LOCAL_SIZE.get() or 1
+    if size * max(ranks, 1) > _SHARE * psutil.virtual_memory().free:
+        return False
+    return not _is_cached(path, size)
+
+
+def _is_cached(path: Path, size: int) -> bool:
+    """Whether the page cache holds a file, as far as a few probes tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    probe = bytearray(1)
+    with open(path, "rb", buffering=0) as file:
+        for place in range(_PROBES):
+            try:
+                os.preadv(file.fileno(), [probe], place * (size - 1) // _PROBES, os.RWF_NOWAIT)
+            except OSError:  # it would have to wait for the disk, or cannot tell
+                return False
+    return True
 
 
 def read_whole(path: Path) -> WholeFile:

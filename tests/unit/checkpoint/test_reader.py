@@ -358,6 +358,7 @@ def test_a_file_read_at_once_is_the_file_mapped(
 ) -> None:
     monkeypatch.setattr(whole_file, "_LEAST", 0)
     monkeypatch.setattr(whole_file, "_CHUNK", 100_000)
+    monkeypatch.setattr(whole_file, "_is_cached", lambda path, size: False)
     base = torch.randn(70_000)
     content = {
         "a": base,
@@ -391,3 +392,18 @@ def test_a_file_read_at_once_is_the_file_mapped(
     (tmp_path / "step" / "f.pt").write_bytes(data)
     with pytest.raises(DeepSpeedCheckpointError, match="its crc32 is another"):
         Folder(tmp_path / "step", whole=True).load("f.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system does not tell")
+def test_only_large_files_that_come_from_the_disk_are_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(1 << 20))
+    assert not whole_file.pays(path)
+    monkeypatch.setattr(whole_file, "_LEAST", 1 << 20)
+    assert not whole_file.pays(path)  # just written: cached
+    monkeypatch.setattr(whole_file, "_is_cached", lambda path, size: False)
+    assert whole_file.pays(path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(1 << 40))
+    assert not whole_file.pays(path)
