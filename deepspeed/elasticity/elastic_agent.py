@@ -44,6 +44,14 @@ class DSElasticAgent(LocalElasticAgent):
         super().__init__(spec, logs, start_method, exit_barrier_timeout)
         self.ds_env = dict(env)
 
+    def _stop_workers(self, *args: Any, **kwargs: Any) -> None:
+        """End this node's ranks; torch 2.3.0 would close the rendezvous too, and nobody could start again."""
+        handler, self._rdzv_handler = self._rdzv_handler, None
+        try:
+            super()._stop_workers(*args, **kwargs)
+        finally:
+            self._rdzv_handler = handler
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         """Start this node's ranks with our variables in the environment that they inherit."""
         group = {
