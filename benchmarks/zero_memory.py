@@ -113,6 +113,7 @@ def train(cell: dict[str, Any], args: argparse.Namespace, numel: int, ranks: int
     return {
         "params": size.numel,
         "peak": max(peaks),
+        "peaks": peaks,
         "planned peak": plan.peak("host"),
         "lasting": lasting,
         "planned lasting": plan.lasting("host"),
@@ -129,7 +130,19 @@ def work(args: argparse.Namespace) -> None:
     first = {"stage": 2, "offload_optimizer": NVME}
     train(first, args, 1, ranks)
     train(CELLS["stage3-nvme"], args, 1, ranks)
-    rows = {name: train(CELLS[name], args, args.params, ranks) for name in args.cells}
+    rows = {}
+    for name in args.cells:
+        rows[name] = train(CELLS[name], args, args.params, ranks)
+        shown = [
+            f"{key} {value >> 20}" for key, value in rows[name].items() if isinstance(value, int)
+        ]
+        print(
+            os.environ["RANK"],
+            name,
+            *shown,
+            [peak >> 20 for peak in rows[name]["peaks"]],
+            flush=True,
+        )
     Path(f"{args.out}.{os.environ['RANK']}").write_text(json.dumps(rows), encoding="utf-8")
 
 

@@ -44,6 +44,37 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(
 )
 
 
+# Gathers over each set of ranks so far: all of its ranks agree on the number, so it tells messages apart.
+_gathers: dict[tuple[int, ...], int] = {}
+_FIRST_TAG, _TAGS = 1_000_000, 1_000_000
+
+# Host buffers that arriving bytes land in, kept from one exchange to the next: new memory costs more than the copy.
+# Whoever exchanges a lot calls `free_inboxes` when it is done for a while.
+_inboxes: list[torch.Tensor] = []
+_INBOXES_KEPT = 2
+
+
+def _take_inbox(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat host tensor, the beginning of a larger one perhaps."""
+    nbytes = numel * dtype.itemsize
+    for place, inbox in enumerate(_inboxes):
+        if nbytes <= inbox.numel() <= 2 * nbytes:
+            return _inboxes.pop(place)[:nbytes].view(dtype)
+    return torch.empty(nbytes, dtype=torch.uint8).view(dtype)
+
+
+def _keep_inbox(inbox: torch.Tensor) -> None:
+    storage = inbox.untyped_storage()
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+    _inboxes.append(whole)
+    del _inboxes[:-_INBOXES_KEPT]
+
+
+def free_inboxes() -> None:
+    """Give back the memory that is kept from one exchange to the next."""
+    _inboxes.clear()
+
+
 class Handle(Protocol):
     """What an asynchronous verb returns."""
 
@@ -175,13 +206,13 @@ def all_gather_into(
         work = _all_gather(out.detach(), shard.detach(), group=axis.group, async_op=True)
         return _close(_Pending([work], keep=(out, shard)), async_op)
     source, target = _host(shard), _host(out, copy=False)
-    work = _all_gather(_bytes(target), _bytes(source), group=axis.group, async_op=True)
+    works = _send_to_all(_bytes(target), _bytes(source), axis)
 
     def finish() -> None:
         if target.device != out.device:
             out.detach().copy_(target, non_blocking=True)
 
-    return _close(_Pending([work], finish, keep=(source, target)), async_op)
+    return _close(_Pending(works, finish, keep=(source, target)), async_op)
 
 
 def _gather_in_hops(out: torch.Tensor, shard: torch.Tensor, node: Axis, nodes: Axis) -> Handle:
@@ -236,6 +267,20 @@ def exchange(out: torch.Tensor, parts: torch.Tensor, axis: Axis, async_op: bool 
             out.detach().copy_(target, non_blocking=True)
 
     return _close(_Pending([work], finish, keep=(source, target)), async_op)
+
+
+def _send_to_all(target: torch.Tensor, source: torch.Tensor, axis: Axis) -> list[Any]:
+    """Send the own piece to each rank, and receive theirs in place; gloo's own verb goes through a copy of all pieces."""
+    number = _gathers.get(axis.ranks, 0)
+    _gathers[axis.ranks] = number + 1
+    tag, pieces, works = _FIRST_TAG + number % _TAGS, target.chunk(axis.size), []
+    for index, rank in enumerate(axis.ranks):
+        if index != axis.rank:
+            works.append(dist.irecv(pieces[index], src=rank, group=axis.group, tag=tag))
+            works.append(dist.isend(source, dst=rank, group=axis.group, tag=tag))
+    if pieces[axis.rank].data_ptr() != source.data_ptr():
+        pieces[axis.rank].copy_(source)
+    return works
 
 
 # ------------------------------------------------------------------ reduce to owners
@@ -368,7 +413,7 @@ def _exchange_and_sum(
     """
     size = packed.element_size()
     mine = splits[axis.rank]
-    inbox = torch.empty(mine * axis.size, dtype=packed.dtype)
+    inbox = _take_inbox(mine * axis.size, packed.dtype)
     work = dist.all_to_all_single(
         _bytes(inbox),
         _bytes(packed),
@@ -385,6 +430,7 @@ def _exchange_and_sum(
             total += arrived[index]
         for target, at in targets:
             target.copy_(total[at : at + target.numel()])
+        _keep_inbox(inbox)
 
     return _Pending([work], finish, keep=packed)
 

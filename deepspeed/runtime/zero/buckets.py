@@ -15,6 +15,30 @@ from .shard_group import ShardGroup
 from .sharded_param import shape_of
 
 
+class Buffers:
+    """Flat buffers that buckets fill in turn: new memory for each bucket would cost more than the copy into it."""
+
+    def __init__(self) -> None:
+        self._idle: list[torch.Tensor] = []
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A flat buffer of at least `numel` elements, its contents undefined."""
+        for place, buffer in enumerate(self._idle):
+            if (buffer.dtype, buffer.device) == (dtype, device) and buffer.numel() >= numel:
+                return self._idle.pop(place)
+        # One that is too small will be too small again.
+        self._idle = [b for b in self._idle if (b.dtype, b.device) != (dtype, device)]
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """The next bucket may have it."""
+        self._idle.append(buffer)
+
+    def clear(self) -> None:
+        """Free what is not in use."""
+        self._idle.clear()
+
+
 class Bucket:
     """Neighbouring parameters of a group, `first` up to but not including `last`.
 
@@ -24,6 +48,7 @@ class Bucket:
         arrived: which have.
         launched: whether the collective of this round has started.
         fresh: whether the shard's gradients are those of an earlier step, to be overwritten.
+        buffers: where buffers come from and go to; buckets of one reducer share them.
     """
 
     def __init__(self, group: ShardGroup, first: int, last: int, plan: Plan) -> None:
@@ -34,6 +59,8 @@ class Bucket:
         self.launched = False
         self.fresh = True
         self.buffer: torch.Tensor | None = None
+        self.buffers = Buffers()
+        self._whole: torch.Tensor | None = None
         ranks = group.shard_axis.size * group.replica_axis.size
         self.before, self.after = scale_factors(plan, ranks)
 
@@ -69,8 +96,15 @@ class Bucket:
     def _buffer(self, numel: int) -> torch.Tensor:
         if self.buffer is None:
             dtype = self.group.precision.reduce_dtype(self.group.dtype)
-            self.buffer = torch.empty(numel, dtype=dtype, device=self.group.device)
+            self._whole = self.buffers.take(numel, dtype, self.group.device)
+            self.buffer = self._whole[:numel]
         return self.buffer
+
+    def drop_buffer(self) -> None:
+        """The buffer's values are of no more use."""
+        if self._whole is not None:
+            self.buffers.give_back(self._whole)
+        self.buffer = self._whole = None
 
     def _over_replicas(self, values: torch.Tensor, pending: flat.Handle) -> flat.Handle:
         """What is summed over the shard axis is summed over the ranks that hold equal shards, too."""
@@ -157,7 +191,7 @@ class RangeBucket(Bucket):
 
     def land(self) -> None:
         """Keep our own pieces."""
-        values, self.buffer = self.buffer, None
+        values = self.buffer
         assert values is not None
         rank, shard = self.group.shard_axis.rank, self.group.layout.shard_numel
         for owner, start, length in self.segments():
@@ -165,8 +199,11 @@ class RangeBucket(Bucket):
                 own = values.narrow(0, start, length)
                 if self.after != 1.0:
                     own.mul_(self.after)
+                if any(part.spilled_grad is not None for part in self.group.parts):
+                    own = own.clone()  # it is written to a file later than the buffer is used again
                 self.group.add_shard_grad(self.start + start - rank * shard, own, self.fresh)
         self.fresh = False
+        self.drop_buffer()
 
 
 class SliceBucket(Bucket):
@@ -224,7 +261,8 @@ class SliceBucket(Bucket):
 
     def land(self) -> None:
         """Keep our own row."""
-        values, self.sum, self.buffer = self.sum, None, None
+        values, self.sum = self.sum, None
+        self.drop_buffer()
         assert values is not None
         if self.after != 1.0:
             values.mul_(self.after)

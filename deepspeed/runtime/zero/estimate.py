@@ -310,13 +310,27 @@ def _grad_rows(model: ModelSize, plan: Plan, widths: Widths, run: Run, shard: in
             yield Row("unreduced gradients", DEVICE, total * width, lasting=False)
     if run.sharing > 1 and plan.error_feedback is not None:
         yield Row("errors of codes", DEVICE, total * widths.reduce)
+    largest = max(model.trainable, default=0)
+    yield Row("newest gradient", DEVICE, largest * widths.param, lasting=False)
     if run.world > 1:
-        filling = max(plan.bucket_numel, max(model.trainable, default=0))
-        flying = plan.buckets_in_flight * plan.bucket_numel
-        held = min(total, filling + flying)
+        yield from _wire_rows(total, max(plan.bucket_numel, largest), plan, widths, run)
+
+
+def _wire_rows(total: int, bucket: int, plan: Plan, widths: Widths, run: Run) -> Iterable[Row]:
+    """What carries gradients from rank to rank; `bucket` is the elements of the largest collective."""
+    flying = plan.buckets_in_flight
+    filled_apart = plan.states is Placement.SHARDED or widths.reduce != widths.grad
+    if filled_apart or run.in_place:
+        held = min(total, (1 + flying) * bucket)
         yield Row("reduce buckets", DEVICE, held * widths.reduce, lasting=False)
-    else:
-        yield Row("newest gradient", DEVICE, max(model.trainable, default=0) * widths.param, False)
+    arriving = min(total, max(1, flying) * bucket)
+    if plan.params is Placement.SHARDED:
+        yield Row("sums", DEVICE, arriving // run.world * widths.reduce, lasting=False)
+    if run.device_is_host and plan.states is Placement.SHARDED:
+        # gloo moves bytes, and sums of 16-bit numbers are made in fp32; see comm/flat.py.
+        yield Row("arriving gradients", DEVICE, arriving * widths.reduce, lasting=False)
+        if widths.reduce < 4:
+            yield Row("sums in fp32", DEVICE, bucket // run.world * 4, lasting=False)
 
 
 def _split(plan: Plan, shard: int) -> Iterable[tuple[str, int]]:

@@ -204,7 +204,8 @@ def _drop_buffers(optimizer: Any) -> None:
     """Buckets make their buffers anew when the next gradients come."""
     for bucket in optimizer.reducer._buckets:
         if not bucket.arrived or bucket.launched:
-            bucket.buffer = None
+            bucket.drop_buffer()
+    optimizer.reducer.buffers.clear()
 
 
 def _settle(non_blocking: bool) -> None:

@@ -23,7 +23,7 @@ import torch
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
 
-from .buckets import Bucket, cut_buckets, scale_factors
+from .buckets import Bucket, Buffers, cut_buckets, scale_factors
 from .plan import Plan
 from .shard_group import ShardGroup
 
@@ -58,6 +58,9 @@ class Reducer:
             if group.shard_axis.size > 1 or group.replica_axis.size > 1
             for bucket in cut_buckets(group, plan)
         ]
+        self.buffers = Buffers()
+        for bucket in self._buckets:
+            bucket.buffers = self.buffers
         self._bucket_of = {
             (id(bucket.group), index): bucket
             for bucket in self._buckets
@@ -111,6 +114,8 @@ class Reducer:
             group.forget_grads(release)
         for bucket in self._buckets:
             bucket.fresh = True
+        self.buffers.clear()
+        flat.free_inboxes()
         self._held.clear()
         self._unreduced = False
 
