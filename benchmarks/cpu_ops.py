@@ -235,7 +235,7 @@ def report(args):
     rows = optimizer_rows(args, paths)
     if args.upstream:
         upstream = Upstream(args)
-        for name in ("Adam", "Adagrad", "Lion"):
+        for name in args.upstream_names.split(","):
             for dtype_name, dtype in DTYPES.items():
                 key = f"{name} {dtype_name}"
                 rows[key, "upstream"] = bytes_of(name, dtype), lambda key=key: upstream.turn(key)
@@ -272,6 +272,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--upstream", metavar="PYTHON", help="interpreter that has upstream")
+    parser.add_argument(
+        "--upstream-names", default="Adam,Adagrad,Lion", help="what it has compiled"
+    )
     parser.add_argument("--numel", type=int, default=1 << 24)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)

@@ -132,6 +132,7 @@ BUILT = {
     "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam",
     "deepspeed.ops.aio": "AsyncIOBuilder",
     "deepspeed.ops.fp_quantizer": "FP_Quantize Quantizer",
+    "deepspeed.ops.quantizer": "ds_quantizer",
     "deepspeed.ops.lamb": "FusedLamb",
     "deepspeed.ops.lion": "DeepSpeedCPULion FusedLion",
     "deepspeed.ops.op_builder": "CPUAdamBuilder FusedAdamBuilder AsyncIOBuilder",

@@ -139,6 +139,185 @@ Result solve(const Problem &problem, const Result &start, const Bytes &grad, uin
     return r;
 }
 
+// Everything that a path makes of the same numbers by the kernels that are no optimizer rules.
+struct Made {
+    std::vector<Bytes> parts;
+
+    Bytes &room(int64_t bytes) {
+        parts.emplace_back((size_t)bytes);
+        return parts.back();
+    }
+    bool operator==(const Made &o) const { return parts == o.parts; }
+};
+
+void steps(Made &made, int64_t n, int32_t dtype, const Bytes &x, const Bytes &grad) {
+    Bytes p = x, m = x, v = numbers(DS_F32, n, true), ratio(4);
+    for (unsigned char &byte : v) byte &= 0x3f;  // the same for each path: small and positive
+    ds_sgd_args sgd = {};
+    sgd.size = sizeof sgd;
+    sgd.threads = 2;
+    sgd.numel = n;
+    sgd.param = p.data();
+    sgd.exp_avg = m.data();
+    sgd.grad = grad.data();
+    sgd.param_dtype = sgd.state_dtype = sgd.grad_dtype = dtype;
+    sgd.nesterov = 1;
+    sgd.lr = 0.01;
+    sgd.momentum = 0.9;
+    sgd.decay = 0.1;
+    sgd.grad_scale = 0.5;
+    check(ds_sgd_step(&sgd), "sgd");
+    sgd.momentum = 0;
+    check(ds_sgd_step(&sgd), "sgd without momentum");
+    if (dtype == DS_F32) {
+        ds_lamb_args lamb = {};
+        lamb.size = sizeof lamb;
+        lamb.threads = 3;
+        lamb.numel = n;
+        lamb.param = p.data();
+        lamb.exp_avg = m.data();
+        lamb.exp_avg_sq = v.data();
+        lamb.grad = grad.data();
+        lamb.ratio = ratio.data();
+        lamb.bias_correction = 1;
+        lamb.step = 2;
+        lamb.lr = 0.01;
+        lamb.beta1 = 0.9;
+        lamb.beta2 = 0.99;
+        lamb.eps = 1e-6;
+        lamb.decay = 0.1;
+        lamb.least = 0.01;
+        lamb.most = 10;
+        lamb.grad_scale = 0.5;
+        check(ds_lamb_step(&lamb), "lamb");
+    }
+    for (const Bytes *part : {&p, &m, &ratio}) made.parts.push_back(*part);
+}
+
+void codes(Made &made, int64_t groups, int64_t size, int64_t columns, int32_t dtype, const Bytes &x) {
+    const int32_t formats[][2] = {{4, 3}, {3, 2}, {4, 7}, {2, 1}};
+    const int64_t n = groups * size, each = dtype == DS_F32 ? 4 : 2;
+    for (int kind = 0; kind < 24; ++kind) {
+        const int32_t bits = kind % 3 == 0 ? 8 : kind % 3 == 1 ? 4 : 6;
+        const bool weights = kind / 3 % 2 != 0, asym = kind / 6 % 2 != 0;
+        const bool chance = kind / 12 != 0 && !weights;
+        if (columns > 1 && !weights) continue;
+        Bytes &to = made.room(n * bits / 8);
+        ds_quantize_args q = {};
+        q.size = sizeof q;
+        q.threads = 2;
+        q.groups = groups;
+        q.group_size = size;
+        q.columns = columns;
+        q.x = (void *)x.data();
+        q.codes = to.data();
+        Bytes scale(groups * 8), least(groups * 4), out(n * each);
+        q.scale = scale.data();
+        q.least = least.data();
+        q.x_dtype = dtype;
+        q.bits = bits;
+        q.asym = asym;
+        q.weights = weights;
+        q.stochastic = chance;
+        q.seed = 5;
+        check(ds_quantize(&q), "quantize");
+        ds_dequantize_args d = {};
+        d.size = sizeof d;
+        d.threads = 2;
+        d.groups = groups;
+        d.group_size = size;
+        d.columns = columns;
+        d.codes = to.data();
+        d.scale = scale.data();
+        d.least = least.data();
+        d.out = out.data();
+        d.out_dtype = dtype;
+        d.side_dtype = weights ? dtype : (int32_t)DS_F32;
+        d.bits = bits;
+        d.asym = asym;
+        d.weights = weights;
+        check(ds_dequantize(&d), "dequantize");
+        for (const Bytes *part : {&scale, &least, &out}) made.parts.push_back(*part);
+    }
+    for (int kind = 0; kind < 8 && columns == 1; ++kind) {
+        const int32_t *form = formats[kind % 4];
+        const int32_t bits = 1 + form[0] + form[1];
+        Bytes packed(groups * (size * bits / 8 + 4)), out(n * each);
+        ds_fp_quantize_args q = {};
+        q.size = sizeof q;
+        q.threads = 2;
+        q.groups = groups;
+        q.group_size = size;
+        q.x = x.data();
+        q.out = packed.data();
+        q.x_dtype = dtype;
+        q.exponent = form[0];
+        q.mantissa = form[1];
+        q.stochastic = kind / 4;
+        q.seed = 5;
+        check(ds_fp_quantize(&q), "fp_quantize");
+        ds_fp_dequantize_args d = {};
+        d.size = sizeof d;
+        d.threads = 2;
+        d.groups = d.there = groups;
+        d.group_size = size;
+        d.packed = packed.data();
+        d.out = out.data();
+        d.row_groups = 1;
+        d.out_dtype = dtype;
+        d.exponent = form[0];
+        d.mantissa = form[1];
+        check(ds_fp_dequantize(&d), "fp_dequantize");
+        for (const Bytes *part : {&packed, &out}) made.parts.push_back(*part);
+    }
+}
+
+void casts(Made &made, int64_t n, int32_t dtype, const Bytes &x) {
+    const int32_t others[] = {DS_F32, DS_BF16, DS_F16, DS_E4M3, DS_E5M2};
+    for (int32_t to : others) {
+        const int64_t each = to == DS_F32 ? 4 : to <= DS_F16 ? 2 : 1;
+        Bytes out(n * each), back(n * (dtype == DS_F32 ? 4 : 2));
+        ds_cast_args cast = {sizeof cast, 2, n, x.data(), out.data(), dtype, to};
+        check(ds_cast(&cast), "cast");
+        ds_cast_args again = {sizeof again, 2, n, out.data(), back.data(), to, dtype};
+        check(ds_cast(&again), "cast back");
+        made.parts.push_back(out);
+        made.parts.push_back(back);
+    }
+}
+
+Made make(int32_t dtype, const Bytes &x, const Bytes &grad) {
+    Made made;
+    steps(made, 2055, dtype, x, grad);
+    codes(made, 5, 36, 1, dtype, x);
+    codes(made, 2, 1028, 1, dtype, x);
+    codes(made, 44, 12, 44, dtype, x);
+    casts(made, 2055, dtype, x);
+    return made;
+}
+
+int compare_rest(const std::vector<std::string> &paths) {
+    int compared = 0;
+    for (int32_t dtype : {DS_F32, DS_BF16, DS_F16}) {
+        const Bytes x = numbers(dtype, 2056, false), grad = numbers(dtype, 2056, false);
+        const uint32_t seed = g_random;
+        ds_set_isa("scalar");
+        const Made expected = make(dtype, x, grad);
+        for (const std::string &path : paths) {
+            ds_set_isa(path.c_str());
+            g_random = seed;
+            const Made got = make(dtype, x, grad);
+            ++compared;
+            for (size_t i = 0; i < expected.parts.size(); ++i)
+                if (got.parts[i] != expected.parts[i]) {
+                    printf("%s differs: dtype %d, part %zu\n", path.c_str(), (int)dtype, i);
+                    ++g_failures;
+                }
+        }
+    }
+    return compared;
+}
+
 }  // namespace
 
 int main() {
@@ -179,6 +358,7 @@ int main() {
             }
         }
     }
+    compared += compare_rest(paths);
     printf("paths %s: %d results compared, %d failures\n", list, compared, g_failures);
     return g_failures != 0;
 }
