@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import venv
 import zipfile
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +28,7 @@ ROOT = build.ROOT
 TARGETS = (f"manylinux_{'_'.join(map(str, build.GLIBC_FLOOR))}_x86_64", "win_amd64")
 NATIVE = "native"
 MOST_BYTES = 15 << 20
-TOOLS = {
-    "setuptools": "setuptools>=77",
-    "wheel": "wheel",
-    "ziglang": "ziglang>=0.13",
-    "nvidia.cuda_nvrtc": "nvidia-cuda-nvrtc-cu12>=12.8",
-}
+TOOLS = ("setuptools>=77", "wheel>=0.38", "ziglang>=0.13", "nvidia-cuda-nvrtc-cu12>=12.8")
 PACKED = (
     "pyproject.toml setup.py README.md LICENSE MANIFEST.in build_win.bat deepspeed csrc op_builder"
 )
@@ -127,24 +123,27 @@ def build_wheels(out: Path, targets: tuple[str, ...] = TARGETS) -> list[Contents
 
 def _tools(folder: Path) -> str:
     """Return a Python that has all of TOOLS: this one, or one in a new environment."""
-    if all(_importable(name) for name in TOOLS):
+    if all(_is_installed(tool) for tool in TOOLS):
         return sys.executable
-    print(f"installing {', '.join(TOOLS.values())} for the build", flush=True)
+    print(f"installing {', '.join(TOOLS)} for the build", flush=True)
     venv.create(folder, with_pip=True)
     windows = sys.platform == "win32"
     python = str(
         folder / ("Scripts" if windows else "bin") / ("python.exe" if windows else "python")
     )
     quiet = ["-q", "--disable-pip-version-check"]
-    _run([python, "-m", "pip", "install", *quiet, *TOOLS.values()], folder)
+    _run([python, "-m", "pip", "install", *quiet, *TOOLS], folder)
     return python
 
 
-def _importable(name: str) -> bool:
+def _is_installed(requirement: str) -> bool:
+    name, _, least = requirement.partition(">=")
     try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
+        there = re.findall(r"\d+", metadata.version(name))
+    except metadata.PackageNotFoundError:
         return False
+    wanted = least.split(".")
+    return [int(part) for part in there[: len(wanted)]] >= [int(part) for part in wanted]
 
 
 def _copy_of_the_tree(folder: Path) -> Path:

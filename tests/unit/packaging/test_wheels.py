@@ -80,6 +80,18 @@ def test_a_wheel_that_is_too_large_is_refused(tmp_path, monkeypatch):
         wheels.inspect(path)
 
 
+def test_tools_of_an_older_version_are_not_taken(monkeypatch):
+    versions = {"setuptools": "84.2.1", "wheel": "0.38.0rc1", "ziglang": "0.9.5"}
+
+    def version(name):
+        if name not in versions:
+            raise wheels.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(wheels.metadata, "version", version)
+    assert [wheels._is_installed(tool) for tool in wheels.TOOLS] == [True, True, False, False]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("setuptools") is None, reason="no setuptools here")
 @pytest.mark.skipif(sys.platform == "win32", reason="built by build_win.bat there")
