@@ -34,10 +34,11 @@ ROWS = {
 
 
 def environment() -> str:
-    """This Python and its torch, as a column's name."""
+    """This Python, its torch and its transformers, as a column's name."""
     torch = importlib.metadata.version("torch").split("+")[0]
-    system = platform.system()
-    return f"torch {torch}, Python {'.'.join(platform.python_version_tuple()[:2])}, {system}"
+    python = ".".join(platform.python_version_tuple()[:2])
+    models = version("transformers")
+    return f"torch {torch}, transformers {models}, Python {python}, {platform.system()}"
 
 
 def version(package: str) -> str | None:

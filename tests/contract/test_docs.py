@@ -112,3 +112,13 @@ def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     made = set(reference().PAGES)
     assert [page for page in {*PAGES, *made} if f": {page}\n" not in menu] == []
+
+
+def test_readmes_table_of_libraries_is_the_one_that_tests_gave():
+    spec = importlib.util.spec_from_file_location("docs_works", DOCS / "works.py")
+    works = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(works)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{works.MARKS[0]}\n{works.table()}\n{works.MARKS[1]}" in readme
+    results = json.loads(works.KEPT.read_text(encoding="utf-8"))
+    assert all(one["passed"] == one["of"] for found in results.values() for one in found.values())
