@@ -23,6 +23,7 @@ from tests.helpers.launching import environment, free_port
 
 UPSTREAM = os.environ.get("DS_UPSTREAM_PYTHON")
 PROGRAM = Path(__file__).parents[1] / "helpers" / "checkpointing.py"
+MIXTURE = PROGRAM.with_name("moe_checkpointing.py")
 # the first run of upstream on a machine compiles C++ for minutes
 LIMIT = 900
 
@@ -32,7 +33,9 @@ pytestmark = [
 ]
 
 
-def run(python: str | None, ranks: int, folder: Path, *arguments: str) -> list[float]:
+def run(
+    python: str | None, ranks: int, folder: Path, *arguments: str, program: Path = PROGRAM
+) -> list[float]:
     """Run the program on `ranks` processes; returns rank 0's losses."""
     base = environment(
         OMP_NUM_THREADS="1",
@@ -44,7 +47,7 @@ def run(python: str | None, ranks: int, folder: Path, *arguments: str) -> list[f
         base.pop("PYTHONPATH")
     processes = [
         subprocess.Popen(
-            [python or sys.executable, str(PROGRAM), str(folder), *arguments],
+            [python or sys.executable, str(program), str(folder), *arguments],
             env={
                 **base,
                 "RANK": str(r),
@@ -165,6 +168,16 @@ def test_upstreams_universal_checkpoint_resumes_in_ours(
     load = ["universal", f"load={tmp_path / 'theirs'}"]
     then = run(None, 2, tmp_path / "then", str(after), "fp32", *load)
     close(then, losses[SAVE_AT:], "fp32")
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "bf16")])
+def test_mixtures_of_experts_cross_both_ways(stage: int, dtype: str, tmp_path: Path) -> None:
+    for saver, loader in ((UPSTREAM, None), (None, UPSTREAM)):
+        folder = tmp_path / ("ours" if saver is None else "theirs")
+        losses = run(saver, 2, folder, str(stage), dtype, program=MIXTURE)
+        load = f"load={folder}"
+        then = run(loader, 2, tmp_path / "then", str(stage), dtype, load, program=MIXTURE)
+        close(then, losses[SAVE_AT:], dtype)
 
 
 def convert_by_upstream(source: Path, target: Path) -> None:
