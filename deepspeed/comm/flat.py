@@ -15,14 +15,15 @@ Each has three ways: one process (a copy or nothing), a backend with the verb (N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from deepspeed.utils.errors import DeepSpeedCommError, explain
 
+from .handles import DONE, Handle, _close, _Pending
 from .mesh import Axis
 from .profiling import watched
 
@@ -73,49 +74,6 @@ def _keep_inbox(inbox: torch.Tensor) -> None:
 def free_inboxes() -> None:
     """Give back the memory that is kept from one exchange to the next."""
     _inboxes.clear()
-
-
-class Handle(Protocol):
-    """What an asynchronous verb returns."""
-
-    def wait(self) -> Any:
-        """Return when the result may be used."""
-
-
-class _Done:
-    """The handle of work that is finished already."""
-
-    def wait(self) -> None:
-        return None
-
-
-DONE = _Done()
-
-
-class _Pending:
-    """Handle of running work, and of what is left to do here once it is over."""
-
-    def __init__(
-        self, works: Sequence[Any], finish: Callable[[], None] | None = None, keep: object = None
-    ) -> None:
-        self._works = list(works)
-        self._finish = finish
-        self._keep = keep  # buffers that the running work still reads
-
-    def wait(self) -> None:
-        for work in self._works:
-            if work is not None:
-                work.wait()
-        finish, self._finish, self._keep, self._works = self._finish, None, None, []
-        if finish is not None:
-            finish()
-
-
-def _close(handle: Handle, async_op: bool) -> Handle:
-    if not async_op:
-        handle.wait()
-        return DONE
-    return handle
 
 
 def backend_name(axis: Axis, device: torch.device) -> str:
