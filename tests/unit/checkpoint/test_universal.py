@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepspeed.checkpoint import SubparamShape, enable_universal_checkpoint
+from deepspeed.checkpoint import SubparamShape, enable_universal_checkpoint, to_upstream
 from deepspeed.checkpoint.ds_to_universal import convert, main, parse_arguments
 from deepspeed.checkpoint.merge_slices import MergeRules
 from deepspeed.checkpoint.universal_checkpoint import cut_for_rank
@@ -215,3 +215,20 @@ def test_a_checkpoint_of_two_tensor_parallel_ranks_converts(tmp_path: Path) -> N
         for state, factor in (("fp32", 1), ("exp_avg", 2)):
             file = tmp_path / "u" / "zero" / name / f"{state}.pt"
             assert torch.equal(torch.load(file, weights_only=True)["param"], factor * value)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_copy_for_upstream_holds_a_scaler_and_loads_here_too(dtype: str, tmp_path: Path) -> None:
+    made = engine(3, dtype)
+    train(made, 0, SAVE_AT)
+    made.save_checkpoint(tmp_path / "ours", tag="t")
+    losses = train(made, SAVE_AT, STEPS)
+    command = ["--input_folder", str(tmp_path / "ours" / "t")]
+    to_upstream.main([*command, "--output_folder", str(tmp_path / "theirs" / "t")])
+    shard = tmp_path / "theirs" / "t" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    scaler = torch.load(shard, weights_only=False)["optimizer_state_dict"]["loss_scaler"]
+    assert type(scaler).__name__ == ("DynamicLossScaler" if dtype == "fp16" else "LossScaler")
+    assert scaler.cur_scale >= 1 and type(scaler).__module__.endswith("fp16.loss_scaler")
+    other = engine(3, dtype, seed=9)
+    other.load_checkpoint(tmp_path / "theirs")
+    assert train(other, SAVE_AT, STEPS) == losses
