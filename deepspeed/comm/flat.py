@@ -66,7 +66,7 @@ def _take_inbox(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 def _keep_inbox(inbox: torch.Tensor) -> None:
     storage = inbox.untyped_storage()
-    whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
     _inboxes.append(whole)
     del _inboxes[:-_INBOXES_KEPT]
 
