@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training step of a transformer on two gloo ranks: ZeRO 2 and 3 against torch's FSDP2, and another DeepSpeed.
 
-    python benchmarks/zero_step.py [--rounds 6] [--layers 8] [--upstream PYTHON]
+    python benchmarks/zero_step.py [--rounds 6] [--layers 14] [--upstream PYTHON]
 
 Every contender trains the same fp32 model with the same AdamW in two processes of one thread each. Contenders of one
 interpreter take turns step by step, so that a machine that changes speed changes all of them; `--upstream` names an
@@ -106,7 +106,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--upstream")
     parser.add_argument("--rank", type=int)
     parser.add_argument("--port", type=int, default=29611)
