@@ -49,7 +49,7 @@ class WholeFile(NamedTuple):
             ValueError: a record's header is not where the directory says.
         """
         found = {}
-        bytes_of = memoryview(byte_view(self.memory).numpy())
+        bytes_of = byte_view(self.memory).numpy().data
         with zipfile.ZipFile(path) as archive:
             for item in archive.infolist():
                 header = bytes(bytes_of[item.header_offset : item.header_offset + 30])

@@ -333,6 +333,8 @@ def test_a_link_in_the_place_of_the_partial_folder_is_not_written_through(tmp_pa
         os.symlink(outside, run / "global_step2.tmp", target_is_directory=True)
     except OSError:
         pytest.skip("this account may not make links")
+    if not (run / "global_step2.tmp").is_symlink():
+        pytest.skip("the system says nothing of links")
     made = engine(2, "bf16")
     train(made, 0, 2)
     with pytest.raises(OSError, match="link"):
