@@ -10,7 +10,7 @@ import torch
 
 from tests.ecosystem.conftest import forget
 
-transformers = pytest.importorskip("transformers", minversion="4.57")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("transformers.trainer", exc_type=ImportError)  # what it needs may be broken
 accelerate_utils = pytest.importorskip("accelerate.utils")
 if not hasattr(accelerate_utils, "DeepSpeedSequenceParallelConfig"):
