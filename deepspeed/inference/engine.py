@@ -82,7 +82,15 @@ class InferenceEngine(nn.Module):
         load_model_with_checkpoint(model, find_files(checkpoint, base_dir), self.dtype)
 
     def _place(self, model: nn.Module) -> torch.device:
+        rotary = [
+            (module, name, values)
+            for module in model.modules()
+            for name, values in module._buffers.items()
+            if name.endswith("inv_freq") and values is not None
+        ]
         model.to(self.dtype)
+        for module, name, values in rotary:
+            module._buffers[name] = values  # angles of far positions need all of their bits
         if self._config.keep_module_on_host:
             return torch.device("cpu")
         device = torch.device(get_accelerator().current_device_name())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -101,15 +102,18 @@ def reference(tied, ranks, micro, clip, bf16):
     return losses
 
 
-def build(tied, stages, micro, stage, clip, bf16, **options):
+def build(tied, stages, micro, stage, clip, bf16, freeze=False, **options):
+    last = [LayerSpec(nn.Linear, CLASSES, CLASSES)] if freeze else []
     net = PipelineModule(
-        specs(tied),
+        specs(tied) + last,
         num_stages=stages,
         loss_fn=loss_fn,
         seed_layers=True,
         partition_method="uniform",
         **options,
     )
+    for name, param in net.named_parameters():
+        param.requires_grad_(not (freeze and name.startswith("tied")))
     # Seeding is for the layers' weights; running layers draw nothing.
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -224,6 +228,66 @@ def test_pipeline_is_saved_a_file_a_layer_and_resumes(ranks2, tmp_path, stage):
     assert layers | {"mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"} <= names
 
 
+class Packs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        torch.linspace(0, 1, 3).tolist()  # cannot be built without memory
+
+    def forward(self, hidden):
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return (self.linear(hidden),)
+
+
+def odd_layers(rank, interval, folder):
+    layers = [
+        LayerSpec(Packs),
+        LayerSpec(Packs),
+        lambda packed: packed[0],
+        partial(torch.flatten, start_dim=1),
+    ]
+    net = PipelineModule(
+        layers,
+        num_stages=2,
+        loss_fn=lambda out, labels: (out - labels).square().mean(),
+        activation_checkpoint_interval=interval,
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+    }
+    engine, *_ = deepspeed.initialize(model=net, config=config)
+    x = torch.ones(2, 2, 4)
+    data = iter([(x, x.flatten(1))] * 100)
+    losses = [engine.train_batch(data).item()]
+    for samples in (6, 16):  # of 4 micro-batches to 3, and to 8
+        engine.set_train_batch_size(samples)
+        losses.append(engine.train_batch(data).item())
+    engine.save_checkpoint(folder)
+    engine.load_checkpoint(folder)
+    return losses, engine.global_steps
+
+
+@pytest.mark.parametrize("interval", [0, 1])
+def test_packed_values_functions_and_other_batch_sizes(ranks2, tmp_path, interval):
+    for losses, steps in ranks2.run(odd_layers, interval, str(tmp_path)):
+        assert steps == 3 and losses[0] > losses[1] > losses[2]
+
+
+def frozen_tie(rank, stage):
+    engine = build(True, 2, 2, stage, 0.0, False, freeze=True)
+    before = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+    engine.train_batch(iter(batches(0, 1, 2)))
+    return {n: torch.equal(p, before[n]) for n, p in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_frozen_tied_weights_stay(ranks2, stage):
+    for same in ranks2.run(frozen_tie, stage):
+        assert same["tied_modules.embed.weight"] and not all(same.values())
+
+
 def cut(rank):
     layers = [LayerSpec(nn.Linear, 4, 4), torch.relu, LayerSpec(nn.Linear, 4, 40), nn.Tanh()]
     by_params = PipelineModule(layers, num_stages=2).parts
@@ -245,6 +309,9 @@ def cut(rank):
     config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Adam"}}
     with pytest.raises(AssertionError, match="ZeRO stage 2"):
         deepspeed.initialize(model=net, config={**config, "zero_optimization": {"stage": 2}})
+    autocast = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+    with pytest.raises(AssertionError, match="torch_autocast in fp16"):
+        deepspeed.initialize(model=net, config={**config, **autocast})
     with pytest.raises(AssertionError, match="mpu must be None"):
         deepspeed.initialize(model=copy.copy(net), config=config, mpu=net.mpu())
     return by_params, by_type, net.parts

@@ -156,10 +156,12 @@ def need_split_attention():
 
 
 def llama(kv_heads):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    windows = {"sliding_window": 3} if kv_heads == 2 else {}
+    config = (MistralConfig if windows else LlamaConfig)(
+        **windows,
         vocab_size=32,
         hidden_size=16,
         intermediate_size=24,
@@ -169,7 +171,7 @@ def llama(kv_heads):
         attn_implementation="sdpa",
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    return (MistralForCausalLM if windows else LlamaForCausalLM)(config)
 
 
 def batches_of(rank, ranks, packed):

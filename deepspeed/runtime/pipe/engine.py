@@ -50,7 +50,7 @@ class PipelineEngine(DeepSpeedEngine):
         varying = module.dynamic_shape
         self._before = self._channels(self.prev_stage, varying) if not self.is_first_stage() else ()
         self._after = self._channels(self.next_stage, varying) if not self.is_last_stage() else ()
-        self._tied = [weight for weight, _ in module.tied_weights()]
+        self._tied = [weight for weight, _ in module.tied_trainable()]
         for weight in self._tied:
             weight.ds_grad_is_ready = False  # taken when the stages' gradients have been added up
         self.batch_fn: Callable[[Any], Any] | None = None
@@ -73,6 +73,12 @@ class PipelineEngine(DeepSpeedEngine):
             problem = f"ZeRO stage {self.plan.stage}, expected 0 or 1"
         elif not self._config.managed_gradient_accumulation:
             problem = "managed_gradient_accumulation: false"
+        elif self.precision.autocast is torch.float16:
+            problem = "torch_autocast in fp16, whose loss scale the stages do not share (use bfloat16, or 'fp16')"
+        elif self.module.mpu().get_slice_parallel_world_size() > 1:
+            problem = (
+                "a topology with a 'model' axis longer than 1, over which norms are not combined"
+            )
         if problem is not None:
             raise AssertionError(
                 explain(
@@ -124,6 +130,7 @@ class PipelineEngine(DeepSpeedEngine):
                 schedule.TrainSchedule(self.micro_batches, self.num_stages, self.stage_id)
             )
         self.agg_train_loss = self._mean_loss("avg", self.micro_batches, True)
+        self.observers.saw_loss(self, self.agg_train_loss)
         self._reduce_and_step()
         self._report()
         return self.agg_train_loss
@@ -154,6 +161,7 @@ class PipelineEngine(DeepSpeedEngine):
         train_iterator, self.data_iterator = self.data_iterator, data_iter
         count = num_micro_batches or self.micro_batches
         self._start(compute_loss)
+        self._with_outputs = return_logits or not compute_loss
         try:
             with torch.no_grad():
                 self._exec_schedule(
@@ -161,14 +169,12 @@ class PipelineEngine(DeepSpeedEngine):
                 )
         finally:
             self.data_iterator = train_iterator
-        if compute_loss:
-            result = self._mean_loss(reduce_output, count, bcast_loss)
-        else:
-            result = self._outputs if self.is_last_stage() else None
+        result = self._mean_loss(reduce_output, count, bcast_loss) if compute_loss else None
+        outputs = _joined(self._outputs) if self.is_last_stage() else None
+        self._outputs = []
         if return_logits:
-            outputs = self._outputs if self.is_last_stage() else None
-            return result, _joined(outputs)
-        return result if compute_loss else _joined(result)
+            return result, outputs
+        return result if compute_loss else outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise PipelineError("Only train_batch() is accessible in pipeline mode.")
@@ -247,7 +253,7 @@ class PipelineEngine(DeepSpeedEngine):
     # - instructions
 
     def _start(self, with_loss: bool = True) -> None:
-        self._with_loss = with_loss
+        self._with_loss, self._with_outputs = with_loss, False
         self._losses, self._outputs, self._total_loss = [], [], None
         self._more_losses = OrderedDict()
         self.reset_activation_shape()
@@ -288,7 +294,7 @@ class PipelineEngine(DeepSpeedEngine):
         if not self.is_last_stage():
             return
         loss = outputs
-        if not self._with_loss or not torch.is_grad_enabled():
+        if self._with_outputs:
             self._outputs.append(outputs)
         if not self._with_loss:
             return
@@ -319,13 +325,14 @@ class PipelineEngine(DeepSpeedEngine):
         buffer["outputs"] = buffer["output_grads"] = None
 
     def _send_activations(self, buffer: dict[str, Any]) -> None:
-        self._after[0].send(p2p.pack(buffer["outputs"]))
+        outputs = buffer["outputs"]
+        self._after[0].send(p2p.pack(outputs), isinstance(outputs, (tuple, list)))
 
     def _receive_activations(self, buffer: dict[str, Any]) -> None:
         received = self._before[0].receive()
         if not torch.is_grad_enabled():
             received = [tensor.detach() for tensor in received]
-        buffer["inputs"] = p2p.unpack(received)
+        buffer["inputs"] = p2p.unpack(received, self._before[0].is_tuple)
 
     def _send_grads(self, buffer: dict[str, Any]) -> None:
         wanted = [t for t in p2p.pack(buffer["inputs"]) if t.requires_grad]
@@ -349,9 +356,11 @@ class PipelineEngine(DeepSpeedEngine):
                 weight.ds_grad_is_ready = False
             self.driver.reduce_now()
             self.clock.micro_steps += self.micro_batches - 1
+            self.clock.force_boundary(True)  # whatever the number of micro-batches was before
             super().step()
         finally:
             self._at_boundary = False
+            self.clock.forced_boundary = None
 
     def _mean_loss(self, reduce: str | None, count: int, broadcast: bool) -> Any:
         """The loss of all micro-batches, averaged over data-parallel ranks; from the last stage to all."""
@@ -377,7 +386,8 @@ class PipelineEngine(DeepSpeedEngine):
     def _report(self) -> None:
         now = time.perf_counter()
         taken, self._since = now - self._since, now
-        if self.global_rank == 0 and self.global_steps % self.steps_per_print() == 0:
+        every = self.steps_per_print()
+        if self.global_rank == 0 and every and self.global_steps % every == 0:
             loss = float(self.agg_train_loss) if self.agg_train_loss is not None else 0.0
             print(
                 f"steps: {self.global_steps} loss: {loss:0.4f} iter time (s): {taken:0.3f} "

@@ -243,6 +243,10 @@ class PipelineModule(nn.Module):
             for attr in tied["weight_attr"]
         ]
 
+    def tied_trainable(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+        """Those of `tied_weights` that get gradients."""
+        return [(weight, tied) for weight, tied in self.tied_weights() if weight.requires_grad]
+
     # - use
 
     def forward(self, forward_input: Any) -> Any:
@@ -254,17 +258,18 @@ class PipelineModule(nn.Module):
         value = forward_input
         for start in range(0, count, interval):
             stop = min(start + interval, count)
-            run = self._run(start, stop)
             if self._is_checkpointable(self.forward_funcs[start:stop]):
-                given = value if isinstance(value, tuple) else (value,)
+                is_tuple = isinstance(value, tuple)
+                given = value if is_tuple else (value,)
+                run = self._run(start, stop, is_tuple)
                 value = self.activation_checkpoint_func(run, *given)
             else:
-                value = run(value)
+                value = self._run(start, stop)(value)
         return value
 
-    def _run(self, start: int, stop: int) -> Callable[..., Any]:
+    def _run(self, start: int, stop: int, is_tuple: bool = False) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:
-            value = inputs[0] if len(inputs) == 1 else inputs
+            value = inputs if is_tuple else inputs[0]
             for number, layer in enumerate(self.forward_funcs[start:stop], start):
                 if self.seed_layers:
                     seed = self.base_seed + self._local_start + number
@@ -283,7 +288,7 @@ class PipelineModule(nn.Module):
 
     def allreduce_tied_weight_gradients(self) -> None:
         """Add up the gradients of tied weights over the stages that hold them. Collective of those."""
-        for weight, tied in self.tied_weights():
+        for weight, tied in self.tied_trainable():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
             dist.all_reduce(weight.grad, group=tied["group"])
@@ -350,7 +355,7 @@ class PipelineModule(nn.Module):
         """File name -> state dict, of each of this stage's layers that has one."""
         files: OrderedDict[str, dict[str, Any]] = OrderedDict()
         for local, layer in enumerate(self.forward_funcs):
-            module = getattr(layer, "args", (layer,))[0] if isinstance(layer, partial) else layer
+            module = _module_of(layer)
             if not hasattr(module, "state_dict"):
                 continue
             frozen = {n for n, p in module.named_parameters() if not p.requires_grad}
@@ -372,7 +377,7 @@ class PipelineModule(nn.Module):
     def load_layers(self, load: Callable[[str], Mapping[str, Any]], strict: bool = True) -> None:
         """Take over this stage's layers; `load` gives the state dict of a file name."""
         for local, layer in enumerate(self.forward_funcs):
-            module = getattr(layer, "args", (layer,))[0] if isinstance(layer, partial) else layer
+            module = _module_of(layer)
             if hasattr(module, "load_state_dict"):
                 state = load(Path(self.ckpt_layer_path("", local)).name)
                 module.load_state_dict(state, strict=strict)
@@ -384,6 +389,13 @@ class PipelineModule(nn.Module):
             lambda name: checkpoint_engine.load(str(Path(load_dir) / name), map_location="cpu"),
             strict,
         )
+
+
+def _module_of(layer: Any) -> Any:
+    """The module behind a layer: a tied one may be called through a function."""
+    if isinstance(layer, partial) and layer.args and isinstance(layer.args[0], nn.Module):
+        return layer.args[0]
+    return layer
 
 
 def _even_topology(num_stages: int) -> ProcessTopology:
@@ -400,10 +412,14 @@ def _even_topology(num_stages: int) -> ProcessTopology:
 
 
 def _trainable_numel(spec: Any) -> int:
-    """Trainable parameters of a layer; one that is not built yet is built without memory."""
+    """Trainable parameters of a layer; one that is not built yet is built without memory, if it can be."""
     if isinstance(spec, LayerSpec):
-        with torch.device("meta"):
-            spec = spec.build()
+        try:
+            with torch.device("meta"):
+                spec = spec.build()
+        except (RuntimeError, NotImplementedError):  # its constructor looks at values
+            with torch.random.fork_rng():
+                spec = spec.build()
     if not isinstance(spec, nn.Module):
         return 0
     return sum(p.numel() for p in spec.parameters() if p.requires_grad)

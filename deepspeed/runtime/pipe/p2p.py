@@ -32,19 +32,21 @@ class Channel:
     def __init__(self, peer: int, device: torch.device, varying: bool) -> None:
         self.peer, self.device, self.varying = peer, device, varying
         self.header: Header | None = None
+        self.is_tuple = False
 
     def reset(self) -> None:
         """The next message has a header."""
         self.header = None
 
-    def send(self, tensors: Sequence[Tensor]) -> None:
-        """Send tensors; the other rank must receive.
+    def send(self, tensors: Sequence[Tensor], is_tuple: bool = True) -> None:
+        """Send tensors; the other rank must receive. `is_tuple` travels with the header.
 
         Raises:
             ValueError: their shapes differ from the message before and were not announced as varying.
         """
         header: Header = [(str(t.dtype), list(t.shape), t.requires_grad) for t in tensors]
         if self.header is None or self.varying:
+            self.is_tuple = is_tuple
             self._send_header(header)
         elif [row[:2] for row in header] != [row[:2] for row in self.header]:
             raise ValueError(
@@ -72,7 +74,7 @@ class Channel:
         return received
 
     def _send_header(self, header: Header) -> None:
-        text = json.dumps(header).encode("utf-8")
+        text = json.dumps([self.is_tuple, header]).encode("utf-8")
         body = torch.tensor(list(text), dtype=torch.uint8, device=self.device)
         dist.send(torch.tensor([len(text)], dtype=torch.int64, device=self.device), self.peer)
         dist.send(body, self.peer)
@@ -83,11 +85,12 @@ class Channel:
         dist.recv(length, self.peer)
         body = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
         dist.recv(body, self.peer)
-        return [tuple(row) for row in json.loads(bytes(body.tolist()).decode("utf-8"))]
+        self.is_tuple, rows = json.loads(bytes(body.tolist()).decode("utf-8"))
+        return [tuple(row) for row in rows]
 
 
 def pack(value: Any) -> list[Tensor]:
-    """The tensors of what a stage returns.
+    """The tensors of what a stage returns or takes.
 
     Raises:
         TypeError: it is neither a tensor nor a tuple of tensors.
@@ -105,6 +108,6 @@ def pack(value: Any) -> list[Tensor]:
     return tensors
 
 
-def unpack(tensors: Sequence[Tensor]) -> Any:
-    """One tensor by itself, several as a tuple."""
-    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+def unpack(tensors: Sequence[Tensor], is_tuple: bool) -> Any:
+    """A tuple, or the one tensor by itself."""
+    return tuple(tensors) if is_tuple else tensors[0]

@@ -116,10 +116,9 @@ class UlyssesSPAttentionHF(torch.nn.Module):
             key, value = (x.repeat_interleave(self.kv_copies, _HEADS_IN) for x in (key, value))
         query = self._whole(query, self.query_parts, positions)
         key, value = (self._whole(x, self.kv_parts, positions) for x in (key, value))
-        mask = None
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = self._gather_positions(kwargs["position_ids"])
-            mask = self._packed_mask(kwargs["position_ids"])
+        mask = self._mask(query, kwargs.get("position_ids"), kwargs.get("sliding_window"))
         own_groups = getattr(module, "num_key_value_groups", None)
         if own_groups is not None:
             module.num_key_value_groups = query.shape[_HEADS_IN] // key.shape[_HEADS_IN]
@@ -172,16 +171,24 @@ class UlyssesSPAttentionHF(torch.nn.Module):
             self._positions = (own, torch.cat(parts, -1))
         return self._positions[1]
 
-    def _packed_mask(self, positions: Tensor) -> Tensor | None:
-        """Where several documents share a row, positions begin again: keep each to itself (flash attention does)."""
+    def _mask(self, query: Tensor, positions: Tensor | None, window: int | None) -> Tensor | None:
+        """What sdpa needs beside causality: other functions take windows and positions by themselves.
+
+        Where several documents share a row, positions begin again: each keeps to itself.
+        """
         if getattr(self.attn, "__name__", "") != "sdpa_attention_forward":
             return None
-        begins = positions.diff(dim=-1) != 1
-        if not begins.any():
-            return None
-        document = torch.nn.functional.pad(begins, (1, 0)).cumsum(-1)
-        same = document[:, :, None] == document[:, None, :]
-        return same.tril()[:, None]
+        length, allowed = query.shape[_SEQUENCE_IN], None
+        if positions is not None:
+            begins = positions.diff(dim=-1) != 1
+            if begins.any():
+                document = torch.nn.functional.pad(begins, (1, 0)).cumsum(-1)
+                allowed = (document[:, :, None] == document[:, None, :])[:, None]
+        if window is not None and window < length:
+            near = torch.ones(length, length, dtype=torch.bool, device=query.device)
+            near = near.triu(1 - window)
+            allowed = near if allowed is None else allowed & near
+        return None if allowed is None else allowed.tril()
 
     @classmethod
     def register_with_transformers(
@@ -293,6 +300,14 @@ def _config_of(model: Any, implementation: str, functions: Any) -> Any:
 
         return AutoConfig.from_pretrained(model).get_text_config()
     config = model.config.get_text_config()
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            explain(
+                "attention in chunks does not go over split sequences",
+                got="'chunked_attention' in the model's layer_types",
+                expected="full or sliding-window attention",
+            )
+        )
     used = getattr(config, "_attn_implementation", implementation)
     if used != implementation:
         raise ValueError(

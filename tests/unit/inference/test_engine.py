@@ -48,6 +48,15 @@ def test_the_model_computes_in_the_dtype_without_training(dtype):
     assert wrapped.inner is model.inner  # names fall through
 
 
+def test_frequencies_of_rotary_embeddings_keep_their_bits():
+    model = Speaker()
+    frequencies = 10000.0 ** -torch.linspace(0, 1, 8)
+    model.inner.register_buffer("inv_freq", frequencies.clone(), persistent=False)
+    wrapped = engine(model, dtype=torch.bfloat16)
+    assert torch.equal(wrapped.module.inner.inv_freq, frequencies)
+    assert wrapped.module.table.dtype == torch.bfloat16
+
+
 def test_half_precision_is_the_default():
     assert deepspeed.init_inference(nn.Linear(2, 2)).dtype == torch.float16
 
