@@ -95,9 +95,9 @@ def _in_a_row(path: Path, archive: Archive, progress: Progress) -> Entry:
         record.crc = crc32(record_bytes(record)) if record.is_large else None
     pieces: list[Any] = [record for record in archive.records if record.is_large]
     with HashedFile(path) as file:
-        for _, gap in archive.gaps():
+        for start, gap in archive.gaps():
             progress.add(file.write(gap))
-            if pieces:
+            if pieces and pieces[0].begin == start + len(gap):  # a long gap comes in parts
                 progress.add(file.write(record_bytes(pieces.pop(0))))
     return file.entry()
 

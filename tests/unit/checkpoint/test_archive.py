@@ -126,14 +126,16 @@ def _wide_values(record: archive.Record, limit: int) -> list[tuple[int, bool]]:
     return [(record.size, large), (record.size, large), (record.header, record.header >= limit)]
 
 
+@pytest.mark.parametrize("by_queue", [0, 1 << 40], ids=["queue", "in_a_row"])
 def test_many_small_records_are_put_together_in_bounded_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    by_queue: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive, "_GAP", 10_000)
-    monkeypatch.setattr(stream, "BY_QUEUE", 0)
+    monkeypatch.setattr(stream, "BY_QUEUE", by_queue)
     expected = [torch.full((500,), float(i)) for i in range(100)]
     made = Archive.of(expected)
     assert max(len(gap) for _, gap in made.gaps()) < 14_000
+    expected[60:60] = [torch.arange(20_000.0), torch.arange(30_000.0)]
     write_archive(tmp_path / "f.pt", Archive.of(expected))
     assert_same(torch.load(tmp_path / "f.pt", weights_only=True), expected)
 
