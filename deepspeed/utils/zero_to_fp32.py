@@ -52,6 +52,8 @@ FROZEN_PARAM_FRAGMENTS = "frozen_param_fragments"
 SHARED_PARAMS = "shared_params"
 MODULE = "module"
 DS_VERSION = "ds_version"
+DS_CONFIG = "ds_config"
+DATA_BEFORE_EXPERT = "use_data_before_expert_parallelism"
 
 _EXPERT = re.compile(r"(.+\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..+)")
 
@@ -309,12 +311,17 @@ def _weights(folder: Path, exclude_frozen: bool) -> OrderedDict[str, Weight]:
             weights[name] = _of_tensor(models[0][MODULE][name])
     if not exclude_frozen:
         weights.update(_frozen(models, stage, world))
-    split = _split_each if stage == 3 else _split_flat
-    weights.update(split(models[0][PARAM_SHAPES], shards))
+    if stage == 3:
+        weights.update(_split_each(models[0][PARAM_SHAPES], shards))
+    else:
+        config = models[0].get(DS_CONFIG)
+        data_first = bool(isinstance(config, Mapping) and config.get(DATA_BEFORE_EXPERT))
+        weights.update(_split_flat(models[0][PARAM_SHAPES], shards, data_first))
     shared = models[0].get(SHARED_PARAMS) or {}
     if not exclude_frozen and stage < 3:
         for name, value in models[0][MODULE].items():
-            if name not in weights and name not in shared:
+            is_extra = not isinstance(value, torch.Tensor)  # a module's `get_extra_state`
+            if name not in weights and name not in shared and not is_extra:
                 weights[name] = _of_tensor(value)
     for alias, name in shared.items() if isinstance(shared, Mapping) else shared:
         if name in weights:
@@ -337,7 +344,9 @@ def _frozen(models: list[Any], stage: int, world: int) -> Iterator[tuple[str, We
         yield name, Weight(shape, runs)
 
 
-def _split_flat(shapes: list[Mapping[str, Any]], shards: list[Any]) -> Iterator[tuple[str, Weight]]:
+def _split_flat(
+    shapes: list[Mapping[str, Any]], shards: list[Any], data_first: bool
+) -> Iterator[tuple[str, Weight]]:
     """Stages 1 and 2: a group's weights end to end, cut into equal slices, one a rank."""
     for group, names in enumerate(shapes):
         flats = [shard[SINGLE_PARTITION_OF_FP32_GROUPS][group] for shard in shards]
@@ -346,7 +355,7 @@ def _split_flat(shapes: list[Mapping[str, Any]], shards: list[Any]) -> Iterator[
         gaps = (shards[0].get(PARAM_PADDINGS) or {group: None})[group] or [0] * len(names)
         total = sum(torch.Size(shape).numel() for shape in names.values()) + sum(gaps)
         if world < len(shards):
-            yield from _split_experts(names, flats, world)
+            yield from _split_experts(names, flats, world, data_first)
             continue
         piece = -(-total // (ALIGNMENT * world)) * ALIGNMENT
         for rank, flat in enumerate(flats[:world]):
@@ -363,9 +372,12 @@ def _split_flat(shapes: list[Mapping[str, Any]], shards: list[Any]) -> Iterator[
 
 
 def _split_experts(
-    names: Mapping[str, Any], flats: list[torch.Tensor], world: int
+    names: Mapping[str, Any], flats: list[torch.Tensor], world: int, data_first: bool
 ) -> Iterator[tuple[str, Weight]]:
-    """A group of which the ranks hold several sets: experts, numbered from 0 in each set."""
+    """A group of which the ranks hold several sets: experts, numbered from 0 in each set.
+
+    Ranks with equal experts are `sets` apart; with `data_first` side by side.
+    """
     found = [_EXPERT.fullmatch(name) for name in names]
     here: dict[str, int] = {}  # experts of each layer in one set
     for match in filter(None, found):
@@ -374,12 +386,13 @@ def _split_experts(
     piece = -(-total // (ALIGNMENT * world)) * ALIGNMENT
     sets = len(flats) // world
     for own in range(sets):
+        held = flats[own * world : (own + 1) * world] if data_first else flats[own::sets]
         start = 0
         for (name, shape), match in zip(names.items(), found, strict=True):
             if match:
                 name = f"{match[1]}{own * here[match[1]] + int(match[2])}{match[3]}"
             numel = torch.Size(shape).numel()
-            yield name, Weight(shape, list(_cut(flats[own::sets], piece, start, numel)))
+            yield name, Weight(shape, list(_cut(held, piece, start, numel)))
             start += numel
 
 

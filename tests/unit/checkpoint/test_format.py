@@ -56,6 +56,8 @@ def test_the_stand_alone_exporter_spells_the_same_names() -> None:
         "GROUP_PADDINGS": format.Zero.GROUP_PADDINGS,
         "PARAM_PADDINGS": format.Zero.PARAM_PADDINGS,
         "MODULE": format.Model.MODULE,
+        "DS_CONFIG": format.Model.DS_CONFIG,
+        "DATA_BEFORE_EXPERT": format.DATA_BEFORE_EXPERT,
     }
     shared = [n for n in vars(zero_to_fp32) if n.isupper() and not n.startswith("_")]
     assert len(shared) >= 15

@@ -109,6 +109,35 @@ def test_weights_come_out_as_they_went_in(stage: int, world: int, tmp_path: Path
     assert set(expected) - set(trained) == {"frozen"}
 
 
+@pytest.mark.parametrize("data_first", [False, True])
+def test_experts_are_taken_from_the_ranks_that_hold_them(data_first: bool, tmp_path: Path) -> None:
+    # 2 x 2 ranks: each expert on two of them, which are neighbours or not
+    shape, local = torch.Size([3, 2]), "moe.deepspeed_moe.experts.deepspeed_experts.0.w"
+    experts = [torch.arange(6.0).view(shape) + 10 * expert for expert in range(2)]
+    for rank in range(4):
+        expert, part = divmod(rank, 2) if data_first else (rank % 2, rank // 2)
+        flat = torch.cat([experts[expert].flatten(), torch.zeros(2)])[4 * part : 4 * part + 4]
+        state = {
+            "zero_stage": 1,
+            "partition_count": [4, 2],
+            "single_partition_of_fp32_groups": [torch.full((2,), float(rank)), flat],
+        }
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": state}, tmp_path / name)
+    model = {
+        "module": {"moe._extra_state": {"calls": 3}},
+        "buffer_names": [],
+        "param_shapes": [{"dense": torch.Size([8])}, {local: shape}],
+        "ds_config": {"use_data_before_expert_parallelism": data_first},
+    }
+    torch.save(model, tmp_path / "mp_rank_00_model_states.pt")
+    found = get_fp32_state_dict_from_zero_checkpoint(tmp_path.parent, tmp_path.name)
+    assert found.pop("dense").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(found) == [local, local.replace(".0.", ".1.")]
+    for expert, name in zip(experts, sorted(found), strict=True):
+        assert torch.equal(found[name], expert)
+
+
 def test_lazy_weights_tell_their_shape_and_are_made_when_asked(tmp_path: Path) -> None:
     expected = make(tmp_path, 2, 2)
     found = get_fp32_state_dict_from_zero_checkpoint(tmp_path, lazy_mode=True)
