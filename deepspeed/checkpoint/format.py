@@ -52,9 +52,9 @@ class Model:
     DS_VERSION = "ds_version"
     NUM_EXPERTS = "num_experts"
     UNIVERSAL_INFO = "universal_checkpoint_info"
-    RANDOM_STATES = "random_states"
+    RANDOM_STATES = "ds_random_states"
     """Ours: the states of the random generators of every rank."""
-    LOADER_POSITION = "training_dataloader"
+    LOADER_POSITION = "ds_loader_position"
     """Ours: where the training loader stands in its epoch."""
 
 
@@ -123,7 +123,9 @@ SCALER_FIELDS = (
 )
 """Attributes of a loss scaler that a checkpoint carries (dtype is the run's own)."""
 
-RESERVED_CLIENT_KEYS = frozenset({Model.PARALLEL_DIMENSIONS})
+RESERVED_CLIENT_KEYS = frozenset(
+    {Model.PARALLEL_DIMENSIONS, Model.RANDOM_STATES, Model.LOADER_POSITION}
+)
 RESERVED_CLIENT_KEYS_MOE = RESERVED_CLIENT_KEYS | {
     "ds_autoep_layers",
     "autoep_layers",

@@ -27,6 +27,7 @@ ROUTE_EVAL = "eval"
 ROUTE_PREDICT = "predict"
 
 _CURRICULUM = "curriculum_learning"
+_OF_THE_LOADER = frozenset({"state_dict", "data_sampler"})
 
 
 def is_map_style_dataset(obj: Any) -> bool:
@@ -42,12 +43,25 @@ def is_iterable_style_dataset(obj: Any) -> bool:
 class RepeatingLoader:
     """An iterator that starts its loader again whenever it ends.
 
-    It does not tell the sampler of the new epoch; call `sampler.set_epoch` for another order.
+    It does not tell the sampler of the new epoch; call `sampler.set_epoch` for another order. The position and the
+    sampler are those of its loader, where that has them.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
         self.data_iter = iter(loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_THE_LOADER and "loader" in self.__dict__:
+            return getattr(self.loader, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another loader stood, if this one's loader can."""
+        if hasattr(self.loader, "load_state_dict"):
+            self.loader.load_state_dict(state)
+            if self.data_iter is not self.loader:
+                self.data_iter = iter(self.loader)
 
     def __iter__(self) -> RepeatingLoader:
         return self

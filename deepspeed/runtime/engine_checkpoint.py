@@ -119,11 +119,7 @@ def save_checkpoint(
     random = crew.together(random_states.capture)
     crew.together(
         lambda: files.update(
-            _files_of_rank(
-                engine,
-                {Model.RANDOM_STATES: random, **client_state} if crew.leads else client_state,
-                exclude_frozen_parameters,
-            )
+            _files_of_rank(engine, client_state, exclude_frozen_parameters, random)
         )
     )
     folder = Path(save_dir)
@@ -173,7 +169,7 @@ def _check_client_state(engine: Any, client_state: Mapping[str, Any]) -> None:
 
 
 def _files_of_rank(
-    engine: Any, client_state: Mapping[str, Any], exclude_frozen: bool
+    engine: Any, client_state: Mapping[str, Any], exclude_frozen: bool, random: list[Any]
 ) -> OrderedDict[str, dict[str, Any]]:
     """The files that this rank writes, with their content."""
     _check_client_state(engine, client_state)
@@ -197,6 +193,7 @@ def _files_of_rank(
         if engine.has_moe_layers:
             _take_experts_out(engine, model)
         model.update(client_state)
+        model[Model.RANDOM_STATES] = random
         by_rank = names.zero3_model_file(_shard_rank(engine), mp_rank)
         files[by_rank if has_slices(engine) else names.model_file(mp_rank)] = model
     if engine.pipeline_parallelism:

@@ -422,6 +422,8 @@ class _Load:
         loader, position = engine.training_dataloader, self.model.get(Model.LOADER_POSITION)
         if position and hasattr(loader, "load_state_dict") and not keeps_position(loader):
             loader.load_state_dict(own_memory(position))
+            if engine.pipeline_parallelism:
+                engine.set_dataloader(loader)  # its iterator may still stand where it began
 
     def client_state(self, without: set[str]) -> dict[str, Any]:
         """What belongs to the caller, in memory of its own."""

@@ -14,7 +14,10 @@ import torch
 from torch.utils.data import IterableDataset, RandomSampler, TensorDataset
 
 import deepspeed
+from deepspeed.checkpoint.atomic import Crew
+from deepspeed.runtime import engine_checkpoint
 from deepspeed.runtime.dataloader import DeepSpeedDataLoader, RepeatingLoader
+from deepspeed.runtime.pipe.module import PipelineModule
 
 SAMPLES = 22
 
@@ -72,7 +75,7 @@ def test_the_next_batches_and_losses_are_those_of_the_uninterrupted_run(
     again = engine(2)
     batches = RepeatingLoader(again.training_dataloader)
     _, client = again.load_checkpoint(tmp_path)
-    assert "random_states" not in client and "training_dataloader" not in client
+    assert "ds_random_states" not in client and "ds_loader_position" not in client
     assert steps(again, batches, 7) == wanted
     assert again.training_dataloader.dataset.made == sum(len(step[0]) for step in wanted)
 
@@ -105,6 +108,106 @@ def test_it_can_be_switched_off_and_belongs_to_full_resumes_only(
         again.load_checkpoint(tmp_path, **options)
         assert torch.equal(torch.get_rng_state(), state)
         assert len(list(again.training_dataloader)) == 6
+
+
+def test_old_and_reserved_names_in_a_client_state(tmp_path: Path) -> None:
+    mine = {"random_states": [1], "training_dataloader": "x"}
+    made = engine(1)
+    made.save_checkpoint(tmp_path, client_state=mine)
+    _, client = made.load_checkpoint(tmp_path)
+    assert {key: client[key] for key in mine} == mine
+    for key in ("ds_random_states", "ds_loader_position"):
+        with pytest.raises(KeyError, match=key):
+            made.save_checkpoint(tmp_path, client_state={key: 1})
+
+
+def test_every_model_file_has_the_random_states_of_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine(1)
+    # as on a rank that writes a model file of its own without leading the save
+    crew = Crew(0, 1, False, lambda item: [item, item] if isinstance(item[1], dict) else [item])
+    files: dict[str, Any] = {}
+    monkeypatch.setattr(engine_checkpoint, "crew_of", lambda engine: crew)
+    monkeypatch.setattr(
+        made.checkpoint_engine, "store", lambda publication, content, as_zip: files.update(content)
+    )
+    made.save_checkpoint(tmp_path)
+    assert len(files["mp_rank_00_model_states.pt"]["ds_random_states"]) == 2
+
+
+@pytest.mark.parametrize("own_iterator", [True, False])
+def test_a_repeating_loader_has_the_position_of_its_loader(own_iterator: bool) -> None:
+    data = TensorDataset(torch.arange(SAMPLES))
+
+    class Apart:
+        """A loader whose iterators are objects of their own."""
+
+        def __init__(self) -> None:
+            self.inner = loader_of(data)
+            self.state_dict, self.load_state_dict = (
+                self.inner.state_dict,
+                self.inner.load_state_dict,
+            )
+
+        def __iter__(self) -> Any:
+            iter(self.inner)
+            return (next(self.inner) for _ in range(len(self.inner)))
+
+    def made() -> RepeatingLoader:
+        return RepeatingLoader(loader_of(data) if own_iterator else Apart())
+
+    first, second = made(), made()
+    for _ in range(4):
+        next(first)
+    next(second)
+    second.load_state_dict(first.state_dict())
+    for _ in range(2):
+        assert torch.equal(next(second)[0], next(first)[0])
+    assert hasattr(first, "data_sampler") == own_iterator
+    plain = RepeatingLoader([1, 2])
+    assert not hasattr(plain, "state_dict")
+    plain.load_state_dict({"samples": 4})
+    assert next(plain) == 1
+
+
+def pipeline() -> Any:
+    torch.manual_seed(3)
+    deepspeed.init_distributed("gloo")
+    model = PipelineModule(
+        [torch.nn.Linear(3, 1)],
+        num_stages=1,
+        loss_fn=lambda out, y: (out[:, 0] - y).square().mean(),
+    )
+    config = {
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-2}},
+    }
+    x = torch.arange(3.0 * SAMPLES).view(SAMPLES, 3) / SAMPLES
+    data = TensorDataset(x, x.sum(1))
+    return deepspeed.initialize(model=model, training_data=data, config=config)[0]
+
+
+@pytest.mark.parametrize("repeating", [True, False])
+def test_a_pipeline_goes_on_with_the_batches_that_come_next(
+    repeating: bool, tmp_path: Path
+) -> None:
+    def made() -> Any:
+        new = pipeline()
+        if not repeating:
+            new.set_dataloader(new.training_dataloader.loader)
+        return new
+
+    first = made()
+    for _ in range(3):
+        first.train_batch()
+    first.save_checkpoint(tmp_path)
+    wanted = [first.train_batch().item() for _ in range(2)]
+    second = made()
+    second.train_batch()
+    second.load_checkpoint(tmp_path)
+    assert [second.train_batch().item() for _ in range(2)] == wanted
 
 
 def loader_of(dataset: Any, sampler: Any = None) -> DeepSpeedDataLoader:
