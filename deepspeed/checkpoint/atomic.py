@@ -5,8 +5,8 @@
 1. The leading rank clears what an earlier, killed save left, and makes `<tag>.tmp` with a mark in it.
 2. Every rank writes its files there, each flushed to the disk, summing what it writes.
 3. All ranks tell each other how it went. One failure raises on all of them and the partial folder is removed.
-4. The leading rank writes the manifest (sizes and checksums), takes the mark away, moves an existing `<tag>` aside to
-   `<tag>.old`, renames `<tag>.tmp` to `<tag>`, then replaces `latest`, and removes `<tag>.old`.
+4. The leading rank writes the manifest (sizes and checksums), takes the mark away, marks an existing `<tag>` and
+   moves it aside to `<tag>.old`, renames `<tag>.tmp` to `<tag>`, then replaces `latest`, and removes `<tag>.old`.
 Every rename is preceded by a flush of what it publishes. Killed before the rename: the previous tag is untouched, or
 found under `<tag>.old` (`resolve` looks there). Killed after it: the new tag is complete.
 
@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from ..utils.errors import DeepSpeedCheckpointError, explain
-from ..utils.logging import logger
+from . import leftovers
 from .digest import CRC32, crc32, text_of
 from .format import (
     LATEST,
     MANIFEST,
     PARTIAL_MARK,
     PARTIAL_SUFFIX,
-    REPLACED_SUFFIX,
+    REPLACED_MARK,
     is_own_file,
     tag_problem,
 )
@@ -51,7 +51,6 @@ T = TypeVar("T")
 _SHARING_ERRORS = (5, 32, 33)  # Windows: access denied, sharing violation, lock violation
 _RETRY_SECONDS = 5.0
 _SUMMED_BESIDE = 1 << 20  # bytes from which a second thread is worth its while
-_FOREIGN_PARTIAL_SECONDS = 3600.0
 
 DONE_PREFIX = f"{PARTIAL_MARK}_done_"
 """Files `<prefix><rank>` in a partial folder: a rank that saves while it trains has written all of its own."""
@@ -313,7 +312,10 @@ class Publication:
     def publish_alone(self, written: Sequence[Sequence[dict[str, Any]]]) -> None:
         """Without the others: publish what all ranks have written, given as lists of entries' fields."""
         entries = [Entry(**fields) for fields_of_rank in written for fields in fields_of_rank]
-        _publish(self.save_dir, self.tag, self.final, self.partial, entries, self.latest)
+        try:
+            _publish(self.save_dir, self.tag, self.final, self.partial, entries, self.latest)
+        finally:
+            self._let_go()
 
     def peers(self) -> list[int]:
         """Collectively, after `begin`: the ranks that write into the same folder as this one."""
@@ -345,6 +347,11 @@ class Publication:
         """Remove the partial folder."""
         if self.crew.leads:
             shutil.rmtree(self.partial, ignore_errors=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Nobody here writes into the partial folder any more: what is left of it may be cleared."""
+        leftovers.begun.discard(self.partial.resolve())
 
     @contextlib.contextmanager
     def _cleaned(self) -> Iterator[None]:
@@ -353,15 +360,19 @@ class Publication:
         except Exception:
             self.abandon()
             raise
+        except BaseException:
+            self._let_go()
+            raise
 
 
 def resolve(save_dir: Path, tag: str) -> Path:
     """The folder that holds a tag's last complete state (the tag may have been moved aside by a killed save)."""
     final = save_dir / checked_tag(tag)
-    aside = _beside(final, REPLACED_SUFFIX)
-    if not final.exists() and aside.is_dir() and not (aside / PARTIAL_MARK).exists():
-        return aside
-    return final
+    if final.exists():
+        return final
+    found = [path for path in leftovers.asides(final) if path.is_dir()]
+    found = [path for path in found if not (path / PARTIAL_MARK).exists()]
+    return min(found, key=lambda path: not (path / REPLACED_MARK).exists(), default=final)
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -370,17 +381,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 def _prepare(final: Path, partial: Path, needed: int) -> None:
     disk.make_folder(final.parent)
-    folders = [
-        path for path in sorted(final.parent.iterdir()) if path.is_dir() and not path.is_symlink()
-    ]
-    for folder in folders:
-        replaced = folder.with_name(folder.name.removesuffix(REPLACED_SUFFIX))
-        if folder != replaced and not replaced.exists() and _is_complete(folder):
-            disk.replace(folder, replaced)
-    for leftover in folders:
-        if leftover.exists() and _is_leftover(leftover, partial):
-            logger.warning(f"removing {leftover}, left by a save that did not finish")
-            disk.remove_tree(leftover)
+    leftovers.clear(final.parent, partial, disk)
     free = shutil.disk_usage(final.parent).free
     if free < needed:
         raise OSError(
@@ -395,44 +396,9 @@ def _prepare(final: Path, partial: Path, needed: int) -> None:
     if partial.is_symlink():
         what = "the folder for a checkpoint's files is a link to elsewhere"
         raise OSError(errno.ELOOP, explain(what, got=str(partial), fix="Remove the link."))
+    leftovers.begun.add(partial.resolve())
     disk.make_folder(partial)
     write_small(partial / PARTIAL_MARK, f"{socket.gethostname()} {os.getpid()}\n".encode())
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a folder is a tag's whole content (and not a user's folder of some other kind)."""
-    held = [path.name for path in folder.iterdir()]
-    return PARTIAL_MARK not in held and any(map(is_own_file, held))
-
-
-def _is_leftover(folder: Path, partial: Path) -> bool:
-    if folder.name.endswith(REPLACED_SUFFIX):
-        replaced_by = folder.with_name(folder.name.removesuffix(REPLACED_SUFFIX))
-        return (folder / PARTIAL_MARK).exists() or (
-            (replaced_by / MANIFEST).exists() and (folder / MANIFEST).exists()
-        )
-    if not folder.name.endswith(PARTIAL_SUFFIX):
-        return False
-    mark = folder / PARTIAL_MARK
-    ours = mark.exists() or (folder / MANIFEST).exists() or not any(folder.iterdir())
-    return ours and (folder == partial or not _is_being_written(mark))
-
-
-def _is_being_written(mark: Path) -> bool:
-    """Whether the process that made a partial folder may still be at work on it."""
-    try:
-        text = mark.read_text(encoding="utf-8")
-        host, pid = text.split()
-        age = time.time() - mark.stat().st_mtime
-    except (OSError, ValueError):
-        return False
-    if not text.endswith("\n"):  # killed while it wrote this
-        return False
-    if host != socket.gethostname():
-        return age < _FOREIGN_PARTIAL_SECONDS
-    import psutil
-
-    return int(pid) != os.getpid() and psutil.pid_exists(int(pid))
 
 
 def _publish(
@@ -452,9 +418,10 @@ def _publish(
         disk.remove(note)
     disk.remove(partial / PARTIAL_MARK)
     disk.sync_folder(partial)
-    aside = _beside(final, REPLACED_SUFFIX)
+    aside = leftovers.free_aside(final)
     replacing = final.exists()
     if replacing:
+        write_small(final / REPLACED_MARK, b"")
         disk.replace(final, aside)
     disk.replace(partial, final)
     disk.sync_folder(final.parent)

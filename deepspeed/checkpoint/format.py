@@ -25,6 +25,8 @@ PARTIAL_MARK = ".deepspeed_partial"
 """The file that tells our unpublished folders from a user's folder of the same name."""
 REPLACED_SUFFIX = ".old"
 """A folder `<tag>.old` holds the tag's previous content while its new content is published."""
+REPLACED_MARK = ".deepspeed_replaced"
+"""The file that tells such a folder from a user's own copy under that name."""
 
 
 class Model:
@@ -192,7 +194,7 @@ _OWN_FILE = re.compile(
     r"|layer_\d+(?:-[\w-]+)?-model_states\.pt"
     r"|(?:layer_\d+_)?expert_\d+_mp_rank_\d{2,}_model_states\.pt"
     r"|expp_rank_\d+_mp_rank_\d{2,}_optim_states\.pt"
-    rf"|{re.escape(MANIFEST)}|{re.escape(PARTIAL_MARK)}"
+    rf"|{re.escape(MANIFEST)}|{re.escape(PARTIAL_MARK)}|{re.escape(REPLACED_MARK)}"
 )
 
 

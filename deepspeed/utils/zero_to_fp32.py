@@ -38,6 +38,7 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 PARTIAL_MARK = ".deepspeed_partial"
 REPLACED_SUFFIX = ".old"
+REPLACED_MARK = ".deepspeed_replaced"
 OPTIMIZER_STATE_DICT = "optimizer_state_dict"
 SINGLE_PARTITION_OF_FP32_GROUPS = "single_partition_of_fp32_groups"
 FP32_FLAT_GROUPS = "fp32_flat_groups"
@@ -280,9 +281,10 @@ def _tag_folder(checkpoint_dir: str | os.PathLike[str], tag: str | None) -> Path
         or root not in folder.parents
     ):
         raise ValueError(f"the tag {tag!r} does not name a folder in {root}")
-    aside = folder.with_name(folder.name + REPLACED_SUFFIX)
-    if not folder.is_dir() and aside.is_dir():
-        folder = aside
+    asides = [folder.with_name(folder.name + REPLACED_SUFFIX * count) for count in (1, 2)]
+    found = [path for path in asides if path.is_dir()]
+    if not folder.is_dir() and found:
+        folder = min(found, key=lambda path: not (path / REPLACED_MARK).exists())
     if not folder.is_dir():
         raise FileNotFoundError(f"Directory '{folder}' doesn't exist")
     return folder

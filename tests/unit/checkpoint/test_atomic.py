@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from deepspeed.checkpoint import atomic
 from deepspeed.checkpoint.atomic import Crew, Disk, publish, resolve, write_small
-from deepspeed.checkpoint.format import LATEST, MANIFEST, PARTIAL_MARK
+from deepspeed.checkpoint.format import LATEST, MANIFEST, PARTIAL_MARK, REPLACED_MARK
 from deepspeed.checkpoint.reader import Folder, read_tag
 from deepspeed.utils.errors import DeepSpeedCheckpointError
 
@@ -229,13 +231,66 @@ def test_a_folder_of_the_users_that_ends_like_a_partial_one_is_left_alone(tmp_pa
 def test_a_partial_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     partial = tmp_path / "other.tmp"
     partial.mkdir()
-    import socket
-
     (partial / PARTIAL_MARK).write_text(
         f"{socket.gethostname()} {os.getppid()}\n", encoding="utf-8"
     )
     save(tmp_path, "step", "new")
     assert partial.exists()
+
+
+def test_saves_beside_each_other_in_one_process_leave_each_other_alone(tmp_path: Path) -> None:
+    first, second = (atomic.Publication(tmp_path, tag, Crew()) for tag in ("a", "b"))
+    first.begin(0)
+    second.begin(0)
+    for publication in (second, first):
+        folder = publication.partial
+        publication.finish(lambda folder=folder: [write_small(folder / FILES[0], b"x")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", LATEST]
+    third = atomic.Publication(tmp_path, "c", Crew())
+    third.begin(0)
+    third.abandon()
+    (tmp_path / "c.tmp").mkdir()
+    write_small(
+        tmp_path / "c.tmp" / PARTIAL_MARK, f"{socket.gethostname()} {os.getpid()}\n".encode()
+    )
+    save(tmp_path, "a", "new")
+    assert not (tmp_path / "c.tmp").exists()
+
+
+@pytest.mark.parametrize("tag", ["step", "other"])
+def test_a_users_copy_of_a_tag_is_neither_removed_nor_renamed(tag: str, tmp_path: Path) -> None:
+    save(tmp_path, "step", "old")
+    shutil.copytree(tmp_path / "step", tmp_path / "step.old")
+    shutil.copytree(tmp_path / "step", tmp_path / "alone.old")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "step.old").iterdir()}
+    for text in ("new", "newer"):
+        save(tmp_path, tag, text)
+        assert content(tmp_path) == text
+    for name in ("step.old", "alone.old"):
+        assert {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} == before
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"step", tag, "step.old", "alone.old", LATEST}
+
+
+def test_beside_a_users_copy_too_a_killed_save_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "first", "step", "old")
+    total = operations(monkeypatch, tmp_path / "first", "step")
+    for at in range(total):
+        root = tmp_path / str(at)
+        save(root, "step", "copied")
+        shutil.copytree(root / "step", root / "step.old")
+        save(root, "step", "old")
+        monkeypatch.setattr(atomic, "disk", Failing(at, Killed))
+        with pytest.raises(Killed):
+            save(root, "step", "new")
+        monkeypatch.setattr(atomic, "disk", Disk())
+        assert content(root) in ("old", "new"), at
+        save(root, "third", "newest")
+        left = {p.name for p in root.iterdir()}
+        assert left - {"latest.tmp"} == {"step", "step.old", "third", LATEST}, at
+        assert not (root / "step" / REPLACED_MARK).exists()
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_the_stand_alone_exporter_spells_the_same_names() -> None:
         "LATEST": format.LATEST,
         "MANIFEST": format.MANIFEST,
         "PARTIAL_MARK": format.PARTIAL_MARK,
+        "REPLACED_MARK": format.REPLACED_MARK,
         "REPLACED_SUFFIX": format.REPLACED_SUFFIX,
         "GROUP_PADDINGS": format.Zero.GROUP_PADDINGS,
         "PARAM_PADDINGS": format.Zero.PARAM_PADDINGS,
