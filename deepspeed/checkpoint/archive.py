@@ -18,6 +18,7 @@ import io
 import pickle
 import struct
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,13 @@ class _Pickler(pickle.Pickler):
         self.storages: dict[str, torch.UntypedStorage] = {}
         self._keys: dict[tuple[str, int], str] = {}
         self._dtypes: dict[int, torch.dtype] = {}
+
+    def reducer_override(self, item: Any) -> Any:
+        """Parameters go without attributes of their own, which may be anything and which readers drop."""
+        if type(item) is not torch.nn.Parameter or not vars(item):
+            return NotImplemented
+        hooks: OrderedDict[int, Any] = OrderedDict()
+        return torch._utils._rebuild_parameter, (item.data, item.requires_grad, hooks)
 
     def persistent_id(self, item: Any) -> Any:
         """Name a storage; None for everything else."""

@@ -8,9 +8,7 @@ name. Files are checked against the manifest of their folder first, where there 
 
 from __future__ import annotations
 
-import argparse
 import collections
-import datetime
 import io
 import json
 import os
@@ -28,126 +26,10 @@ from ..utils.env import DS_TRUST_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from .digest import CRC32, SHA256, of_file, text_of
 from .format import MANIFEST, PARTIAL_MARK
+from .harmless import Refused, check_call, harmless
 from .whole_file import WholeFile, byte_view, pays, read_whole
 
 _MAX_PICKLE = 1 << 30
-
-
-class Record:
-    """Stands for an object of a class that older checkpoints pickled: its attributes and nothing else."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({vars(self)})"
-
-
-class ScalerRecord(Record):
-    """A pickled loss scaler."""
-
-
-class FragmentRecord(Record):
-    """A pickled `fragment_address`: attributes `numel` and `start`."""
-
-
-class _Refused(pickle.UnpicklingError):
-    """The pickle asks for more than data."""
-
-
-def _bytearray(*args: Any) -> bytearray:
-    """`bytearray` of given bytes; refuses the form that allocates a size named in the file."""
-    if args and isinstance(args[0], int):
-        raise _Refused("bytearray of a declared size")
-    return bytearray(*args)
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """What `_codecs.encode` does for the one encoding that pickled bytes use."""
-    if encoding != "latin1":
-        raise _Refused(f"encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _rebuild_from_type(
-    function: Any, kind: Any, arguments: tuple[Any, ...], state: Any
-) -> torch.Tensor:
-    """A tensor that had attributes of its own: the tensor without them."""
-    if function not in _rebuild_functions():
-        raise _Refused(f"a tensor made by {function!r}")
-    return function(*arguments)
-
-
-def _rebuild_functions() -> tuple[Any, ...]:
-    names = (
-        "_rebuild_tensor",
-        "_rebuild_tensor_v2",
-        "_rebuild_tensor_v3",
-        "_rebuild_parameter",
-        "_rebuild_sparse_tensor",
-    )
-    return tuple(getattr(torch._utils, name) for name in names if hasattr(torch._utils, name))
-
-
-def _harmless() -> dict[tuple[str, str], Any]:
-    table: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("collections", "defaultdict"): collections.defaultdict,
-        ("collections", "deque"): collections.deque,
-        ("collections", "Counter"): collections.Counter,
-        ("argparse", "Namespace"): argparse.Namespace,
-        ("types", "SimpleNamespace"): types.SimpleNamespace,
-        ("datetime", "datetime"): datetime.datetime,
-        ("datetime", "date"): datetime.date,
-        ("datetime", "timedelta"): datetime.timedelta,
-        ("_codecs", "encode"): _encode,
-        ("torch", "Size"): torch.Size,
-        ("torch", "device"): torch.device,
-        ("torch", "Tensor"): torch.Tensor,
-        ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
-        ("torch.nn.parameter", "Parameter"): torch.nn.Parameter,
-        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"): ScalerRecord,
-        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"): ScalerRecord,
-        ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
-        ("deepspeed.utils.tensor_fragment", "fragment_address"): FragmentRecord,
-        ("deepspeed.checkpoint.universal_checkpoint", "SubparamShape"): Record,
-    }
-    for module in ("builtins", "__builtin__"):
-        for kind in (
-            set,
-            frozenset,
-            complex,
-            list,
-            dict,
-            tuple,
-            int,
-            float,
-            bool,
-            str,
-            slice,
-            range,
-        ):
-            table[module, kind.__name__] = kind
-        table[module, "bytearray"] = _bytearray
-    table |= {("torch._utils", function.__name__): function for function in _rebuild_functions()}
-    for name, value in vars(torch).items():
-        if isinstance(value, torch.dtype) or (name.endswith("Storage") and isinstance(value, type)):
-            table["torch", name] = value
-    table["torch.storage", "UntypedStorage"] = torch.storage.UntypedStorage
-    table["torch.storage", "TypedStorage"] = torch.storage.TypedStorage
-    return table | _numpy_names()
-
-
-def _numpy_names() -> dict[tuple[str, str], Any]:
-    import numpy
-
-    core = numpy._core if int(numpy.__version__.split(".")[0]) > 1 else numpy.core
-    table: dict[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): numpy.ndarray,
-        ("numpy", "dtype"): numpy.dtype,
-    }
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        for name in ("_reconstruct", "scalar"):
-            table[module, name] = getattr(core.multiarray, name)
-    return table
 
 
 _allowed: dict[tuple[str, str], Any] = {}
@@ -169,20 +51,20 @@ def add_safe_classes(*classes: type) -> None:
 
 def _look_up(module: str, name: str) -> Any:
     if not _allowed:
-        _allowed.update(_harmless())
+        _allowed.update(harmless())
     known = getattr(torch.serialization, "get_safe_globals", list)()
     trusted = _trusted | {(c.__module__, c.__qualname__): c for c in known if isinstance(c, type)}
     for table in (_allowed, trusted):
         if (module, name) in table:
             return table[module, name]
-    raise _Refused(f"{module}.{name}")
+    raise Refused(f"{module}.{name}")
 
 
 def is_readable_class(cls: type) -> bool:
     """Whether this reader accepts objects of a class (a writer asks, to warn in time)."""
     try:
         _look_up(cls.__module__, cls.__qualname__)
-    except _Refused:
+    except Refused:
         return False
     return True
 
@@ -201,7 +83,7 @@ class _Unpickler(pickle._Unpickler):  # the C one offers no way to guard its opc
     def find_class(self, module: str, name: str) -> Any:
         try:
             found = _look_up(module, name)
-        except _Refused:
+        except Refused:
             if not DS_TRUST_CHECKPOINTS.get():
                 raise
             found = super().find_class(module, name)
@@ -212,32 +94,47 @@ class _Unpickler(pickle._Unpickler):  # the C one offers no way to guard its opc
         function = self.stack[-2]
         named = id(function) in self.__dict__.get("_callable_ids", ())
         if not named and not DS_TRUST_CHECKPOINTS.get():
-            raise _Refused(f"a call of {function!r}")
+            raise Refused(f"a call of {function!r}")
+        check_call(function, self.stack[-1])
         super().load_reduce()
+
+    def load_newobj(self) -> None:
+        check_call(self.stack[-2], self.stack[-1])
+        super().load_newobj()
+
+    def load_newobj_ex(self) -> None:
+        check_call(self.stack[-3], self.stack[-2])
+        super().load_newobj_ex()
+
+    def _instantiate(self, kind: Any, arguments: Any) -> None:
+        check_call(kind, tuple(arguments))
+        super()._instantiate(kind, arguments)
 
     def load_build(self) -> None:
         target = self.stack[-2]
         if isinstance(
             target, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
         ):
-            raise _Refused(f"a change of {target!r}")
+            raise Refused(f"a change of {target!r}")
         super().load_build()
 
     def load_bytearray8(self) -> None:
-        raise _Refused("bytearray of a declared size")
+        raise Refused("bytearray of a declared size")
 
     dispatch[pickle.BINPERSID[0]] = load_binpersid
     dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
 def _check_storage(saved_id: Any, sizes: dict[str, int]) -> None:
-    """Refuse a storage that is larger or smaller than the record that holds it."""
+    """Refuse a storage that is larger than the record that holds it, or smaller by an element."""
     _, kind, key, _, count = saved_id
     dtype = torch.uint8 if kind is torch.UntypedStorage else kind._dtype
     held = sizes[f"data/{key}"]
-    if count * dtype.itemsize != held:
+    if not 0 <= held - count * dtype.itemsize < dtype.itemsize:
         raise ValueError(f"a storage of {count} elements in a record of {held} bytes")
 
 
@@ -321,7 +218,7 @@ def load_file(
         if whole is not None and sizes is not None and map_location == "cpu":
             return _from_memory(path, whole)
         return _by_torch(path, map_location, mmap and sizes is not None, sizes)
-    except _Refused as error:
+    except Refused as error:
         raise DeepSpeedCheckpointError(
             explain(
                 f"{path} is refused, because reading it would run more than data",

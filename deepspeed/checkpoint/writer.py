@@ -135,14 +135,19 @@ def tensor_bytes(value: Any) -> int:
 
 
 def compact(value: Any) -> Any:
-    """`value` with views of mostly unused storages replaced by copies; tensors that alias go on aliasing."""
+    """`value` with views of mostly unused storages replaced by copies, and of those that end in a
+    part of an element; tensors that alias go on aliasing."""
     covered: dict[Any, dict[Any, int]] = {}
     storages: dict[Any, int] = {}
+    odd: set[Any] = set()
     for tensor in _tensors(value):
         key = _storage_key(tensor)
         storages[key] = tensor.untyped_storage().nbytes()
+        if storages[key] % tensor.element_size():
+            odd.add(key)
         covered.setdefault(key, {})[_view_key(tensor)] = tensor.numel() * tensor.element_size()
     wasteful = {key for key, size in storages.items() if sum(covered[key].values()) < _SLACK * size}
+    wasteful |= odd  # torch itself cannot read those
     if not wasteful:
         return value
     copies: dict[Any, torch.Tensor] = {}

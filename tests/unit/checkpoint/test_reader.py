@@ -11,6 +11,7 @@ import os
 import pickle
 import struct
 import subprocess
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy
 import pytest
 import torch
 
-from deepspeed.checkpoint import add_safe_classes, reader, whole_file
+from deepspeed.checkpoint import add_safe_classes, harmless, reader, whole_file
 from deepspeed.checkpoint.atomic import Crew, Entry, publish
 from deepspeed.checkpoint.digest import of_file
 from deepspeed.checkpoint.format import MANIFEST, PARTIAL_MARK
@@ -282,6 +283,66 @@ def test_plain_content_comes_back_as_it_was(tmp_path: Path) -> None:
                 assert back[key] == value
 
 
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_parameters_come_back_without_attributes_of_their_own(as_zip: bool, tmp_path: Path) -> None:
+    param = torch.nn.Parameter(torch.arange(3.0), requires_grad=False)
+    param.note = "mine"  # type: ignore[attr-defined]
+    if as_zip:
+        param.owner = threading.Lock()  # type: ignore[attr-defined]
+    save_file(tmp_path / "file.pt", {"a": param, "again": param}, as_zip=as_zip)
+    back = load_file(tmp_path / "file.pt")
+    assert type(back["a"]) is torch.nn.Parameter and not back["a"].requires_grad
+    assert torch.equal(back["a"], param) and back["again"] is back["a"]
+    assert not hasattr(back["a"], "note")
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_storage_may_end_in_a_part_of_an_element(
+    mmap: bool, as_zip: bool, tmp_path: Path
+) -> None:
+    odd = torch.zeros(41, dtype=torch.uint8)[:40].view(torch.float32)
+    save_file(tmp_path / "file.pt", {"a": odd.fill_(2.5)}, as_zip=as_zip)
+    assert torch.equal(load_file(tmp_path / "file.pt", mmap=mmap)["a"], odd)
+    if mmap:  # and where another program wrote it
+        torch.save({"a": odd}, tmp_path / "file.pt")
+        assert torch.equal(load_file(tmp_path / "file.pt")["a"], odd)
+
+
+ENDLESS = b"cbuiltins\nrange\nJ\xff\xff\xff\x7f\x85R"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "builtins.list",
+        "builtins.tuple",
+        "builtins.set",
+        "builtins.frozenset",
+        "builtins.bytearray",
+        "collections.deque",
+        "collections.Counter",
+        "collections.OrderedDict",
+        "torch.Size",
+    ],
+)
+def test_containers_of_a_size_that_is_only_declared_are_refused(kind: str, tmp_path: Path) -> None:
+    module, _, name = kind.rpartition(".")
+    called, short = f"c{module}\n{name}\n".encode(), f"{module}\n{name}\n".encode()
+    ways = [
+        called + ENDLESS + b"\x85R",
+        b"(" + called + ENDLESS + b"o",
+        b"(" + ENDLESS + b"i" + short,
+    ]
+    if name != "bytearray":
+        ways.append(called + ENDLESS + b"\x85\x81")
+    for way in ways:
+        path = with_pickle(tmp_path / "file.pt", opcodes(way))
+        with pytest.raises(DeepSpeedCheckpointError, match="a range"):
+            load_file(path)
+    assert load_file(with_pickle(tmp_path / "file.pt", opcodes(ENDLESS))) == range(2**31 - 1)
+
+
 def test_shared_storage_stays_shared(tmp_path: Path) -> None:
     whole = torch.arange(10.0)
     back = load_file(saved(tmp_path / "file.pt", {"a": whole[:4], "b": whole[2:6]}))
@@ -320,7 +381,7 @@ def test_objects_of_older_checkpoints_become_records(tmp_path: Path) -> None:
         b"\x00\x00\x00sb."
     )
     back = load_file(with_pickle(tmp_path / "file.pt", text))
-    assert isinstance(back, reader.ScalerRecord) and back.cur_scale == 256.0
+    assert isinstance(back, harmless.ScalerRecord) and back.cur_scale == 256.0
     stage = b"\x80\x02cdeepspeed.runtime.zero.config\nZeroStageEnum\nK\x02\x85R."
     assert load_file(with_pickle(tmp_path / "file.pt", stage)) == 2
 
