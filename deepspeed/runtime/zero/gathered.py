@@ -11,7 +11,7 @@ ranks; that costs a copy of what is gathered.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -130,9 +130,7 @@ class GatheredParameters:
             flat.broadcast_(param.data, param.ds_home, src=self.modifier_rank)
             with nullcontext() if param.ds_spill is None else _writing(param):
                 write_back(param)
-            refresh = getattr(param, "_refresh_master", None)
-            if refresh is not None:
-                refresh()
+        _refresh_masters([p for p in self.params if hasattr(p, "_refresh_master")])
 
     def _drop_edits(self) -> None:
         if self._before:
@@ -151,6 +149,14 @@ class GatheredParameters:
             return False
         now = param.data
         return now.shape != before.shape or not torch.equal(_bits(now), _bits(before))
+
+
+def _refresh_masters(params: list[Any]) -> None:
+    with ExitStack() as stack:
+        for optimizer in dict.fromkeys(p._zero_optimizer for p in params):
+            stack.enter_context(optimizer.in_memory())
+        for param in params:
+            param._refresh_master()
 
 
 def _writing(param: Any) -> AbstractContextManager:
