@@ -75,12 +75,12 @@ class RowCodec:
             target = values[:, start : start + length]
             if not quantized:
                 end = at + length * dtype.itemsize
-                target.copy_(data[:, at:end].contiguous().view(dtype))
+                target.copy_(_aligned(data[:, at:end]).view(dtype))
                 at = end
                 continue
             groups = -(-length // GROUP)
             sides, end = at + 4 * groups, at + 4 * groups + groups * GROUP * self.bits // 8
-            scale = data[:, at:sides].contiguous().view(torch.float32).view(-1, 1, 1)
+            scale = _aligned(data[:, at:sides]).view(torch.float32).view(-1, 1, 1)
             codes = data[:, sides:end].reshape(len(data) * groups, -1)
             decoded = dequantize(codes, scale, scale, self._scheme, torch.float32)
             target.copy_(decoded.view(len(data), -1)[:, :length])
@@ -90,6 +90,11 @@ class RowCodec:
     @property
     def _scheme(self) -> GroupScheme:
         return GroupScheme(self.bits, GROUP, symmetric=True)
+
+
+def _aligned(data: torch.Tensor) -> torch.Tensor:
+    """A copy: one row of bytes is contiguous wherever it starts, but wider values cannot start just anywhere."""
+    return data.clone(memory_format=torch.contiguous_format)
 
 
 class ErrorFeedback:
@@ -109,10 +114,14 @@ class ErrorFeedback:
         """One with the same settings and nothing to remember."""
         return ErrorFeedback(self.keep, self.period)
 
+    def forget(self) -> None:
+        """What was lost is no more to be made up for."""
+        self._error, self._age = None, 0
+
     def compensate(self, rows: torch.Tensor) -> torch.Tensor:
         """Values to encode in place of `rows`."""
         if self._age == self.period:
-            self._error, self._age = None, 0
+            self.forget()
         self._age += 1
         return rows if self._error is None else rows + self._error
 
@@ -160,6 +169,12 @@ class QuantizedSum:
         if not async_op:
             handle.wait()
         return handle
+
+    def forget_losses(self) -> None:
+        """Make up for nothing that was lost so far: later gradients are on another scale."""
+        for feedback in self._feedback:
+            if feedback is not None:
+                feedback.forget()
 
     def _hop(
         self, rows: torch.Tensor, axis: Axis, feedback: ErrorFeedback | None

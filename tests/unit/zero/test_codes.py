@@ -154,3 +154,14 @@ def test_the_plan_counts_second_copies_and_errors():
     loco = rows_of(zero_quantized_gradients=True, zeropp_loco_param={})
     assert loco["errors of codes"] == 2 * 8_000_005
     assert rows_of(mics_shard_size=2)["params"] == 2 * (4_000_000 + 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_row_is_decoded_wherever_its_runs_start(dtype):
+    codec = RowCodec.of(310, [(5, 300)], 4)  # after 5 values of 2 bytes, scales start at byte 10
+    rows = values_of(310, dtype, spread=1).view(1, -1)
+    again = codec.decode(codec.encode(rows), dtype)
+    assert torch.equal(again[:, :5], rows[:, :5].float())
+    assert torch.equal(again[:, 305:], rows[:, 305:].float())
+    bound = half_steps(rows[0, 5:305], GROUP, 4) * (1 + 2**-20)
+    assert ((again - rows.float())[0, 5:305].abs() <= bound).all()
