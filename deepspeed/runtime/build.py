@@ -319,7 +319,7 @@ def _plain_driver(engine: Any) -> PlainDriver:
         config.gradient_clipping,
         config.communication_data_type,
         scaler,
-        engine.mesh.pipe,
+        engine.mesh,
     )
 
 

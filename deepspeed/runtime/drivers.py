@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from deepspeed.comm import flat
-from deepspeed.comm.mesh import Axis
+from deepspeed.comm.mesh import Axis, Mesh
 from deepspeed.ops.norms import squared_norm
 from deepspeed.utils.errors import explain
 
+from .zero.grad_norm import counted_elsewhere, spread_experts, whole_square
 from .zero.optimizer import ZeroOptimizer
 from .zero.plan import Plan
 from .zero.reducer import average_grads
@@ -83,7 +84,7 @@ class PlainDriver:
         clip_grad: largest 2-norm of all gradients; 0 for none.
         reduce_dtype: dtype of gradients on the wire; None is their own.
         scaler: for fp16 autocast.
-        pipe: stages of a pipeline, over which the norm is taken.
+        mesh: the ranks, whose parts of the model share one norm and one verdict on overflow; None for one rank.
     """
 
     reduces_each_backward = False
@@ -96,7 +97,7 @@ class PlainDriver:
         clip_grad: float,
         reduce_dtype: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        pipe: Axis | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.optimizer, self.params, self.plan, self.clip_grad = (
             optimizer,
@@ -104,7 +105,8 @@ class PlainDriver:
             plan,
             clip_grad,
         )
-        self.reduce_dtype, self.scaler, self.pipe = reduce_dtype, scaler, pipe
+        self.reduce_dtype, self.scaler = reduce_dtype, scaler
+        self.mesh = Mesh.single() if mesh is None else mesh
         self.grad_norm: Any = None
         self._unreduced = False
 
@@ -133,6 +135,9 @@ class PlainDriver:
             self.reduce_now()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+            for found in self.scaler._found_inf_per_device(self.optimizer).values():
+                for axis in self._model_axes():
+                    flat.all_reduce_(found, axis, "max")
         self._clip()
         applied = True
         if self.scaler is None:
@@ -149,13 +154,14 @@ class PlainDriver:
         if self.clip_grad <= 0:
             return
         with_grad = [p for _, params in self.params for p in params if p.grad is not None]
-        if self.pipe is None or self.pipe.size == 1:
-            norm = torch.nn.utils.clip_grad_norm_(with_grad, self.clip_grad)
+        if self._model_axes():
+            norm = self._clip_over_ranks(with_grad)
         else:
-            norm = self._clip_over_stages(with_grad, self.pipe)
+            norm = torch.nn.utils.clip_grad_norm_(with_grad, self.clip_grad)
         if math.isfinite(norm):
             self.grad_norm = norm.detach()
         elif self.scaler is None:
+            self.zero_grad()
             raise FloatingPointError(
                 explain(
                     "gradients are not finite, so the step was not taken and weights are as before",
@@ -165,12 +171,24 @@ class PlainDriver:
                 )
             )
 
-    def _clip_over_stages(self, params: list[torch.nn.Parameter], pipe: Axis) -> torch.Tensor:
-        own = [p.grad for p in params if not getattr(p, "ds_pipe_replicated", False)]
-        square = sum((squared_norm(grad) for grad in own), torch.zeros((), dtype=torch.float64))
-        square = square.to(params[0].device if params else "cpu")
-        flat.all_reduce_(square, pipe)
-        norm = square.sqrt().float()
+    def _model_axes(self) -> list[Axis]:
+        """The axes whose ranks hold different parts of the model."""
+        names = [spread_experts(p, self.mesh) for _, params in self.params for p in params]
+        found = [self.mesh.expert[name] for name in dict.fromkeys(names) if name is not None]
+        model = self.mesh.pipe if self.mesh.pipe.size > 1 else self.mesh.tensor
+        return [*found, model] if model.size > 1 else found
+
+    def _clip_over_ranks(self, params: list[torch.nn.Parameter]) -> torch.Tensor:
+        # Averaged gradients are alike on the ranks that they were averaged over, so nothing is summed over those.
+        alone = Axis.alone(self.mesh.world.ranks[self.mesh.world.rank])
+        squares: dict[tuple[Axis, str | None], torch.Tensor] = {}
+        for param in (p for _, params in self.params for p in params):
+            key = (alone, spread_experts(param, self.mesh))
+            squares.setdefault(key, torch.zeros((), dtype=torch.float64, device=param.device))
+            if param.grad is not None and not counted_elsewhere(param, self.mesh):
+                squares[key] += squared_norm(param.grad).to(param.device)
+        norm = torch.tensor(whole_square(squares, self.mesh), dtype=torch.float64).sqrt().float()
+        norm = norm.to(params[0].device if params else "cpu")
         factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         for param in params:
             param.grad.mul_(factor)

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import deepspeed
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 STAGES = [0, 1, 2]
 
@@ -191,7 +192,7 @@ def held(rank, stage):
     storages = {}
     for group in engine.optimizer.groups:
         for part in group.parts:
-            for t in [part.master, part.grad, *engine.optimizer.state[part.master].values()]:
+            for t in [part.master, part.held_grad, *engine.optimizer.state[part.master].values()]:
                 if isinstance(t, torch.Tensor) and t.numel() > 1:
                     storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     for p in net.parameters():
@@ -230,3 +231,121 @@ def unused_gradient_op(rank, op):
 def test_gradients_are_averaged_or_summed(op, want, ranks2):
     for weight in ranks2.run(unused_gradient_op, op):
         torch.testing.assert_close(weight, torch.full((1, 2), want))
+
+
+def step_without_a_backward(rank, stage, folder):
+    zero = {"stage": stage, "reduce_bucket_size": 7, "sub_group_size": 5}
+    if folder:
+        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": folder}
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 3)
+    cfg = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    sgd = torch.optim.SGD(net.parameters(), lr=0.5)
+    engine = deepspeed.initialize(model=net, optimizer=sgd, config=cfg)[0]
+    found = []
+    for backward in (True, False, True):
+        if backward:
+            engine.backward(engine(torch.ones(2, 4)).sum())
+        before = [safe_get_full_fp32_param(p).clone() for p in net.parameters()]
+        has = {safe_get_full_grad(p) is not None for p in net.parameters()}
+        engine.optimizer.step()
+        after = [safe_get_full_fp32_param(p) for p in net.parameters()]
+        found.append((has, [(a - b).unique().tolist() for a, b in zip(after, before, strict=True)]))
+    engine.destroy()
+    return found, engine.optimizer._global_grad_norm.item()
+
+
+@pytest.mark.parametrize("files", [False, True])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_gradient_is_stepped_once(stage, files, ranks2, tmp_path):
+    for found, norm in ranks2.run(step_without_a_backward, stage, str(tmp_path) if files else None):
+        assert [has for has, _ in found] == [{True}, {False}, {True}]
+        for (_, moved), want in zip(found, (-1.0, 0.0, -1.0), strict=True):
+            # gradients are 2 everywhere; weights below 1 in size round to 1e-7
+            assert all(m == pytest.approx(want, abs=1e-6) for deltas in moved for m in deltas)
+        assert norm == pytest.approx(2.0 * 15**0.5)
+
+
+class SplitInTwo:
+    """A caller's groups: both ranks share each layer, neither has a data-parallel neighbour."""
+
+    def __init__(self):
+        ranks = torch.distributed.get_world_size()
+        self.alone = [torch.distributed.new_group([r]) for r in range(ranks)]
+        self.rank = torch.distributed.get_rank()
+
+    def get_data_parallel_group(self):
+        return self.alone[self.rank]
+
+    def get_data_parallel_world_size(self):
+        return 1
+
+    def get_data_parallel_rank(self):
+        return 0
+
+    def get_model_parallel_group(self):
+        return torch.distributed.group.WORLD
+
+    def get_model_parallel_world_size(self):
+        return len(self.alone)
+
+    def get_model_parallel_rank(self):
+        return self.rank
+
+
+SECTIONS = {
+    None: {},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 4}},
+    "bf16": {"bf16": {"enabled": True}},
+    "autocast": {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+}
+
+
+def shares_of_a_layer(rank, stage, section, factor):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    net[0].weight.tensor_model_parallel = True
+    net[0].weight.register_hook(lambda grad: grad * (factor if rank == 1 else 1.0))
+    cfg = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.01,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        **SECTIONS[section],
+    }
+    engine = deepspeed.initialize(model=net, config=cfg, mpu=SplitInTwo())[0]
+    start = net[1].weight.detach().clone()
+    squares = {}
+    for name, param in net.named_parameters():
+        param.register_hook(lambda g, n=name: squares.update({n: g.double().square().sum().item()}))
+    engine.backward(engine(torch.ones(2, 4, dtype=start.dtype)).float().sum())
+    try:
+        engine.step()
+        said = None
+    except FloatingPointError as error:
+        said = str(error)
+    kept = all(p.grad is None for p in net.parameters()) and torch.equal(start, net[1].weight)
+    share = squares.pop("0.weight")
+    return engine.get_global_grad_norm(), share, sum(squares.values()), kept, said
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_tensor_parallel_ranks_clip_by_one_norm(stage, ranks2):
+    results = ranks2.run(shares_of_a_layer, stage, None, 3.0)
+    want = (results[0][1] + results[1][1] + results[0][2]) ** 0.5
+    assert [float(norm) for norm, *_ in results] == [pytest.approx(want, rel=1e-6)] * 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "section"),
+    [(0, None), (1, None), (0, "fp16"), (2, "fp16"), (1, "bf16"), (0, "autocast")],
+)
+def test_one_tensor_parallel_ranks_overflow_is_that_of_both(stage, section, ranks2):
+    for _, _, _, kept, said in ranks2.run(shares_of_a_layer, stage, section, float("inf")):
+        assert kept and (section is not None or "not finite" in said)

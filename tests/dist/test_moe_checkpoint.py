@@ -13,7 +13,7 @@ import deepspeed
 from deepspeed.checkpoint.ds_to_universal import convert
 from deepspeed.checkpoint.model_states import expert_renumbered
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import groups
+from deepspeed.utils import groups, safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from tests.helpers.checkpointing import state_of
 
@@ -52,7 +52,7 @@ def engine(stage: int, dtype: str, seed: int, ep_size: int, **settings: Any) -> 
         **settings,
     }
     if dtype != "fp32":
-        config[dtype] = {"enabled": True}
+        config[dtype] = {"enabled": True, **config.get(dtype, {})}
     return deepspeed.initialize(model=model, model_parameters=params, config=config)[0]
 
 
@@ -128,3 +128,41 @@ def refused(rank: int, folder: Path) -> str:
 
 def test_spread_experts_at_stage_3_are_refused_by_name(ranks2: Any, tmp_path: Path) -> None:
     assert ranks2.run(refused, tmp_path) == ["refused", "refused"]
+
+
+def norms(rank: int, stage: int, dtype: str, factor: float) -> tuple[Any, ...]:
+    small = {"fp16": {"initial_scale_power": 4}} if dtype == "fp16" else {}
+    made = engine(stage, dtype, 3, 2, gradient_clipping=0.01, **small)
+    before = made.module.first.weight.detach().clone()
+    experts = [p for p in made.module.parameters() if not getattr(p, "allreduce", True)]
+    if rank == 1:
+        experts[0].register_hook(lambda grad: grad * factor)
+    x = torch.ones(4, WIDTH, dtype=before.dtype) * torch.arange(4).view(4, 1) - rank
+    made.backward(made(x))
+    own = [0.0, 0.0]
+    for param in made.module.parameters():
+        gradient = safe_get_full_grad(param)
+        own[param in set(experts)] += gradient.double().square().sum().item()
+    try:
+        made.step()
+        said = None
+    except FloatingPointError as error:
+        said = str(error)
+    kept = torch.equal(before, made.module.first.weight)
+    none = all(p.grad is None for p in made.module.parameters())
+    return made.get_global_grad_norm(), own, kept and none, said
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_ranks_with_different_experts_clip_by_one_norm(stage: int, ranks2: Any) -> None:
+    results = ranks2.run(norms, stage, "fp32", 3.0)
+    (dense, first), (again, second) = (own for _, own, *_ in results)
+    assert dense == pytest.approx(again) and first != pytest.approx(second)
+    want = (dense + first + second) ** 0.5
+    assert [float(norm) for norm, *_ in results] == [pytest.approx(want, rel=1e-6)] * 2
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (0, "fp16"), (2, "fp16")])
+def test_one_experts_overflow_is_that_of_all_ranks(stage: int, dtype: str, ranks2: Any) -> None:
+    for _, _, kept, said in ranks2.run(norms, stage, dtype, float("inf")):
+        assert kept and (dtype != "fp32" or "not finite" in said)

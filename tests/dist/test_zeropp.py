@@ -367,11 +367,32 @@ def quantized_gradients(rank):
     half.backward(half(x).sum() * (float("inf") if rank == 2 else 1.0))
     half.step()
     kept = all(torch.equal(a, b) for a, b in zip(weights, whole(half), strict=True))
-    return found, half.skipped_steps, kept
+    return found, half.skipped_steps, kept, what_is_remembered(rank)
+
+
+def what_is_remembered(rank):
+    """Whether errors are kept: after a step, after an overflow, after a step, after another scale was set."""
+    loco = {"zeropp_loco_param": {"err_beta": 0.8, "reset_T": 64}}
+    engine = start(
+        {"zero_quantized_gradients": True, **loco}, fp16={"enabled": True, "initial_scale_power": 4}
+    )
+    found = []
+    for factor in (1.0, float("inf") if rank == 2 else 1.0, 1.0):
+        engine.backward(engine(x_of(rank, 0).half()).sum() * factor)
+        engine.step()
+        found.append(remembers(engine))
+    engine.optimizer.override_loss_scale(8.0)
+    return [*found, remembers(engine)]
+
+
+def remembers(engine):
+    buckets = engine.optimizer.reducer._buckets
+    return any(b._reduce._feedback[0]._error is not None for b in buckets)
 
 
 def test_training_with_codes_of_gradients_goes_on(ranks4):
-    for found, skipped, kept in ranks4.run(quantized_gradients):
+    for found, skipped, kept, remembered in ranks4.run(quantized_gradients):
+        assert remembered == [True, False, True, False]
         plain = found.pop("plain")
         for name, losses in found.items():
             assert losses[0] == pytest.approx(plain[0], rel=0.05), name

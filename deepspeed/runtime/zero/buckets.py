@@ -93,12 +93,20 @@ class Bucket:
     def _put(self, index: int, values: torch.Tensor, fresh: bool) -> None:
         raise NotImplementedError
 
+    def _landed(self) -> None:
+        if self.fresh:
+            self.group.renew_grads()
+        self.fresh = False
+
     def _buffer(self, numel: int) -> torch.Tensor:
         if self.buffer is None:
             dtype = self.group.precision.reduce_dtype(self.group.dtype)
             self._whole = self.buffers.take(numel, dtype, self.group.device)
             self.buffer = self._whole[:numel]
         return self.buffer
+
+    def forget_losses(self) -> None:
+        """Nothing that codes lost is to be made up for; see `QuantizedSum.forget_losses`."""
 
     def drop_buffer(self) -> None:
         """The buffer's values are of no more use."""
@@ -202,7 +210,7 @@ class RangeBucket(Bucket):
                 if any(part.spilled_grad is not None for part in self.group.parts):
                     own = own.clone()  # it is written to a file later than the buffer is used again
                 self.group.add_shard_grad(self.start + start - rank * shard, own, self.fresh)
-        self.fresh = False
+        self._landed()
         self.drop_buffer()
 
 
@@ -227,6 +235,11 @@ class SliceBucket(Bucket):
         ]
         feedback = ErrorFeedback(*plan.error_feedback) if plan.error_feedback else None
         return QuantizedSum(RowCodec.of(self.row, matrices, plan.gradient_bits), feedback)
+
+    def forget_losses(self) -> None:
+        """See `QuantizedSum.forget_losses`."""
+        if isinstance(self._reduce, QuantizedSum):
+            self._reduce.forget_losses()
 
     def _rows(self, index: int) -> torch.Tensor:
         ranks, layout = self.group.shard_axis.size, self.group.layout
@@ -267,7 +280,7 @@ class SliceBucket(Bucket):
         if self.after != 1.0:
             values.mul_(self.after)
         self.group.add_shard_grad(self.start, values, self.fresh)
-        self.fresh = False
+        self._landed()
 
 
 def cut_buckets(group: ShardGroup, plan: Plan) -> list[Bucket]:

@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis, Mesh
-from deepspeed.ops.norms import squared_norm
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.fp16.loss_scaler import LossScalerBase, report_overflow
 from deepspeed.runtime.precision import Precision
@@ -25,6 +23,7 @@ from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
 from . import offload_states, state
+from .grad_norm import expert_group_name, square_of_groups
 from .pieces import in_pieces
 from .plan import Placement, Plan, TierKind
 from .reducer import Reducer
@@ -77,15 +76,30 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             self.groups = self._build_groups()
         self.reducer = Reducer(self.groups, plan)
         self._take_over_param_groups()
+        self._refill_states()
 
     # - construction
 
     def _drop_old_states(self) -> None:
-        if self.optimizer.state:
+        taken = [states.get("step", 1) for states in self.optimizer.state.values()]
+        if any(step > 0 for step in taken):
             logger.warning(
                 "the optimizer has taken steps before deepspeed.initialize; its states are dropped"
             )
-            self.optimizer.state.clear()
+        self.optimizer.state.clear()
+
+    def _refill_states(self) -> None:
+        """Make the states that `torch.optim.Adagrad` makes in its constructor and expects ever after."""
+        if not isinstance(self.optimizer, torch.optim.Adagrad):
+            return
+        with self.in_memory():
+            for group, part in self._parts():
+                options = self.optimizer.param_groups[group.param_group_index]
+                full = torch.full_like(part.master, options["initial_accumulator_value"])
+                self.optimizer.state[part.master] = {
+                    "step": torch.tensor(0.0),
+                    "sum": full.detach(),
+                }
 
     def _build_groups(self) -> list[ShardGroup]:
         groups = []
@@ -250,6 +264,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def override_loss_scale(self, loss_scale: float) -> None:
         """Use a scale chosen by the caller from now on."""
         self.external_loss_scale = loss_scale
+        self.reducer.forget_losses()
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss` times the loss scale (the same tensor when the scale is 1)."""
@@ -278,8 +293,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             )
         self.reducer.reduce_left_over()
         for group in self.groups:
-            if group.shard_axis.size == 1:
-                group.clear_unwritten()
+            group.clear_unwritten()
         with self._files_together("write its gradients"):
             self._finish_grad_files()
         norm = self._norm()
@@ -292,25 +306,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._step_groups(1.0 / self._combined_scale(norm, scale))
         self.loss_scaler.update_scale(False)
         self._end_step()
+        if self.loss_scale != scale:
+            self.reducer.forget_losses()
 
     def _norm(self) -> float:
         """2-norm of all gradients, still multiplied by the loss scale; equal on all ranks."""
-        sums: dict[Axis, torch.Tensor] = {}
-        for group in self.groups:
-            for part in group.parts:
-                square = group.square_of(part).to(self.device)
-                axis = group.shard_axis
-                sums[axis] = sums[axis] + square if axis in sums else square
-            for own in _copies_of_other_stages(group):
-                sums[group.shard_axis] = sums[group.shard_axis] - squared_norm(own).to(self.device)
-        total = 0.0
-        for axis, square in sums.items():
-            flat.all_reduce_(square, axis)
-            total += square.item()
-        if self.mesh.pipe.size > 1:
-            whole = torch.tensor(total, dtype=torch.float64, device=self.device)
-            flat.all_reduce_(whole, self.mesh.pipe)
-            total = whole.item()
+        total = square_of_groups(self.groups, self.mesh, self.device)
         return math.sqrt(total) if total >= 0 else total
 
     def _combined_scale(self, norm: float, scale: float) -> float:
@@ -322,6 +323,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _skip(self, scale: float) -> None:
         """Leave weights as they are; adapt the loss scale, or say which gradients are broken."""
+        self.reducer.forget_losses()
         if not self.precision.check_overflow:
             broken = self._non_finite_names()
             self._end_step()
@@ -456,16 +458,3 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.reducer.remove_hooks()
         if self.folder is not None:
             self.folder.close()
-
-
-def _copies_of_other_stages(group: ShardGroup) -> Iterator[torch.Tensor]:
-    """This rank's gradients of weights that an earlier stage of the pipeline counts, too."""
-    for segment in group.layout.segments(group.shard_axis.rank):
-        if getattr(group.params[segment.param], "ds_pipe_replicated", False):
-            for part, _, start, length in group.runs(segment.shard_start, segment.length):
-                yield group.grad_of(part).narrow(0, start, length)
-
-
-def expert_group_name(param: torch.nn.Parameter) -> str | None:
-    """The expert-parallel group of a parameter, None for one that all data-parallel ranks share."""
-    return None if getattr(param, "allreduce", True) else getattr(param, "group_name", None)

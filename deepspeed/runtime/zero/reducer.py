@@ -119,6 +119,11 @@ class Reducer:
         self._held.clear()
         self._unreduced = False
 
+    def forget_losses(self) -> None:
+        """Make up for nothing that codes of gradients lost so far."""
+        for bucket in self._buckets:
+            bucket.forget_losses()
+
     def take(self, param: torch.nn.Parameter) -> None:
         """Take over `param.grad`, which was completed outside of a backward pass; reduced by `reduce_now`."""
         group, index = self.groups[param._index_in_param_group], param.param_idx_in_group

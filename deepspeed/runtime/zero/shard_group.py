@@ -40,6 +40,7 @@ class ShardPart:
         spilled: the file that holds master and states between steps; None for memory.
         spilled_grad: the file that holds the gradients until the step; None for memory.
         held_grad: flat gradients in memory, in the accumulation dtype; None until the first one arrives.
+        stale: `held_grad` is of an earlier step, memory that waits for the next gradients.
     """
 
     start: int
@@ -50,24 +51,25 @@ class ShardPart:
     spilled: SpilledStates | None = None
     spilled_grad: SpilledGrad | None = None
     held_grad: torch.Tensor | None = None
+    stale: bool = False
 
     @property
     def grad(self) -> torch.Tensor | None:
         """Flat gradients in the accumulation dtype (read from their file, if they have one); None if there are none."""
         if self.spilled_grad is None:
-            return self.held_grad
+            return None if self.stale else self.held_grad
         return self.spilled_grad.values() if self.spilled_grad.present else None
 
     @property
     def has_grad(self) -> bool:
         """Whether there are gradients; reads nothing."""
         if self.spilled_grad is None:
-            return self.held_grad is not None
+            return self.held_grad is not None and not self.stale
         return self.spilled_grad.present
 
     def forget_grad(self) -> None:
         """Give the gradients' memory back."""
-        self.held_grad = None
+        self.held_grad, self.stale = None, False
         if self.spilled_grad is not None:
             self.spilled_grad.forget()
 
@@ -224,10 +226,16 @@ class ShardGroup:
             return part.spilled_grad.square()
         return squared_norm(self.grad_of(part))
 
+    def renew_grads(self) -> None:
+        """The gradients are no longer those of an earlier step."""
+        for part in self.parts:
+            part.stale = False
+
     def _store(self, part: ShardPart, start: int, values: torch.Tensor, fresh: bool) -> None:
         if part.spilled_grad is not None:
             part.spilled_grad.store(start, values, fresh)
             return
+        part.stale = False
         target = self.grad_of(part).narrow(0, start, values.numel())
         if fresh:
             target.copy_(values)
@@ -248,7 +256,11 @@ class ShardGroup:
             self._store(part, start, values.narrow(0, offset, length), fresh)
 
     def clear_unwritten(self) -> None:
-        """Zero the gradients of parameters that took no part since the last step (shard axis of one rank)."""
+        """Zero the gradients of what took no part since the last step: of parameters, where this rank has all of them
+        whole, else of a shard that nothing was reduced into."""
+        if self.shard_axis.size > 1:
+            self._clear_stale()
+            return
         for index, written in enumerate(self._written):
             if not written:
                 for part, start, _, length in self._targets[index]:
@@ -257,11 +269,22 @@ class ShardGroup:
                     elif part.held_grad is not None:
                         part.held_grad.narrow(0, start, length).zero_()
                 self._written[index] = 1
+        self.renew_grads()
+
+    def _clear_stale(self) -> None:
+        for part in self.parts:
+            if part.spilled_grad is not None:
+                if part.length and not part.spilled_grad.present:
+                    part.spilled_grad.clear(0, part.length)
+            elif part.stale and part.held_grad is not None:
+                part.held_grad.zero_()
+        self.renew_grads()
 
     def forget_grads(self, release: bool) -> None:
         """Start a new accumulation; `release` gives the memory back."""
         self._written = bytearray(len(self.params))
         for part in self.parts:
+            part.stale = True
             if release or part.spilled_grad is not None:
                 part.forget_grad()
 

@@ -177,7 +177,7 @@ def held_bytes(engine):
         for part in group.parts:
             tensors += [
                 part.master,
-                part.grad,
+                part.held_grad,
                 part.low,
                 *engine.optimizer.state[part.master].values(),
             ]

@@ -33,7 +33,7 @@ def held_by(engine):
             found.append(param.data)
             found += [v for v in optimizer.state[param].values() if torch.is_tensor(v) and v.dim()]
     for shard_group in getattr(optimizer, "groups", ()):
-        found += [part.grad for part in shard_group.parts if part.grad is not None]
+        found += [part.held_grad for part in shard_group.parts if part.held_grad is not None]
     return tensor_bytes(found)
 
 

@@ -145,3 +145,41 @@ def test_a_slice_is_read_as_it_was_written(tmp_path):
     assert slice_.take().tolist() == [0, 1, 2, -1, -2, 5, 6, 7, 8, 9]
     assert SpilledSlice(folder, "b.swp", torch.empty(0)).take().numel() == 0
     folder.close()
+
+
+def test_an_edit_reaches_the_master_in_its_file(tmp_path):
+    for section in (zero(3, tmp_path), zero(3, tmp_path, "nvme", "nvme")):
+        engine = start(tmp_path, **section)
+        step(engine)
+        param = next(engine.module.parameters())
+        with deepspeed.zero.GatheredParameters(param, modifier_rank=0), torch.no_grad():
+            param.fill_(3.0)
+        assert (deepspeed.utils.safe_get_full_fp32_param(param) == 3.0).all()
+        step(engine)
+        engine.destroy()
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_adagrad_of_torch_goes_on_from_the_states_of_its_constructor(files, tmp_path, caplog):
+    net, plain = model(), model()
+    options = {"lr": 0.1, "initial_accumulator_value": 0.5}
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **(zero(2, tmp_path) if files else {"zero_optimization": {"stage": 2}}),
+    }
+    by_hand = torch.optim.Adagrad(plain.parameters(), **options)
+    with caplog.at_level("WARNING", "DeepSpeed"):
+        client = torch.optim.Adagrad(net.parameters(), **options)
+        engine, *_ = deepspeed.initialize(model=net, optimizer=client, config=config)
+    assert "has taken steps" not in caplog.text
+    for micro in range(3):
+        engine.backward(loss_of(engine, *batch(0, micro, 0, torch.float32)))
+        engine.step()
+        loss_of(plain, *batch(0, micro, 0, torch.float32)).backward()
+        by_hand.step()
+        by_hand.zero_grad()
+    got, want = ([p.detach() for p in m.parameters()] for m in (net, plain))
+    torch.testing.assert_close(got, want, rtol=0.0, atol=4e-7)  # as above
