@@ -142,13 +142,20 @@ def check_call(function: Any, arguments: Any) -> None:
     Raises:
         Refused: it is that.
     """
-    if (isinstance(function, type) and issubclass(function, (*_CONTAINERS, bytearray))) or (
-        function is _bytearray
-    ):
-        for item in arguments if isinstance(arguments, tuple) else ():
-            if item is not None and not isinstance(item, _GIVEN):
-                raise Refused(f"a {function.__name__} of a {type(item).__name__}")
+    if not any(function is kind for kind in _FILLED):
+        return
+    for item in arguments if isinstance(arguments, tuple) else ():
+        if item is not None and not isinstance(item, _GIVEN):
+            raise Refused(f"a {function.__name__} of a {type(item).__name__}")
 
 
-_CONTAINERS = (list, tuple, set, frozenset, dict, collections.deque)
-_GIVEN = (*_CONTAINERS, str, bytes, bytearray, int, float, type)
+_PLAIN = (list, tuple, set, frozenset, dict, collections.deque)
+_FILLED = (
+    *_PLAIN,
+    collections.Counter,
+    collections.OrderedDict,
+    collections.defaultdict,
+    torch.Size,
+    _bytearray,
+)
+_GIVEN = (*_PLAIN, str, bytes, bytearray, int, float, type)

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import pytest
@@ -364,6 +364,18 @@ def test_a_class_loads_after_it_was_declared_safe(
         load_file(path)
     add_safe_classes(Note)
     assert load_file(path)["note"].text == "x"
+
+
+class Pair(NamedTuple):
+    one: torch.Tensor
+    two: int
+
+
+def test_a_safe_class_may_hold_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_trusted", {})
+    path = saved(tmp_path / "file.pt", Pair(torch.ones(2), 3))
+    add_safe_classes(Pair)
+    assert load_file(path).one.tolist() == [1, 1]
 
 
 def test_everything_loads_where_the_user_says_so(
