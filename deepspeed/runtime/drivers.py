@@ -191,7 +191,8 @@ class PlainDriver:
         norm = norm.to(params[0].device if params else "cpu")
         factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         for param in params:
-            param.grad.mul_(factor)
+            assert param.grad is not None
+            param.grad.mul_(factor.to(param.grad.device))
         return norm
 
     def zero_grad(self) -> None:

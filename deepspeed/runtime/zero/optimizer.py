@@ -92,7 +92,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Make the states that `torch.optim.Adagrad` makes in its constructor and expects ever after."""
         if not isinstance(self.optimizer, torch.optim.Adagrad):
             return
-        with self.in_memory():
+        with self._files_together("write its offloaded states"), self.in_memory():
             for group, part in self._parts():
                 options = self.optimizer.param_groups[group.param_group_index]
                 full = torch.full_like(part.master, options["initial_accumulator_value"])
