@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -114,8 +115,9 @@ def test_results_are_written_as_files_to_use(measured, capsys):
     assert (optimal["train_micro_batch_size_per_gpu"], optimal.get("autotuning")) == (2, None)
     assert "train_batch_size" not in optimal
     line = (results / "cmd_optimal.txt").read_text(encoding="utf-8")
+    packed = '"a b"' if os.name == "nt" else "'a b'"
     assert line.endswith(
-        f"-m deepspeed --num_gpus 2 -q train.py --x 'a b' "
+        f"-m deepspeed --num_gpus 2 -q train.py --x {packed} "
         f"--deepspeed={results / 'ds_config_optimal.json'} --batch 2\n"
     )
     summary = (results / "summary.txt").read_text(encoding="utf-8")
