@@ -6,8 +6,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from typing import Any
 
 from ..runtime.config import load_config
 from ..runtime.config_utils import is_auto
+from ..utils.command_line import as_typed
 from ..utils.errors import DeepSpeedConfigError, explain
 from ..utils.logging import logger
 from .config import get_autotuning_config
@@ -126,7 +125,7 @@ class ResourceManager:
             path = folder / "ds_config.json"
             path.write_text(json.dumps(config, indent=1), encoding="utf-8")
             command = self.command(path, changed)
-            (folder / "cmd.txt").write_text(_as_typed(command) + "\n", encoding="utf-8")
+            (folder / "cmd.txt").write_text(as_typed(command) + "\n", encoding="utf-8")
             with (
                 (folder / "stdout.log").open("wb") as out,
                 (folder / "stderr.log").open("wb") as err,
@@ -302,7 +301,7 @@ class Autotuner:
         config = {k: v for k, v in self.optimal.config.items() if k != "autotuning"}
         path = self.results_dir / "ds_config_optimal.json"
         path.write_text(json.dumps(config, indent=1), encoding="utf-8")
-        command = _as_typed(self._optimal_command()) + "\n"
+        command = as_typed(self._optimal_command()) + "\n"
         (self.results_dir / "cmd_optimal.txt").write_text(command, encoding="utf-8")
 
     def _optimal_command(self) -> list[str]:
@@ -315,8 +314,3 @@ class Autotuner:
         if self.optimal is None:
             return 1
         return subprocess.run(self._optimal_command()).returncode
-
-
-def _as_typed(words: Sequence[str]) -> str:
-    """A command line for this system's shell."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

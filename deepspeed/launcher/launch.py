@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -280,11 +279,6 @@ def speak_any_script() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-
-
-def show(command: Sequence[str]) -> str:
-    """Return a command as the user could type it."""
-    return subprocess.list2cmdline(command) if WINDOWS else shlex.join(command)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
+from deepspeed.utils.command_line import as_typed
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
@@ -33,7 +34,6 @@ from .constants import (
 )
 from .fleet import PATIENCE_S, Fleet
 from .hostfile import encode_world_info
-from .launch import show
 from .multinode_runner import (
     IMPIRunner,
     MPICHRunner,
@@ -218,7 +218,7 @@ def run_on_nodes(
     made = runner.get_cmd(environment, active)
     if isinstance(made, tuple):
         return _run_by_pdsh(args, made, hosts, signals)
-    logger.info("cmd = %s", show(made))
+    logger.info("cmd = %s", as_typed(made))
     return _run_by_backend(made, environment, signals)
 
 
@@ -238,8 +238,8 @@ def _run_by_ssh(
     commands = ssh.node_commands(args, encode_world_info(active), list(active), exports)
     fleet = Fleet(signals, tolerated=_tolerated(args, len(active)), mend=ssh.lost)
     for host, command, hello in commands:
-        logger.info("cmd on %s = %s %s", host, args.user_script, show(args.user_args))
-        logger.debug("by %s", show(command))
+        logger.info("cmd on %s = %s %s", host, args.user_script, as_typed(args.user_args))
+        logger.debug("by %s", as_typed(command))
         fleet.start(host, command, hello)
     return fleet.wait()
 
@@ -276,7 +276,7 @@ def _run_by_pdsh(
     command, kill, environment = made
     given = environment.get("PDSH_SSH_ARGS_APPEND", "")
     environment["PDSH_SSH_ARGS_APPEND"] = f"{given} {_KEEP_ALIVE}".strip()
-    logger.info("cmd = %s", show(command))
+    logger.info("cmd = %s", as_typed(command))
     family = Family()
     tolerated = _tolerated(args, len(hosts))
     try:

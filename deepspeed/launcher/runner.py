@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.utils import numa
+from deepspeed.utils.command_line import as_typed
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger, set_log_level_from_string
 
@@ -35,7 +36,7 @@ from .hostfile import (
     parse_inclusion_exclusion,
     parse_resource_filter,
 )
-from .launch import VISIBLE_DEVICES, show, speak_any_script, told_clearly
+from .launch import VISIBLE_DEVICES, speak_any_script, told_clearly
 from .nodes import run_on_nodes
 from .processes import POLL_S, WINDOWS, Family, Signals, exit_status
 
@@ -414,7 +415,7 @@ def run(args: argparse.Namespace) -> int:
             return run_on_nodes(args, active, signals)
         check_program(args.user_script, module=args.module, no_python=args.no_python)
         command = launch_command(args, active)
-        logger.info("cmd = %s", show(command))
+        logger.info("cmd = %s", as_typed(command))
         return _run(command, signals) if signals.received is None else 1
 
 

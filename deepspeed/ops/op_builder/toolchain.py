@@ -13,7 +13,6 @@ import importlib.util
 import json
 import locale
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 
 from deepspeed.ops.op_builder.compilers import Compiler, find_compilers, native_target
 from deepspeed.utils import env
+from deepspeed.utils.command_line import as_typed
 from deepspeed.utils.errors import DeepSpeedError, explain
 
 if TYPE_CHECKING:
@@ -299,8 +299,7 @@ def _ninja_file(plan: Plan) -> str:
 
 
 def _quoted(words: tuple[str, ...]) -> str:
-    line = subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
-    return line.replace("$", "$$")
+    return as_typed(words).replace("$", "$$")
 
 
 def _files_read(plan: Plan, folder: Path) -> list[Path]:
