@@ -15,7 +15,7 @@ Each has three ways: one process (a copy or nothing), a backend with the verb (N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -166,11 +166,7 @@ def all_gather_into(
     source, target = _host(shard), _host(out, copy=False)
     works = _send_to_all(_bytes(target), _bytes(source), axis)
 
-    def finish() -> None:
-        if target.device != out.device:
-            out.detach().copy_(target, non_blocking=True)
-
-    return _close(_Pending(works, finish, keep=(source, target)), async_op)
+    return _close(_Pending(works, _copy_back(out, target), keep=(source, target)), async_op)
 
 
 def _gather_in_hops(out: torch.Tensor, shard: torch.Tensor, node: Axis, nodes: Axis) -> Handle:
@@ -220,11 +216,17 @@ def exchange(out: torch.Tensor, parts: torch.Tensor, axis: Axis, async_op: bool 
     source, target = _host(parts), _host(out, copy=False)
     work = dist.all_to_all_single(_bytes(target), _bytes(source), group=axis.group, async_op=True)
 
+    return _close(_Pending([work], _copy_back(out, target), keep=(source, target)), async_op)
+
+
+def _copy_back(out: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+    """What is left to do once `target`, which stood for `out` on the host, has arrived."""
+
     def finish() -> None:
         if target.device != out.device:
             out.detach().copy_(target, non_blocking=True)
 
-    return _close(_Pending([work], finish, keep=(source, target)), async_op)
+    return finish
 
 
 def _send_to_all(target: torch.Tensor, source: torch.Tensor, axis: Axis) -> list[Any]:

@@ -115,6 +115,11 @@ class Mesh:
             return self.shard, self.replica
         return self.sequence_data, Axis.alone(self.world.ranks[self.world.rank])
 
+    @property
+    def model(self) -> Axis:
+        """The ranks that hold different parts of one model: a pipeline's stages, else the tensor-parallel ones."""
+        return self.pipe if self.pipe.size > 1 else self.tensor
+
     @staticmethod
     def single() -> Mesh:
         """Return the mesh of a job of one process."""

@@ -23,6 +23,7 @@ from .sharding import spill_folder
 from .zero.optimizer import ZeroOptimizer, expert_group_name
 from .zero.parameter_offload import DeepSpeedZeRoOffload
 from .zero.plan import Plan, TierKind
+from .zero.quantized_sum import LOCO_KEEP, LOCO_PERIOD
 
 # Elements of states that are in memory at once when they live in files, whatever larger sub_group_size says.
 LARGEST_FILE_PART = 32 * 1024 * 1024
@@ -174,7 +175,7 @@ def _error_feedback(zero: Any) -> tuple[float, int] | None:
     given = zero.zeropp_loco_param
     if given is None:
         return None
-    beta, period = given.get("err_beta", 0.8), given.get("reset_T", 1024)
+    beta, period = given.get("err_beta", LOCO_KEEP), given.get("reset_T", LOCO_PERIOD)
     known = set(given) <= {"err_beta", "reset_T"}
     if not (known and 0.0 <= beta < 1.0 and isinstance(period, int) and period >= 1):
         raise DeepSpeedConfigError(

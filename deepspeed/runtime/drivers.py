@@ -107,6 +107,7 @@ class PlainDriver:
         )
         self.reduce_dtype, self.scaler = reduce_dtype, scaler
         self.mesh = Mesh.single() if mesh is None else mesh
+        self._axes = self._model_axes()
         self.grad_norm: Any = None
         self._unreduced = False
 
@@ -136,7 +137,7 @@ class PlainDriver:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
             for found in self.scaler._found_inf_per_device(self.optimizer).values():
-                for axis in self._model_axes():
+                for axis in self._axes:
                     flat.all_reduce_(found, axis, "max")
         self._clip()
         applied = True
@@ -154,7 +155,7 @@ class PlainDriver:
         if self.clip_grad <= 0:
             return
         with_grad = [p for _, params in self.params for p in params if p.grad is not None]
-        if self._model_axes():
+        if self._axes:
             norm = self._clip_over_ranks(with_grad)
         else:
             norm = torch.nn.utils.clip_grad_norm_(with_grad, self.clip_grad)
@@ -175,8 +176,7 @@ class PlainDriver:
         """The axes whose ranks hold different parts of the model."""
         names = [spread_experts(p, self.mesh) for _, params in self.params for p in params]
         found = [self.mesh.expert[name] for name in dict.fromkeys(names) if name is not None]
-        model = self.mesh.pipe if self.mesh.pipe.size > 1 else self.mesh.tensor
-        return [*found, model] if model.size > 1 else found
+        return [*found, self.mesh.model] if self.mesh.model.size > 1 else found
 
     def _clip_over_ranks(self, params: list[torch.nn.Parameter]) -> torch.Tensor:
         # Averaged gradients are alike on the ranks that they were averaged over, so nothing is summed over those.

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from . import build
+from . import build, dataloader
 
 
 class DataControl:
@@ -71,12 +69,5 @@ class DataControl:
         if hasattr(sampler, "set_custom_curriculum_learning_schedule"):
             sampler.set_custom_curriculum_learning_schedule(schedule_func_dict)
 
-    @staticmethod
-    def is_map_style_dataset(obj: Any) -> bool:
-        """Whether samples can be asked for by number."""
-        return hasattr(obj, "__getitem__") and hasattr(obj, "__len__")
-
-    @staticmethod
-    def is_iterable_style_dataset(obj: Any) -> bool:
-        """Whether samples come one after another only."""
-        return isinstance(obj, torch.utils.data.IterableDataset)
+    is_map_style_dataset = staticmethod(dataloader.is_map_style_dataset)
+    is_iterable_style_dataset = staticmethod(dataloader.is_iterable_style_dataset)

@@ -77,12 +77,11 @@ def vocab_sequence_parallel_cross_entropy(
     loss = torch.nn.functional.cross_entropy(
         flat, target.flatten(), ignore_index=ignore_index, reduction="none"
     ).view(target.shape)
+    if gather_sequence_loss:
+        loss = _GatherSequence.apply(loss, sp_group)
+    if reduction != "mean":
+        return loss if reduction == "none" else loss.sum()
     counted = target.ne(ignore_index).to(loss.dtype)
     if gather_sequence_loss:
-        loss, counted = (
-            _GatherSequence.apply(loss, sp_group),
-            _GatherSequence.apply(counted, sp_group),
-        )
-    if reduction == "none":
-        return loss
-    return loss.sum() / counted.sum().clamp(min=1) if reduction == "mean" else loss.sum()
+        counted = _GatherSequence.apply(counted, sp_group)
+    return loss.sum() / counted.sum().clamp(min=1)

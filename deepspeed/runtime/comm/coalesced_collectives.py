@@ -10,7 +10,13 @@ import torch
 
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
-from deepspeed.runtime.zero.quantized_sum import ErrorFeedback, QuantizedSum, RowCodec
+from deepspeed.runtime.zero.quantized_sum import (
+    LOCO_KEEP,
+    LOCO_PERIOD,
+    ErrorFeedback,
+    QuantizedSum,
+    RowCodec,
+)
 from deepspeed.utils import groups as current
 from deepspeed.utils.errors import DeepSpeedCommError, explain
 
@@ -66,7 +72,7 @@ def all_to_all_loco_quant_reduce(
         loco_param: `err_beta` (default 0.8) and `reset_T` (default 1024).
     """
     options = dict(loco_param or {})
-    settings = (options.get("err_beta", 0.8), options.get("reset_T", 1024))
+    settings = (options.get("err_beta", LOCO_KEEP), options.get("reset_T", LOCO_PERIOD))
     axis, slices = _axis_of_groups(groups), []
     for param in params:
         if param.grad is None:

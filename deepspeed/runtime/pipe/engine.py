@@ -14,6 +14,7 @@ from torch import Tensor
 from deepspeed import comm as dist
 from deepspeed.runtime.dataloader import RepeatingLoader
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import move_to_device
 from deepspeed.utils.errors import explain
 
 from . import p2p, schedule
@@ -57,7 +58,6 @@ class PipelineEngine(DeepSpeedEngine):
         self.data_iterator: Iterator[Any] | None = None
         self.loss_model = module.loss_fn
         self._buffers: list[dict[str, Any]] = []
-        self._total_loss: Tensor | None = None
         self._losses: list[Tensor] = []
         self._outputs: list[Any] = []
         self._more_losses: OrderedDict[str, Tensor] = OrderedDict()
@@ -187,11 +187,11 @@ class PipelineEngine(DeepSpeedEngine):
 
     def is_first_stage(self) -> bool:
         """Whether this rank has the first layers."""
-        return self.grid.get_stage_id() == 0
+        return self.stage_id == 0
 
     def is_last_stage(self) -> bool:
         """Whether this rank has the last layers."""
-        return self.grid.get_stage_id() == self.grid.pipe_parallel_size - 1
+        return self.stage_id == self.num_stages - 1
 
     def get_pipeline_parallel_rank(self) -> int:
         """This rank's stage."""
@@ -254,7 +254,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     def _start(self, with_loss: bool = True) -> None:
         self._with_loss, self._with_outputs = with_loss, False
-        self._losses, self._outputs, self._total_loss = [], [], None
+        self._losses, self._outputs = [], []
         self._more_losses = OrderedDict()
         self.reset_activation_shape()
 
@@ -408,11 +408,10 @@ _RUNS: dict[type, Callable[[PipelineEngine, dict[str, Any]], None]] = {
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
+    """On the device; a list becomes a tuple, as what goes from layer to layer is."""
     if isinstance(value, (tuple, list)):
         return tuple(_to(item, device) for item in value)
-    return value
+    return move_to_device(value, device)
 
 
 def _wanting_grads(value: Any) -> Any:

@@ -142,7 +142,6 @@ class PipelineModule(nn.Module):
         self.parts = self._partition(partition_method)
         self._local_start, self._local_stop = self.parts[self.stage_id : self.stage_id + 2]
         self.forward_funcs: list[Any] = []
-        self.fwd_map: dict[str, int] = {}
         self.tied_modules = nn.ModuleDict()
         self.tied_weight_attrs: dict[str, list[str]] = {}
         self._build()
@@ -194,7 +193,6 @@ class PipelineModule(nn.Module):
                 self.forward_funcs.append(call)
             elif isinstance(layer, (LayerSpec, nn.Module)):
                 module = layer.build() if isinstance(layer, LayerSpec) else layer
-                self.fwd_map[name] = len(self.forward_funcs)
                 self.forward_funcs.append(module)
                 self.add_module(name, module)
             else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepspeed import comm as dist
-from deepspeed.sequence.layer import exchange, head_shares, shares
+from deepspeed.sequence.layer import exchange, head_shares
 from deepspeed.utils.errors import explain
 
 from . import parallel_state_sp
@@ -82,6 +82,7 @@ class UlyssesSPAttentionHF(torch.nn.Module):
             attn_head_count, self.world_size, kv_head_count * self.kv_copies
         )
         self._positions: tuple[Tensor, Tensor] | None = None
+        self._masks: dict[int | None, Tensor | None] = {}  # of these positions, by window
 
     def forward(
         self,
@@ -118,7 +119,7 @@ class UlyssesSPAttentionHF(torch.nn.Module):
         key, value = (self._whole(x, self.kv_parts, positions) for x in (key, value))
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = self._gather_positions(kwargs["position_ids"])
-        mask = self._mask(query, kwargs.get("position_ids"), kwargs.get("sliding_window"))
+        mask = self._mask_of(query, kwargs.get("position_ids"), kwargs.get("sliding_window"))
         own_groups = getattr(module, "num_key_value_groups", None)
         if own_groups is not None:
             module.num_key_value_groups = query.shape[_HEADS_IN] // key.shape[_HEADS_IN]
@@ -169,7 +170,18 @@ class UlyssesSPAttentionHF(torch.nn.Module):
             parts = [torch.empty_like(sent) for _ in range(self.world_size)]
             dist.all_gather(parts, sent, group=self.process_group)
             self._positions = (own, torch.cat(parts, -1))
+            self._masks.clear()
         return self._positions[1]
+
+    def _mask_of(
+        self, query: Tensor, positions: Tensor | None, window: int | None
+    ) -> Tensor | None:
+        """`_mask`, once for all layers that are given the same positions."""
+        if positions is None:
+            return self._mask(query, positions, window)
+        if window not in self._masks:
+            self._masks[window] = self._mask(query, positions, window)
+        return self._masks[window]
 
     def _mask(self, query: Tensor, positions: Tensor | None, window: int | None) -> Tensor | None:
         """What sdpa needs beside causality: other functions take windows and positions by themselves.
@@ -408,8 +420,8 @@ class UlyssesSPDataLoaderAdapter:
             if "shift_labels" not in batch:
                 ended = torch.nn.functional.pad(labels, (0, 1), value=_IGNORED_LABEL)
                 batch["shift_labels"] = ended[:, 1:]
-        begins = [0, *shares(length, self.sp_world_size)]
-        start, own = sum(begins[: self.sp_rank + 1]), begins[self.sp_rank + 1]
+        own = length // self.sp_world_size
+        start = self.sp_rank * own
         return {name: self._piece(value, length, start, own) for name, value in batch.items()}
 
     def _piece(self, value: Any, length: int, start: int, own: int) -> Any:

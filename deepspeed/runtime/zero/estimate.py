@@ -14,7 +14,7 @@ from typing import Any
 from deepspeed.utils.errors import DeepSpeedError, explain
 
 from .layout import Layout
-from .plan import Placement, Plan
+from .plan import WRITES_BEHIND, Placement, Plan
 
 DEVICE, HOST = "device", "host"
 
@@ -22,9 +22,8 @@ DEVICE, HOST = "device", "host"
 _PARTS_IN_MEMORY = 3
 # Of parameters in files: a layer's slices that are read, and those that are written.
 _SLICES_IN_MEMORY = 2
-# Of gradients in files: those of the part that is stepped, and of the next one; and pieces on their way there.
+# Of gradients in files: those of the part that is stepped, and of the next one.
 _GRADS_IN_MEMORY = 2
-_WRITES_BEHIND = 4
 
 
 class DeepSpeedMemoryError(DeepSpeedError, MemoryError):
@@ -304,7 +303,7 @@ def _grad_rows(model: ModelSize, plan: Plan, widths: Widths, run: Run, shard: in
             yield Row("gradients", tier, length * widths.grad, lasting)
             if tier not in (DEVICE, HOST):
                 newest = max(model.trainable, default=0) // run.world * widths.grad
-                yield Row("gradients to write", HOST, _WRITES_BEHIND * newest, lasting=False)
+                yield Row("gradients to write", HOST, WRITES_BEHIND * newest, lasting=False)
         if not lasting and run.accumulation > 1:
             width = max(widths.param, widths.grad)
             yield Row("unreduced gradients", DEVICE, total * width, lasting=False)

@@ -51,10 +51,9 @@ def whole_square(squares: Mapping[tuple[Axis, str | None], torch.Tensor], mesh: 
         if experts is not None:
             flat.all_reduce_(square, mesh.expert[experts])
         total, device = total + square.item(), square.device
-    model = mesh.pipe if mesh.pipe.size > 1 else mesh.tensor
-    if model.size > 1:
+    if mesh.model.size > 1:
         whole = torch.tensor(total, dtype=torch.float64, device=device)
-        flat.all_reduce_(whole, model)
+        flat.all_reduce_(whole, mesh.model)
         total = whole.item()
     return total
 
@@ -74,7 +73,10 @@ def square_of_groups(groups: Sequence[ShardGroup], mesh: Mesh, device: torch.dev
 
 def _counted_elsewhere(group: ShardGroup, mesh: Mesh) -> Iterator[torch.Tensor]:
     """This rank's gradients of weights that another rank counts, too."""
+    skipped = {at for at, param in enumerate(group.params) if counted_elsewhere(param, mesh)}
+    if not skipped:
+        return
     for segment in group.layout.segments(group.shard_axis.rank):
-        if counted_elsewhere(group.params[segment.param], mesh):
+        if segment.param in skipped:
             for part, _, start, length in group.runs(segment.shard_start, segment.length):
                 yield group.grad_of(part).narrow(0, start, length)

@@ -12,6 +12,8 @@ from enum import Enum
 
 # A collective above this size gains no bandwidth, but holds memory and starts later.
 _LARGEST_BUCKET_NUMEL = 32 * 1024 * 1024
+# Pieces of gradients that may be on their way to files at once: enough to keep a disk busy.
+WRITES_BEHIND = 4
 # Buckets whose reduction may be under way at once, where reduction overlaps with the backward pass.
 _BUCKETS_IN_FLIGHT = 2
 

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from deepspeed.comm import flat
+from deepspeed.comm.handles import _close, _Pending
 from deepspeed.comm.mesh import Axis
 from deepspeed.ops.group_quant import GroupScheme, dequantize, quantize
+
+# LoCo's settings where none are given: the share of an error that is kept, and the reductions after which it is forgotten.
+LOCO_KEEP, LOCO_PERIOD = 0.8, 1024
 
 # Values that share a scale: 4-bit codes have few steps, so groups are small; fp32 scales add 6 % of the codes' bytes.
 GROUP = 128
@@ -165,10 +169,8 @@ class QuantizedSum:
                 total = self._hop(total.to(full.dtype), nodes, self._feedback[1])()
             shard.detach().copy_(total.view(-1))
 
-        handle = _Handle(finish)
-        if not async_op:
-            handle.wait()
-        return handle
+        # the rest is done by whoever waits, in one order on all ranks
+        return _close(_Pending([], finish), async_op)
 
     def forget_losses(self) -> None:
         """Make up for nothing that was lost so far: later gradients are on another scale."""
@@ -196,15 +198,3 @@ class QuantizedSum:
             return total
 
         return finish
-
-
-class _Handle:
-    """What an asynchronous sum returns; the rest of its work is done by whoever waits, in one order on all ranks."""
-
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish: Callable[[], None] | None = finish
-
-    def wait(self) -> None:
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()

@@ -39,6 +39,7 @@ from .saved_weights import SavedWeights
 from .sharded_param import (
     ZeroParamStatus,
     finish_gather,
+    in_backward,
     is_its_slice,
     release,
     start_gather,
@@ -80,6 +81,7 @@ class Residency:
         self._modules: list[torch.nn.Module] = []
         self._number: dict[int, int] = {}
         self._params: list[list[torch.nn.Parameter]] = []
+        self._owns: list[bool] = []  # whether some are the module's very own, not of one below it
         self._stack: list[int] = []
         self._records = {True: Record(), False: Record()}
         self._record = self._records[False]
@@ -104,6 +106,7 @@ class Residency:
             is_leaf = getattr(module, "_z3_leaf", False)
             own = module.parameters(recurse=is_leaf)
             self._params[number] = [p for p in own if is_zero_param(p)]
+            self._owns[number] = any(is_zero_param(p) for p in module.parameters(recurse=False))
             for inner in module.modules() if is_leaf else [module]:
                 _watch_access(inner, self)
             self.forward_hooks += [
@@ -117,6 +120,7 @@ class Residency:
         if number == len(self._modules):
             self._modules.append(module)
             self._params.append([])
+            self._owns.append(False)
         return number
 
     def remove_hooks(self) -> None:
@@ -149,7 +153,7 @@ class Residency:
     # - hooks
 
     def _before(self, number: int, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._stack and not _in_backward():
+        if not self._stack and not in_backward():
             self._begin_pass()
         self._stack.append(number)
         params = self.needs(number)
@@ -161,8 +165,7 @@ class Residency:
         self._enter(number)
         if not torch.is_grad_enabled():
             return
-        own = {id(p) for p in module.parameters(recurse=False)}
-        if any(id(p) in own for p in params):
+        if self._owns[number]:
             self._saved.begin(len(self._stack), [p for p in params if id(p) not in self._staying])
         if not all(p.requires_grad for p in params):
             for tensor in tensors_in((args, kwargs)):
@@ -187,10 +190,10 @@ class Residency:
                     if params:
                         tensor.register_hook(partial(self._enter_backward, number))
         # A recomputation for the backward pass under way may be stopped early, in the middle of a module: no output.
-        recomputed = _in_backward() and (graph or (output is None and torch.is_grad_enabled()))
+        recomputed = in_backward() and (graph or (output is None and torch.is_grad_enabled()))
         if params and not recomputed:
             self._leave(number, params)
-        if not self._stack and not graph and not _in_backward():
+        if not self._stack and not graph and not in_backward():
             self._end_pass()
 
     def _enter_backward(self, number: int, grad: torch.Tensor) -> None:
@@ -337,10 +340,6 @@ def unregister_external(module: torch.nn.Module, param: torch.nn.Parameter) -> b
 def external_of(module: torch.nn.Module) -> Iterable[tuple[int, torch.nn.Parameter]]:
     """Parameters of other modules that `module` was seen to use, by their `ds_id`."""
     return module.__dict__.get("_external_params", {}).items()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _down_to_leaves(root: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -26,10 +26,10 @@ from deepspeed.ops.aio.queue import FileQueue
 from deepspeed.ops.norms import squared_norm
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
 
+from .plan import WRITES_BEHIND
+
 # Files are laid out so that every piece can go to the device without a copy.
 _ALIGNMENT = 4096
-# Gradients on their way into files, at most: enough to keep a disk busy.
-_WRITES_BEHIND = 4
 MASTER = "master"
 
 _in_use: set[Path] = set()
@@ -402,7 +402,7 @@ class SpilledGrad:
 
     def _write(self, start: int, values: torch.Tensor) -> None:
         writing = self.folder.writing
-        while len(writing) >= _WRITES_BEHIND:
+        while len(writing) >= WRITES_BEHIND:
             owner, ticket = writing.popleft()
             owner._finish(ticket)
         place = start * self.dtype.itemsize
