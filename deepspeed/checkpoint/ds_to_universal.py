@@ -31,6 +31,7 @@ from .constants import (
 )
 from .format import DATA_BEFORE_EXPERT, Model, Optim, Universal, Zero, universal_state_file
 from .merge_slices import MergeRules
+from .model_states import whole_frozen
 from .reader import Folder
 from .reshard import FP32, SavedState, from_inline, from_shards
 from .writer import plain, save_file
@@ -190,7 +191,7 @@ def _model_files(folder: Folder, parts: Sequence[_Part]) -> Iterator[tuple[str, 
         model[Model.PARAM_SHAPES] = _shapes_by_group(part)
         module = OrderedDict(model[Model.MODULE] or {})
         if part.saved.stage == 3:
-            module.update(_frozen(folder, model, part.saved.world, mp_rank))
+            module.update(whole_frozen(folder.load, model, part.saved.world, mp_rank))
             model[Model.FROZEN_PARAM_FRAGMENTS] = model[Model.FROZEN_PARAM_SHAPES] = None
         model[Model.MODULE] = module
         yield names.model_file(mp_rank), model
@@ -212,18 +213,6 @@ def _shapes_by_group(part: _Part) -> list[OrderedDict[str, torch.Size]]:
         if name not in known and pieces:
             groups[min(pieces[0].slot, len(groups) - 1)][name] = part.shapes[name]
     return groups
-
-
-def _frozen(
-    folder: Folder, model: Mapping[str, Any], world: int, mp_rank: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Frozen parameters of stage 3, whole."""
-    shapes = model.get(Model.FROZEN_PARAM_SHAPES) or {}
-    files = [names.zero3_model_file(rank, mp_rank) for rank in range(world if shapes else 0)]
-    fragments = [folder.load(file)[Model.FROZEN_PARAM_FRAGMENTS] for file in files]
-    for name, shape in shapes.items():
-        flat = torch.cat([held[name].reshape(-1) for held in fragments])
-        yield name, flat[: shape.numel()].view(shape)
 
 
 def _left_over(part: _Part) -> Iterator[tuple[str, Any]]:

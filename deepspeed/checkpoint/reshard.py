@@ -171,6 +171,7 @@ def from_shards(
                 sizes[name_there] = local[name]
                 if own and name_there != name:
                     kinds[slot].append(name_there)
+    numels = [layout.shard_numel for layout in layouts]
     inner = _inner_state(head)
     return SavedState(
         pieces=pieces,
@@ -179,10 +180,10 @@ def from_shards(
         stage=stage,
         world=world,
         has_masters=True,
-        open_shard=lambda rank: _shard_slots(
-            open_dict(rank), [layout.shard_numel for layout in layouts]
-        ),
+        open_shard=lambda rank: _shard_slots(open_dict(rank), numels),
         shapes=sizes,
+        # it was read already; only here, where `close` lets go of it
+        _shards=OrderedDict({near: _shard_slots(head, numels)}),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ class _Load:
                 return None
             self._check_version()
             return self._from_shards()
-        inline = self._inline()
+        inline = self._inline
         if inline is None:
             return None
         shapes = {name: shape_of(p) for p, name in self.engine.param_names.items()}
@@ -228,7 +229,9 @@ class _Load:
         rank = self.engine.mesh.sequence_data.rank
         return rank if self._shard_name(rank) is not None else 0
 
+    @cached_property
     def _inline(self) -> Mapping[str, Any] | None:
+        """The states of an optimizer that is not sharded."""
         mp_rank = mp_rank_of(self.engine)
         if found := self.folder.glob(f"expp_rank_*_mp_rank_{mp_rank:02d}_optim_states.pt"):
             ranks = max((axis.size for axis in self.engine.mesh.expert.values()), default=1)
@@ -310,19 +313,12 @@ class _Load:
                 weights[name] = values.to(dtype).view(saved_shape)
         if self.is_zero3:
             world = self.model[Model.DP_WORLD_SIZE] if self.universal else saved.world
-            for name, shape in (self.model.get(Model.FROZEN_PARAM_SHAPES) or {}).items():
-                weights[name] = self._frozen(name, shape, world)
+            mp_rank = mp_rank_of(self.engine)
+            weights.update(model_states.whole_frozen(self.folder.load, self.model, world, mp_rank))
         for alias, name in (self.model.get(Model.SHARED_PARAMS) or {}).items():
             if name in weights:  # frozen ones may have been left out
                 weights[alias] = weights[name]
         return weights
-
-    def _frozen(self, name: str, shape: torch.Size, world: int) -> torch.Tensor:
-        parts = []
-        for rank in range(world):
-            file = names.zero3_model_file(rank, mp_rank_of(self.engine))
-            parts.append(self.folder.load(file)[Model.FROZEN_PARAM_FRAGMENTS][name].flatten())
-        return torch.cat(parts)[: shape.numel()].view(shape)
 
     def _with_experts(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self.engine.has_moe_layers or Model.NUM_EXPERTS not in self.model:
@@ -370,7 +366,7 @@ class _Load:
         )
 
     def _plain_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        inline, own = self._inline(), optimizer_names(self.engine)
+        inline, own = self._inline, optimizer_names(self.engine)
         as_torch = inline is not None and Zero.INNER not in inline
         if as_torch and inline.get(Zero.WRAPPER_NAMES, own) == own:
             zero_state.load_in_place(optimizer, own_memory(inline))
@@ -432,6 +428,7 @@ class _Load:
     def close(self) -> None:
         """Let go of the files (Windows neither renames nor deletes mapped ones)."""
         self.model = {}
+        vars(self).pop("_inline", None)
         if self.saved is not None:
             self.saved.close()
 
