@@ -16,7 +16,7 @@ from typing import IO, TextIO
 from deepspeed.utils.logging import logger
 
 from .lifeline import BEAT, BEAT_S, INTERRUPT
-from .processes import POLL_S, Family, Signals, exit_status
+from .processes import POLL_S, Family, Signals, exit_status, wait_all
 
 # launch.py asks its ranks for 15 s before it forces them
 PATIENCE_S = 20.0
@@ -187,8 +187,5 @@ class Fleet:
     def _end_all(self, interrupted: bool) -> None:
         for member in self._members:
             member.let_go(interrupted)
-        deadline = time.monotonic() + PATIENCE_S
-        while any(member.process.poll() is None for member in self._members):
-            if time.monotonic() > deadline or self._signals.hurry:
-                break
-            time.sleep(POLL_S / 2)
+        processes = [member.process for member in self._members]
+        wait_all(processes, PATIENCE_S, lambda: self._signals.hurry)

@@ -43,7 +43,7 @@ from .multinode_runner import (
     PDSHRunner,
     SlurmRunner,
 )
-from .processes import POLL_S, WINDOWS, Family, Signals, exit_status
+from .processes import POLL_S, WINDOWS, Family, Signals, exit_status, wait_all
 
 RUNNERS: dict[str, type[MultiNodeRunner]] = {
     PDSH_LAUNCHER: PDSHRunner,
@@ -62,7 +62,6 @@ CARRIED_NAMES = frozenset({"DLTS_JOB_ID", "DLTS_NUM_WORKER", "AML_RUN_ID", "AZUR
 _ONLY_HERE = frozenset({"DS_ENV_FILE"})
 _AISC_OWN = frozenset({"NCCL_IB_HCA", "UCX_NET_DEVICES"})  # its scheduler sets them on each node
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_KEEP_ALIVE = "-o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=4"
 _PDSH_FAILURE = re.compile(r"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 
 
@@ -121,8 +120,8 @@ def read_env_file(path: Path) -> dict[str, str]:
     return found
 
 
-def choose_launcher(args: argparse.Namespace) -> str:
-    """Return the backend: the one asked for, else pdsh, else (where that is missing) ssh alone.
+def check_launcher(args: argparse.Namespace) -> str:
+    """Return the name of the backend that is asked for.
 
     Raises:
         NotImplementedError: there is no backend of that name.
@@ -132,6 +131,16 @@ def choose_launcher(args: argparse.Namespace) -> str:
         raise NotImplementedError(
             explain("unknown launcher", got=args.launcher, expected=", ".join(LAUNCHERS))
         )
+    return name
+
+
+def choose_launcher(args: argparse.Namespace) -> str:
+    """Return the backend: the one asked for, else pdsh, else (where that is missing) ssh alone.
+
+    Raises:
+        NotImplementedError: there is no backend of that name.
+    """
+    name = check_launcher(args)
     if name == PDSH_LAUNCHER and not args.launcher_chosen and shutil.which("pdsh") is None:
         logger.info("pdsh is not installed: nodes are reached through ssh alone")
         return SSH_LAUNCHER
@@ -275,7 +284,7 @@ def _run_by_pdsh(
     """Run pdsh; it waits for every node whatever happens to one, so we watch what it says."""
     command, kill, environment = made
     given = environment.get("PDSH_SSH_ARGS_APPEND", "")
-    environment["PDSH_SSH_ARGS_APPEND"] = f"{given} {_KEEP_ALIVE}".strip()
+    environment["PDSH_SSH_ARGS_APPEND"] = f"{given} {' '.join(ssh.KEEP_ALIVE)}".strip()
     logger.info("cmd = %s", as_typed(command))
     family = Family()
     tolerated = _tolerated(args, len(hosts))
@@ -289,8 +298,7 @@ def _run_by_pdsh(
         said.drain()
     finally:
         family.end(((signal.SIGTERM, 2.0),))
-    if signals.received is not None:
-        logger.error("ended by %s", signal.Signals(signals.received).name)
+    if _ended_by_signal(signals):
         return 1
     if said.failed is not None and said.count > tolerated:
         host, status = said.failed
@@ -311,10 +319,7 @@ def _end_nodes(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + PATIENCE_S
-    while pdsh.poll() is None and time.monotonic() < deadline and not signals.hurry:
-        time.sleep(POLL_S / 2)
-    if pdsh.poll() is None:
+    if not wait_all([pdsh], PATIENCE_S, lambda: signals.hurry):
         pdsh.terminate()
     if killer.poll() is None:
         killer.kill()
@@ -334,10 +339,15 @@ def _run_by_backend(
             _ask(child, signals)
     finally:
         family.end(((signal.SIGTERM, 2.0),))
-    if signals.received is not None:
-        logger.error("ended by %s", signal.Signals(signals.received).name)
-        return 1
-    return exit_status(child.returncode)
+    return 1 if _ended_by_signal(signals) else exit_status(child.returncode)
+
+
+def _ended_by_signal(signals: Signals) -> bool:
+    """Say whether a signal asked us to stop; the log hears which."""
+    if signals.received is None:
+        return False
+    logger.error("ended by %s", signal.Signals(signals.received).name)
+    return True
 
 
 def _ask(child: subprocess.Popen, signals: Signals) -> None:
@@ -346,8 +356,5 @@ def _ask(child: subprocess.Popen, signals: Signals) -> None:
         return
     for number, seconds in ((signals.received, 2.0), (signal.SIGTERM, PATIENCE_S)):
         child.send_signal(number or signal.SIGTERM)
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not signals.hurry:
-            if child.poll() is not None:
-                return
-            time.sleep(POLL_S / 2)
+        if wait_all([child], seconds, lambda: signals.hurry):
+            return

@@ -230,6 +230,24 @@ def _try(action: Callable[[], object]) -> None:
         pass
 
 
+def wait_all(
+    processes: Sequence[subprocess.Popen], seconds: float, hurry: Callable[[], bool]
+) -> bool:
+    """Wait until all have ended; say whether they have.
+
+    Args:
+        processes: what is waited for.
+        seconds: at most so long.
+        hurry: asked while waiting; true ends the wait.
+    """
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline or hurry():
+            return False
+        time.sleep(POLL_S / 2)
+    return True
+
+
 def terminate_process_tree(pid: int) -> None:
     """End a process and its descendants: asked first, by force after 30 seconds."""
     try:

@@ -37,7 +37,7 @@ from .hostfile import (
     parse_resource_filter,
 )
 from .launch import VISIBLE_DEVICES, speak_any_script, told_clearly
-from .nodes import run_on_nodes
+from .nodes import check_launcher, run_on_nodes
 from .processes import POLL_S, WINDOWS, Family, Signals, exit_status
 
 __all__ = [
@@ -151,13 +151,6 @@ def _search(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     return run_autotuning(args, active)
-
-
-def _check_launcher(args: argparse.Namespace) -> None:
-    if args.launcher.lower() not in LAUNCHERS:
-        raise NotImplementedError(
-            explain("unknown launcher", got=args.launcher, expected=", ".join(LAUNCHERS))
-        )
 
 
 def _torch_is_cpu_only() -> bool:
@@ -404,7 +397,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quiet:
         args.log_level = "error"
     set_log_level_from_string(args.log_level, logger)
-    _check_launcher(args)
+    check_launcher(args)
     if args.autotuning:
         return _search(args)
     with Signals() as signals:

@@ -29,7 +29,11 @@ from .lifeline import SILENCE_S
 from .processes import WINDOWS
 
 CONNECT_S = 10
-_ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4")
+# what makes a connection notice that there is none, or that it has ended
+KEEP_ALIVE = (
+    *("-o", f"ConnectTimeout={CONNECT_S}"),
+    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4"),
+)
 _HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]*")
 
 _LOADER = b"""
@@ -98,8 +102,8 @@ def ssh_words(port: int | None, extra: Sequence[str] = ()) -> list[str]:
         port: the port; None leaves it to ssh's configuration.
         extra: the user's own options, which win.
     """
-    words = ["ssh", "-T", *extra, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}"]
-    return [*words, *_ALIVE, *(["-p", str(port)] if port is not None else [])]
+    words = ["ssh", "-T", *extra, "-o", "BatchMode=yes", *KEEP_ALIVE]
+    return [*words, *(["-p", str(port)] if port is not None else [])]
 
 
 def mend(complaint: str) -> str:
