@@ -138,8 +138,8 @@ def load_model_with_checkpoint(model: nn.Module, files: list[Path], dtype: torch
     """
     prefix = getattr(model, "base_model_prefix", "")
     loaded: set[str] = set()
+    places = _places(model)
     for path in files:
-        places = _places(model)
         for name, value in read_tensors(path).items():
             place = next(
                 (
@@ -152,7 +152,7 @@ def load_model_with_checkpoint(model: nn.Module, files: list[Path], dtype: torch
             if place is not None:
                 _put(model, place, value, dtype)
                 loaded.add(place)
-    _restore_buffers(model, dtype)
+    _restore_buffers(model)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     missing = [name for name, value in model.named_parameters() if value.is_meta]
@@ -194,14 +194,15 @@ def _put(model: nn.Module, name: str, value: torch.Tensor, dtype: torch.dtype) -
         with torch.no_grad():
             old.copy_(value)
         return
-    value = value.to(dtype) if value.is_floating_point() else value
+    # a copy always: a view would keep all of the file's memory
+    value = value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
     if isinstance(old, nn.Parameter):
-        setattr(owner, last, nn.Parameter(value.clone(), requires_grad=old.requires_grad))
+        setattr(owner, last, nn.Parameter(value, requires_grad=old.requires_grad))
     else:
-        owner._buffers[last] = value.clone()
+        owner._buffers[last] = value
 
 
-def _restore_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+def _restore_buffers(model: nn.Module) -> None:
     """Compute buffers that no checkpoint holds (masks, rotary frequencies) as the constructors do."""
     lacking = [name for name, value in model.named_buffers() if value.is_meta]
     config = getattr(model, "config", None)

@@ -17,23 +17,23 @@ _PLACE = "_ds_decoder"  # a plain attribute of the model, not one of its submodu
 
 
 def inject(model: nn.Module, graphs: bool = False) -> Decoder | None:
-    """Give a model its decoder program; None, with a warning that says why, where it has none.
+    """Make a model's decoder program; None, with a warning that says why, where it has none.
+
+    The model itself gets no reference to it, so that it can be saved and copied as before.
 
     Args:
         model: a model of transformers in its final dtype and place.
         graphs: capture the step on the accelerator.
     """
     try:
-        decoder = Decoder(read_weights(model), graphs)
+        return Decoder(read_weights(model), graphs)
     except NotFused as why:
         logger.warning(f"no fused decoder for this model, it runs as it is: {why}")
         return None
-    model.__dict__[_PLACE] = decoder
-    return decoder
 
 
 def decoder_of(model: nn.Module) -> Decoder | None:
-    """The decoder program that `inject` gave to a model."""
+    """The decoder program that `replace_transformer_layer` gave to a model."""
     return model.__dict__.get(_PLACE)
 
 
@@ -67,7 +67,8 @@ def replace_transformer_layer(
             )
         )
     graphs = bool(getattr(config, "enable_cuda_graph", False))
-    if inject(model, graphs) is None:
+    decoder = inject(model, graphs)
+    if decoder is None:
         raise NotImplementedError(
             explain(
                 "this model has no fused program",
@@ -75,6 +76,7 @@ def replace_transformer_layer(
                 expected=f"one of {', '.join(FAMILIES)}, with the usual settings",
             )
         )
+    model.__dict__[_PLACE] = decoder
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
@@ -249,6 +250,19 @@ def test_a_packed_model_is_saved_as_it_was(kind, dtype, tmp_path):
     for name, value in plain.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)
     packed.load_state_dict(build(kind).to(dtype).state_dict())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_model_with_a_decoder_is_pickled_without_it(kind, tmp_path):
+    engine = deepspeed.init_inference(
+        build(kind), dtype=torch.float32, replace_with_kernel_inject=True
+    )
+    assert engine.decoder is not None
+    torch.save(engine.module, tmp_path / "model.pt")
+    found = torch.load(tmp_path / "model.pt", weights_only=False)
+    ids, _ = prompts(False)
+    for again in (found, pickle.loads(pickle.dumps(engine.module)), copy.deepcopy(engine.module)):
+        assert torch.equal(again(ids).logits, engine.module(ids).logits)
 
 
 def test_injection_can_be_taken_back():
