@@ -39,42 +39,68 @@ class Field(NamedTuple):
 
 
 _SIZE = Field("size", "u32", "sizeof of this struct, as the caller knows it")
-_HEAD = (
+_CALL = (
     _SIZE,
     Field("threads", "u32", "most threads to use, the calling one included"),
+)
+_HEAD = (
+    *_CALL,
     Field("numel", "i64", "elements of each buffer"),
 )
-_LOW = Field("low", "out", "also receives the new param, rounded to low_dtype; may be null")
+_PARAM = Field("param", "out", "updated in place")
+_MOMENTS = (
+    Field("exp_avg", "out", "first moment, updated in place"),
+    Field("exp_avg_sq", "out", "second moment, updated in place"),
+)
+_GRAD_AND_LOW = (
+    Field("grad", "in", "gradient"),
+    Field("low", "out", "also receives the new param, rounded to low_dtype; may be null"),
+)
 _DTYPES = (
     Field("param_dtype", "i32", "ds_dtype of param"),
     Field("state_dtype", "i32", "ds_dtype of the moments"),
     Field("grad_dtype", "i32", "ds_dtype of grad"),
     Field("low_dtype", "i32", "ds_dtype of low"),
 )
+_STEP = Field("step", "i64", "number of this step, from 1")
+_LR = Field("lr", "f64", "learning rate")
+_BETAS = (
+    Field("beta1", "f64", "decay rate of the first moment"),
+    Field("beta2", "f64", "decay rate of the second moment"),
+)
 _SCALE = Field("grad_scale", "f64", "the gradient used is grad * grad_scale")
+_GROUPS = (
+    Field("groups", "i64", "groups, of a column each"),
+    Field("group_size", "i64", "values of a group"),
+    Field("columns", "i64", "groups side by side; 1: the values of a group are neighbours"),
+)
+_FLOAT = (
+    Field("exponent", "i32", "bits of the exponent"),
+    Field("mantissa", "i32", "bits of the mantissa"),
+)
+_STOCHASTIC = Field("stochastic", "i32", "1: round at random")
+_SEED = Field("seed", "i64", "of the random bits")
+_RESERVED = Field("reserved", "i32", "0")
 
 STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
     "ds_adam_args": (
         "Adam and AdamW.",
         (
             *_HEAD,
-            Field("param", "out", "updated in place"),
-            Field("exp_avg", "out", "first moment, updated in place"),
-            Field("exp_avg_sq", "out", "second moment, updated in place"),
-            Field("grad", "in", "gradient"),
-            _LOW,
+            _PARAM,
+            *_MOMENTS,
+            *_GRAD_AND_LOW,
             *_DTYPES,
             Field(
                 "decoupled", "i32", "1: AdamW's decay of the param; 0: decay added to the gradient"
             ),
             Field("bias_correction", "i32", "1: divide the moments by 1 - beta^step"),
             Field("stochastic", "i32", "1: bf16 buffers are rounded at random; param is bf16"),
-            Field("reserved", "i32", "0"),
-            Field("seed", "i64", "of the random bits"),
-            Field("step", "i64", "number of this step, from 1"),
-            Field("lr", "f64", "learning rate"),
-            Field("beta1", "f64", "decay rate of the first moment"),
-            Field("beta2", "f64", "decay rate of the second moment"),
+            _RESERVED,
+            _SEED,
+            _STEP,
+            _LR,
+            *_BETAS,
             Field("eps", "f64", "added to the root of the second moment"),
             Field("decay", "f64", "weight decay"),
             _SCALE,
@@ -84,12 +110,11 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
         "Adagrad.",
         (
             *_HEAD,
-            Field("param", "out", "updated in place"),
+            _PARAM,
             Field("exp_avg_sq", "out", "sum of squared gradients, updated in place"),
-            Field("grad", "in", "gradient"),
-            _LOW,
+            *_GRAD_AND_LOW,
             *_DTYPES,
-            Field("lr", "f64", "learning rate"),
+            _LR,
             Field("eps", "f64", "added to the root of the sum"),
             Field("decay", "f64", "weight decay, added to the gradient"),
             _SCALE,
@@ -99,12 +124,11 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
         "Lion.",
         (
             *_HEAD,
-            Field("param", "out", "updated in place"),
+            _PARAM,
             Field("exp_avg", "out", "momentum, updated in place"),
-            Field("grad", "in", "gradient"),
-            _LOW,
+            *_GRAD_AND_LOW,
             *_DTYPES,
-            Field("lr", "f64", "learning rate"),
+            _LR,
             Field("beta1", "f64", "weight of the momentum in the direction"),
             Field("beta2", "f64", "decay rate of the momentum"),
             Field("decay", "f64", "weight decay of the param (decoupled)"),
@@ -115,14 +139,13 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
         "SGD, with momentum or without.",
         (
             *_HEAD,
-            Field("param", "out", "updated in place"),
+            _PARAM,
             Field("exp_avg", "out", "momentum, updated in place; null without momentum"),
-            Field("grad", "in", "gradient"),
-            _LOW,
+            *_GRAD_AND_LOW,
             *_DTYPES,
             Field("nesterov", "i32", "1: Nesterov's momentum"),
             Field("first", "i32", "1: the momentum holds nothing yet and becomes the gradient"),
-            Field("lr", "f64", "learning rate"),
+            _LR,
             Field("momentum", "f64", "decay rate of the momentum"),
             Field("dampening", "f64", "the momentum takes in 1 - dampening of the gradient"),
             Field("decay", "f64", "weight decay, added to the gradient"),
@@ -133,21 +156,18 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
         "LAMB on one tensor.",
         (
             *_HEAD,
-            Field("param", "out", "updated in place"),
-            Field("exp_avg", "out", "first moment, updated in place"),
-            Field("exp_avg_sq", "out", "second moment, updated in place"),
-            Field("grad", "in", "gradient"),
-            _LOW,
+            _PARAM,
+            *_MOMENTS,
+            *_GRAD_AND_LOW,
             Field("ratio", "out", "one float: the ratio of the norms of param and update"),
             *_DTYPES,
             Field("eps_inside", "i32", "1: eps is added before the root is taken"),
             Field(
                 "bias_correction", "i32", "1: scale the step by sqrt(1 - beta2^t) / (1 - beta1^t)"
             ),
-            Field("step", "i64", "number of this step, from 1"),
-            Field("lr", "f64", "learning rate"),
-            Field("beta1", "f64", "decay rate of the first moment"),
-            Field("beta2", "f64", "decay rate of the second moment"),
+            _STEP,
+            _LR,
+            *_BETAS,
             Field("eps", "f64", "added to the second moment or its root"),
             Field("decay", "f64", "weight decay, part of the update"),
             Field("least", "f64", "least ratio"),
@@ -168,8 +188,7 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
     "ds_pieces_args": (
         "Many buffers and one flat one.",
         (
-            _SIZE,
-            Field("threads", "u32", "most threads to use, the calling one included"),
+            *_CALL,
             Field("pieces", "i64", "how many buffers"),
             Field(
                 "table",
@@ -185,11 +204,8 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
     "ds_quantize_args": (
         "Groups of values to whole numbers of few bits.",
         (
-            _SIZE,
-            Field("threads", "u32", "most threads to use, the calling one included"),
-            Field("groups", "i64", "groups, of a column each"),
-            Field("group_size", "i64", "values of a group"),
-            Field("columns", "i64", "groups side by side; 1: the values of a group are neighbours"),
+            *_CALL,
+            *_GROUPS,
             Field(
                 "x", "in", "values; with null codes updated in place to what the codes stand for"
             ),
@@ -200,19 +216,16 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
             Field("bits", "i32", "8, 6 or 4; without codes 1 to 16"),
             Field("asym", "i32", "1: with an offset"),
             Field("weights", "i32", "1: the form of weights"),
-            Field("stochastic", "i32", "1: round at random"),
-            Field("reserved", "i32", "0"),
-            Field("seed", "i64", "of the random bits"),
+            _STOCHASTIC,
+            _RESERVED,
+            _SEED,
         ),
     ),
     "ds_dequantize_args": (
         "The way back.",
         (
-            _SIZE,
-            Field("threads", "u32", "most threads to use, the calling one included"),
-            Field("groups", "i64", "groups, of a column each"),
-            Field("group_size", "i64", "values of a group"),
-            Field("columns", "i64", "groups side by side; 1: the values of a group are neighbours"),
+            *_CALL,
+            *_GROUPS,
             Field("codes", "in", "the codes, packed"),
             Field("scale", "in", "see ds_quantize"),
             Field("least", "in", "see ds_quantize; or null"),
@@ -222,30 +235,27 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
             Field("bits", "i32", "8, 6 or 4"),
             Field("asym", "i32", "1: with an offset"),
             Field("weights", "i32", "1: the form of weights"),
-            Field("reserved", "i32", "0"),
+            _RESERVED,
         ),
     ),
     "ds_fp_quantize_args": (
         "Groups of values to small floats.",
         (
-            _SIZE,
-            Field("threads", "u32", "most threads to use, the calling one included"),
+            *_CALL,
             Field("groups", "i64", "groups"),
             Field("group_size", "i64", "values of a group, a multiple of 4"),
             Field("x", "in", "values"),
             Field("out", "out", "packed groups, each with its scale"),
             Field("x_dtype", "i32", "ds_dtype of x"),
-            Field("exponent", "i32", "bits of the exponent"),
-            Field("mantissa", "i32", "bits of the mantissa"),
-            Field("stochastic", "i32", "1: round at random"),
-            Field("seed", "i64", "of the random bits"),
+            *_FLOAT,
+            _STOCHASTIC,
+            _SEED,
         ),
     ),
     "ds_fp_dequantize_args": (
         "The way back.",
         (
-            _SIZE,
-            Field("threads", "u32", "most threads to use, the calling one included"),
+            *_CALL,
             Field("groups", "i64", "groups to write"),
             Field("group_size", "i64", "values of a group, a multiple of 4"),
             Field("packed", "in", "packed groups"),
@@ -254,9 +264,8 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
             Field("row_groups", "i64", "groups of a row"),
             Field("there", "i64", "packed groups"),
             Field("out_dtype", "i32", "ds_dtype of out"),
-            Field("exponent", "i32", "bits of the exponent"),
-            Field("mantissa", "i32", "bits of the mantissa"),
-            Field("reserved", "i32", "0"),
+            *_FLOAT,
+            _RESERVED,
         ),
     ),
     "ds_norm_args": (
@@ -266,7 +275,7 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
             Field("x", "in", "the elements"),
             Field("out", "out", "one double: the sum"),
             Field("x_dtype", "i32", "ds_dtype of x"),
-            Field("reserved", "i32", "0"),
+            _RESERVED,
         ),
     ),
     "ds_io_open_args": (
@@ -280,7 +289,7 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
             Field("single_submit", "i32", "1: tell the system of each transfer by itself"),
             Field("overlap_events", "i32", "1: replace each finished transfer at once"),
             Field("direct", "i32", "1: bypass the page cache where possible"),
-            Field("reserved", "i32", "0"),
+            _RESERVED,
             Field("queue", "out", "the queue is written here"),
         ),
     ),
@@ -297,7 +306,7 @@ STRUCTS: dict[str, tuple[str, tuple[Field, ...]]] = {
             Field("memory", "out", "must stay until the request is over"),
             Field("ticket", "i64", "the number to wait by is written here"),
             Field("os_error", "i32", "the system's error is written here"),
-            Field("reserved", "i32", "0"),
+            _RESERVED,
         ),
     ),
     "ds_io_wait_args": (

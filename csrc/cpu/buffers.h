@@ -97,4 +97,11 @@ inline const float *as_floats(const Kernels *k, const char *data, int32_t dtype,
     return scratch;
 }
 
+// The sum of what a kernel of squares left in its lanes, always in the same order; the lanes are used up.
+inline double fold(double *lanes) {
+    for (int width = kNormLanes / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
 }  // namespace ds

@@ -17,25 +17,14 @@ struct Norm {
     int64_t numel;
     double *sums;  // one a chunk
 
-    static double fold(double *lanes) {
-        for (int width = kNormLanes / 2; width > 0; width /= 2)
-            for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-        return lanes[0];
-    }
-
     double tile(int64_t at, int64_t n) const {
         double lanes[kNormLanes];
         alignas(64) float wide[kTile];
-        const uint16_t *half = (const uint16_t *)x + at;
-        if (dtype == DS_F64) {
+        if (dtype == DS_F64)
             kernels->squares_f64((const double *)x + at, n, lanes);
-        } else if (dtype == DS_F32) {
-            kernels->squares((const float *)x + at, n, lanes);
-        } else {
-            (dtype == DS_BF16 ? kernels->from_bf16 : kernels->from_f16)(half, wide, n);
-            kernels->squares(wide, n, lanes);
-        }
-        return fold(lanes);
+        else
+            kernels->squares(ds::as_floats(kernels, x, dtype, at, n, wide), n, lanes);
+        return ds::fold(lanes);
     }
 
     static void chunk(void *context, int64_t index) {

@@ -220,12 +220,6 @@ struct Lamb {
     float size;    // lr, bias correction and ratio
     double *sums;  // two a chunk: squares of the param and of the update
 
-    static double fold(double *lanes) {
-        for (int width = kNormLanes / 2; width > 0; width /= 2)
-            for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-        return lanes[0];
-    }
-
     // A tile of each buffer as fp32, in place where it is that already.
     struct Tile {
         alignas(64) float p[kTile], m[kTile], v[kTile], g[kTile], update[kTile];
@@ -253,9 +247,9 @@ struct Lamb {
             const float *p = l.floats(l.args->param, l.args->param_dtype, at, n, t.p);
             l.update(t, p, at, n);
             l.kernels->squares(p, n, lanes);
-            ours += fold(lanes);
+            ours += ds::fold(lanes);
             l.kernels->squares(t.update, n, lanes);
-            its += fold(lanes);
+            its += ds::fold(lanes);
         }
         l.sums[2 * index] = ours;
         l.sums[2 * index + 1] = its;
