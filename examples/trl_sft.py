@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
 
 WORDS = [
@@ -47,29 +48,46 @@ def model(vocabulary: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="out/sft")
+def settings(description: str | None, out: str) -> dict[str, Any]:
+    """What the command line asks for, as a trainer's arguments.
+
+    Args:
+        description: what the program does.
+        out: its folder, unless the command line names one.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", default=out)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--stage", type=int, default=2)
     parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
     args = parser.parse_args()
-    arguments = SFTConfig(
-        output_dir=args.out,
-        per_device_train_batch_size=4,
-        max_steps=args.steps,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        deepspeed={
+    return {
+        "output_dir": args.out,
+        "per_device_train_batch_size": 4,
+        "max_steps": args.steps,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "deepspeed": {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "zero_optimization": {"stage": args.stage},
         },
-    )
+    }
+
+
+def report(trainer: Trainer) -> None:
+    """Say what trained, and how the loss went."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    engine = trainer.model_wrapped
+    print(f"{type(engine).__name__}, stage {engine.zero_optimization_stage()}")
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+
+
+def main() -> None:
+    arguments = SFTConfig(learning_rate=1e-2, **settings(__doc__, "out/sft"))
     words = tokenizer()
     texts = [" ".join((WORDS[i:] + WORDS[:i])[:8]) for i in range(len(WORDS))] * 4
     trainer = SFTTrainer(
@@ -79,10 +97,7 @@ def main() -> None:
         processing_class=words,
     )
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    engine = trainer.model_wrapped
-    print(f"{type(engine).__name__}, stage {engine.zero_optimization_stage()}")
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    report(trainer)
 
 
 if __name__ == "__main__":
