@@ -22,7 +22,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -305,13 +305,13 @@ class Publication:
     def finish(self, write: Callable[[], Sequence[Entry]]) -> Path:
         """Collectively: call `write` for this rank's entries (it may raise), vote, and publish; returns the folder."""
         with self._cleaned():
-            written = self.crew.together(lambda: [asdict(entry) for entry in write()])
+            written = self.crew.together(lambda: list(write()))
         self._lead(lambda: self.publish_alone(written))
         return self.final
 
-    def publish_alone(self, written: Sequence[Sequence[dict[str, Any]]]) -> None:
-        """Without the others: publish what all ranks have written, given as lists of entries' fields."""
-        entries = [Entry(**fields) for fields_of_rank in written for fields in fields_of_rank]
+    def publish_alone(self, written: Iterable[Iterable[Entry]]) -> None:
+        """Without the others: publish what all ranks have written."""
+        entries = [entry for of_rank in written for entry in of_rank]
         try:
             _publish(self.save_dir, self.tag, self.final, self.partial, entries, self.latest)
         finally:
@@ -330,14 +330,15 @@ class Publication:
         note = self.partial / f"{DONE_PREFIX}{self.crew.rank}"
         replace_file(note, json.dumps(fields).encode())
 
-    def noted(self, ranks: Sequence[int]) -> list[list[dict[str, Any]]] | None:
+    def noted(self, ranks: Sequence[int]) -> list[list[Entry]] | None:
         """What these ranks have noted, None while one has not."""
         found = []
         for rank in ranks:
             note = self.partial / f"{DONE_PREFIX}{rank}"
             if not note.exists():
                 return None
-            found.append(json.loads(note.read_text(encoding="utf-8")))
+            noted = json.loads(note.read_text(encoding="utf-8"))
+            found.append([Entry(**fields) for fields in noted])
         return found
 
     def _lead(self, action: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,7 +146,7 @@ class DecoupledCheckpointEngine(FastCheckpointEngine):
                     f"{publication.final} was not saved: a rank among {others} did not complete its files"
                 )
                 return
-            publication.publish_alone([[asdict(entry) for entry in own], *noted])
+            publication.publish_alone([own, *noted])
         except Exception as error:  # nobody is left to catch it
             logger.error(f"{publication.final} was not saved: {type(error).__name__}: {error}")
 
