@@ -24,10 +24,11 @@ import torch
 
 from ..utils.env import DS_TRUST_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
+from .archive import byte_view
 from .digest import CRC32, SHA256, of_file, text_of
 from .format import MANIFEST, PARTIAL_MARK
 from .harmless import Refused, check_call, harmless
-from .whole_file import WholeFile, byte_view, pays, read_whole
+from .whole_file import WholeFile, pays, read_whole
 
 _MAX_PICKLE = 1 << 30
 

@@ -21,6 +21,7 @@ import torch
 from ..ops.aio.buffers import aligned_tensor
 from ..ops.aio.queue import FileQueue
 from ..utils import env
+from .archive import byte_view
 from .digest import combine_all, crc32_of_address, threads
 
 _LEAST = 4 << 20
@@ -110,8 +111,3 @@ def read_whole(path: Path) -> WholeFile:
             sums.append((summed, piece.numel()))
         total = combine_all((summed.result(), length) for summed, length in sums)
     return WholeFile(memory.untyped_storage(), total)
-
-
-def byte_view(memory: torch.UntypedStorage) -> torch.Tensor:
-    """A storage as a flat tensor of bytes that shares its memory."""
-    return torch.empty(0, dtype=torch.uint8).set_(memory)
