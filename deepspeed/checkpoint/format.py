@@ -184,6 +184,12 @@ def old_expert_file(expert: int, mp_rank: int = 0) -> str:
     return f"expert_{expert}_mp_rank_{mp_rank:02d}_model_states.pt"
 
 
+def expert_of(file: str) -> int | None:
+    """The number over all ranks of the expert that a file holds, None for a file of something else."""
+    match = re.match(r"(?:layer_\d+_)?expert_(\d+)_", file)
+    return None if match is None else int(match[1])
+
+
 def expert_optim_file(expp_rank: int, mp_rank: int = 0) -> str:
     """Optimizer of a mixture-of-experts model without ZeRO."""
     return f"expp_rank_{expp_rank}_mp_rank_{mp_rank:02d}_optim_states.pt"

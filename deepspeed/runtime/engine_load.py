@@ -324,16 +324,28 @@ class _Load:
         if not self.engine.has_moe_layers or Model.NUM_EXPERTS not in self.model:
             return weights
         whole, own = OrderedDict(weights), set(self.engine.module.state_dict())
+        wanted = self._own_experts()
         mp_rank = mp_rank_of(self.engine)
         for pattern in (
             f"layer_*_expert_*_mp_rank_{mp_rank:02d}_*.pt",
             f"expert_*_mp_rank_{mp_rank:02d}_*.pt",
         ):
             for file in self.folder.glob(pattern):
+                if names.expert_of(file) not in wanted:
+                    continue
                 part = self.folder.load(file)
                 local = model_states.local_expert_state(part, first_expert(self.engine))
                 whole.update((name, value) for name, value in local.items() if name in own)
         return whole
+
+    def _own_experts(self) -> set[int]:
+        """Global numbers of the experts that this rank has in any layer."""
+        first, module = first_expert(self.engine), self.engine.module
+        return {
+            first(layer) + local
+            for layer in model_states.moe_prefixes(module)
+            for local in range(module.get_submodule(layer).num_local_experts)
+        }
 
     def masters_from_weights(self) -> None:
         """Make the optimizer's masters what the module's weights are."""

@@ -17,6 +17,9 @@ def test_file_names_are_those_of_the_format() -> None:
     assert format.optim_file(3, 2, bf16=True) == "bf16_zero_pp_rank_3_mp_rank_02_optim_states.pt"
     assert format.expert_file(4, 17) == "layer_4_expert_17_mp_rank_00_model_states.pt"
     assert format.old_expert_file(17) == "expert_17_mp_rank_00_model_states.pt"
+    assert format.expert_of(format.expert_file(4, 17)) == 17
+    assert format.expert_of(format.old_expert_file(17)) == 17
+    assert format.expert_of(format.expert_optim_file(0)) is None
     assert format.expert_optim_file(0) == "expp_rank_0_mp_rank_00_optim_states.pt"
 
 
