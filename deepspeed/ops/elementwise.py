@@ -124,10 +124,12 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
         state["step"] = 0
-        wide = self.fp32_optimizer_states and param.dtype != torch.float64
-        dtype = torch.float32 if wide else param.dtype
         for name in self.moments:
-            state[name] = _zeros_like(param, dtype)
+            state[name] = self._new_moment(param)
+
+    def _new_moment(self, param: Tensor) -> Tensor:
+        wide = self.fp32_optimizer_states and param.dtype != torch.float64
+        return _zeros_like(param, torch.float32 if wide else param.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's pickle holds the groups and the state only.

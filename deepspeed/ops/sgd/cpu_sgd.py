@@ -30,6 +30,8 @@ class DeepSpeedCPUSGD(ElementwiseOptimizer):
         AssertionError: at the step, when a param is not in the CPU's memory.
     """
 
+    moments = ("momentum_buffer",)
+
     def __init__(
         self,
         model_params: Iterable[Any],
@@ -56,12 +58,6 @@ class DeepSpeedCPUSGD(ElementwiseOptimizer):
         }
         super().__init__(model_params, defaults, fp32_optimizer_states)
 
-    @property
-    def moments(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Names of the moments: none where no group has momentum."""
-        some = any(group["momentum"] for group in self.param_groups)
-        return ("momentum_buffer",) if some else ()
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, also one of torch's SGD, which counts no steps."""
         super().load_state_dict(state_dict)
@@ -72,6 +68,9 @@ class DeepSpeedCPUSGD(ElementwiseOptimizer):
                     del self.state[param]
                     continue
             state.setdefault("step", 1)
+
+    def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        state["step"] = 0  # the buffer is made by the first step that needs it, whichever that is
 
     def _apply(
         self,
@@ -86,6 +85,9 @@ class DeepSpeedCPUSGD(ElementwiseOptimizer):
         if grad.is_sparse:
             raise RuntimeError("DeepSpeedCPUSGD takes no sparse gradients.")
         state["step"] += 1
+        first = state["step"] == 1
+        if group["momentum"] and "momentum_buffer" not in state:
+            state["momentum_buffer"], first = self._new_moment(param), True
         sgd_step(
             param.detach(),
             state.get("momentum_buffer"),
@@ -96,6 +98,6 @@ class DeepSpeedCPUSGD(ElementwiseOptimizer):
             group["dampening"],
             group["weight_decay"],
             group["nesterov"],
-            state["step"] == 1,
+            first,
             grad_scale,
         )

@@ -181,6 +181,29 @@ def test_sgd_is_that_of_torch(path, rule):
     )
 
 
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+@pytest.mark.parametrize("inside", [0.0, 0.9])
+def test_sgd_momentum_may_begin_and_pause_at_any_step(path, dampening, inside):
+    params = params_of(((1000,), (7, 5)))
+    others = twins(params)
+
+    def groups(of):
+        # beside a group that has momentum all along, or has none
+        return [{"params": of[:1]}, {"params": of[1:], "momentum": inside}]
+
+    ours = DeepSpeedCPUSGD(groups(params), lr=0.1, dampening=dampening)
+    theirs = torch.optim.SGD(groups(others), lr=0.1, dampening=dampening)
+    for momentum in (0.0, 0.0, 0.9, 0.9, 0.0, 0.9):
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["momentum"] = momentum
+        set_grads(params, others)
+        ours.step()
+        theirs.step()
+        # a few roundings a step
+        for a, b in zip(params, others, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_states_of_torch_sgd_are_understood():
     params = params_of(((40,),))
     others = twins(params)
