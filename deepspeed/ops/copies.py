@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepspeed.ops.abi import FORMATS
 from deepspeed.ops.packing import CAST_CODES, is_plain, shared_numel, threads
-from deepspeed.ops.registry import Op, Ulp
+from deepspeed.ops.registry import Op, Ulp, no_result
 from deepspeed.utils.errors import explain
 
 _CAST = FORMATS["ds_cast_args"]
@@ -90,15 +90,11 @@ def _unflatten_pack(flat: Tensor, outs: Sequence[Tensor]) -> tuple[bytes, None, 
     return _pack(flat, outs, True)
 
 
-def _nothing(*args: object) -> None:
-    """Fake of the ops that only write to their arguments."""
-
-
 # As torch casts: to nearest even; what is too large becomes infinite, and 448 in e4m3, which has no infinity.
 cast = Op(
     "cast(Tensor x, Tensor(a!) out) -> ()",
     reference=_cast_reference,
-    fake=_nothing,
+    fake=no_result,
     cpu="ds_cast",
     pack=_cast_pack,
     tolerance=Ulp(0),
@@ -107,7 +103,7 @@ cast = Op(
 flatten = Op(
     "flatten(Tensor(a!) out, Tensor[] tensors) -> ()",
     reference=_flatten_reference,
-    fake=_nothing,
+    fake=no_result,
     cpu="ds_pieces",
     pack=_flatten_pack,
     tolerance=Ulp(0),
@@ -116,7 +112,7 @@ flatten = Op(
 unflatten = Op(
     "unflatten(Tensor flat, Tensor(a!)[] outs) -> ()",
     reference=_unflatten_reference,
-    fake=_nothing,
+    fake=no_result,
     cpu="ds_pieces",
     pack=_unflatten_pack,
     tolerance=Ulp(0),

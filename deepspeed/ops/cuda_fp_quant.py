@@ -12,7 +12,7 @@ from torch import Tensor
 from deepspeed.ops import cuda, small_floats
 from deepspeed.ops.cuda_quant import _GRID
 from deepspeed.ops.packing import NARROW_CODES
-from deepspeed.ops.random_bits import draw_seed
+from deepspeed.ops.random_bits import draw_seed, rounding
 from deepspeed.ops.small_floats import FORMATS, FloatFormat, count_groups, packed_bytes
 from deepspeed.utils.errors import explain
 
@@ -37,15 +37,14 @@ def fp_quantize(
     code = NARROW_CODES.get(values.dtype)
     launch = cuda.find("fp_quantize", values) if code is not None else None
     if launch is None:
-        seed = draw_seed() if stochastic else small_floats.NEAREST
-        return small_floats.fp_quantize(values, group_size, *form, seed)
+        return small_floats.fp_quantize(values, group_size, *form, draw_seed(stochastic))
     values = values.contiguous()
     shape = (groups, packed_bytes(group_size, form))
     out = torch.empty(shape, dtype=torch.uint8, device=values.device)
     if groups:
         addresses = (values.data_ptr(), code, out.data_ptr())
-        seed = draw_seed() if stochastic else 0
-        launch(min(groups, _GRID), *addresses, groups, group_size, *form, stochastic, seed)
+        chance = rounding(draw_seed(stochastic))
+        launch(min(groups, _GRID), *addresses, groups, group_size, *form, *chance)
     return out
 
 

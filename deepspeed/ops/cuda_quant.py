@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from deepspeed.ops import cuda, group_codes
-from deepspeed.ops.group_codes import NEAREST, split, unit_of
+from deepspeed.ops.group_codes import split, unit_of
 from deepspeed.ops.packing import NARROW_CODES
-from deepspeed.ops.random_bits import draw_seed
+from deepspeed.ops.random_bits import draw_seed, rounding
 from deepspeed.utils.errors import explain
 
 _GRID = 1 << 16  # blocks; further groups are taken in further rounds
@@ -138,11 +138,11 @@ def fake_quantize(
     code = NARROW_CODES.get(values.dtype)
     if launch is not None and code is not None and values.is_contiguous():
         if values.numel():
-            seed = draw_seed() if stochastic else 0
             address = values.data_ptr()
-            launch(min(groups, _GRID), address, code, groups, size, bits, asym, stochastic, seed)
+            chance = rounding(draw_seed(stochastic))
+            launch(min(groups, _GRID), address, code, groups, size, bits, asym, *chance)
         return values
-    group_codes.fake_quantize(values, groups, bits, asym, draw_seed() if stochastic else NEAREST)
+    group_codes.fake_quantize(values, groups, bits, asym, draw_seed(stochastic))
     return values
 
 
@@ -230,7 +230,7 @@ def _quantize(
     values = values.contiguous()
     out = torch.empty(shape, dtype=torch.int8, device=values.device)
     params = torch.empty(groups, scheme.columns, dtype=torch.float32, device=values.device)
-    last = (stochastic, draw_seed() if stochastic else 0) if swizzle is None else swizzle
+    last = rounding(draw_seed(stochastic)) if swizzle is None else swizzle
     if values.numel():
         addresses = (values.data_ptr(), code, out.data_ptr(), params.data_ptr())
         sizes = (groups, size, scheme.bits, scheme.asym)
@@ -250,7 +250,7 @@ def _quantize_plainly(
     x = values
     if feedback is not None:
         x = values.float() + feedback.error.reshape(values.shape).float()
-    seed = draw_seed() if stochastic else NEAREST
+    seed = draw_seed(stochastic)
     q, params = group_codes.quantize_groups(x, groups, *scheme, seed)
     if feedback is not None:
         known = group_codes.dequantize_groups(q, params, groups, *scheme, torch.float32)

@@ -15,13 +15,11 @@ from torch import Tensor
 from deepspeed.ops import random_bits
 from deepspeed.ops.abi import FORMATS
 from deepspeed.ops.packing import NARROW_CODES, is_plain, threads
-from deepspeed.ops.registry import Op, Ulp
+from deepspeed.ops.registry import Op, Ulp, no_result
 from deepspeed.utils.errors import explain
 
 _QUANTIZE = FORMATS["ds_quantize_args"]
 _DEQUANTIZE = FORMATS["ds_dequantize_args"]
-
-NEAREST = -1
 
 
 def unit_of(bits: int) -> int:
@@ -73,7 +71,7 @@ def grid(x: Tensor, bits: int, asym: bool) -> tuple[Tensor, Tensor]:
 def round_to(x: Tensor, scale: Tensor, offset: Tensor, bits: int, seed: int) -> Tensor:
     """Return the rows' codes as floats."""
     exact = x * scale + offset
-    if seed == NEAREST:
+    if seed == random_bits.NEAREST:
         whole = exact.round()
     else:
         whole = (exact + random_bits.unit(seed, exact.shape, exact.device)).floor()
@@ -147,8 +145,9 @@ def _packed(
     seed: int,
 ) -> bytes:
     kind = (NARROW_CODES[dtype], bits, asym, False)
-    rounding = (seed != NEAREST, 0, 0 if seed == NEAREST else seed)
-    return _QUANTIZE.pack(_QUANTIZE.size, threads(), *sizes, 1, *addresses, *kind, *rounding)
+    stochastic, known = random_bits.rounding(seed)
+    numbers = (*sizes, 1, *addresses, *kind, stochastic, 0, known)
+    return _QUANTIZE.pack(_QUANTIZE.size, threads(), *numbers)
 
 
 def _dequantize_reference(
@@ -201,10 +200,6 @@ def _fake_quantize_pack(
     return _packed((groups, size), (x.data_ptr(), 0, 0, 0), x.dtype, bits, asym, seed), None
 
 
-def _nothing(*args: object) -> None:
-    """Fake of the op that only writes to its argument."""
-
-
 quantize_groups = Op(
     "quantize_groups(Tensor x, int groups, int bits, bool asym, int seed) -> (Tensor, Tensor)",
     reference=_quantize_reference,
@@ -227,7 +222,7 @@ dequantize_groups = Op(
 fake_quantize = Op(
     "fake_quantize(Tensor(a!) x, int groups, int bits, bool asym, int seed) -> ()",
     reference=_fake_quantize_reference,
-    fake=_nothing,
+    fake=no_result,
     cpu="ds_quantize",
     pack=_fake_quantize_pack,
     tolerance=Ulp(0),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.ops.abi import FORMATS
-from deepspeed.ops.packing import NARROW_CODES, shared_numel, threads
+from deepspeed.ops.packing import narrow_codes, shared_numel, threads
 from deepspeed.ops.registry import Op, Ulp
 
 _LAMB = FORMATS["ds_lamb_args"]
@@ -76,9 +76,8 @@ def _pack(
     if low is not None and low.numel() == 0:
         low = None
     numel = shared_numel("lamb_step", param, exp_avg, exp_avg_sq, grad, low)
-    dtypes = (param.dtype, exp_avg.dtype, grad.dtype, param.dtype if low is None else low.dtype)
-    served = all(dtype in NARROW_CODES for dtype in dtypes)
-    if numel < 0 or not served or exp_avg_sq.dtype is not exp_avg.dtype:
+    codes = narrow_codes(param, exp_avg, grad, low)
+    if numel < 0 or codes is None or exp_avg_sq.dtype is not exp_avg.dtype:
         return None
     ratio = torch.empty(1)
     return _LAMB.pack(
@@ -91,7 +90,7 @@ def _pack(
         grad.data_ptr(),
         0 if low is None else low.data_ptr(),
         ratio.data_ptr(),
-        *(NARROW_CODES[dtype] for dtype in dtypes),
+        *codes,
         eps_inside,
         bias_correction,
         step,

@@ -59,6 +59,21 @@ def shared_numel(op: str, first: Tensor, *others: Tensor | None) -> int:
     return numel if same and _is_dense(first) else -1
 
 
+def narrow_codes(
+    param: Tensor, state: Tensor, grad: Tensor, low: Tensor | None
+) -> tuple[int, int, int, int] | None:
+    """Return the dtype codes of an optimizer's four buffers, or None where the kernels lack one."""
+    try:
+        return (
+            NARROW_CODES[param.dtype],
+            NARROW_CODES[state.dtype],
+            NARROW_CODES[grad.dtype],
+            0 if low is None else NARROW_CODES[low.dtype],
+        )
+    except KeyError:
+        return None
+
+
 def is_aligned(tensor: Tensor) -> bool:
     """Say whether the elements start at multiples of their size, which memory that was given to torch need not do."""
     return tensor.data_ptr() % tensor.element_size() == 0

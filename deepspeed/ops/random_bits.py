@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NEAREST = -1  # in the place of a seed: to nearest even, not by chance
+
 _STEP = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
@@ -30,9 +32,18 @@ def unit(seed: int, shape: torch.Size, device: torch.device) -> Tensor:
     return ((high >> 8).float() * 2.0**-24).reshape(shape)
 
 
-def draw_seed() -> int:
-    """Draw a seed from torch's generator, so that manual_seed fixes stochastic rounding too."""
-    return int(torch.randint(1 << 62, (1,)).item())
+def draw_seed(stochastic: bool = True) -> int:
+    """Draw a seed from torch's generator, so that manual_seed fixes stochastic rounding too.
+
+    Args:
+        stochastic: False draws nothing and returns `NEAREST`.
+    """
+    return int(torch.randint(1 << 62, (1,)).item()) if stochastic else NEAREST
+
+
+def rounding(seed: int) -> tuple[bool, int]:
+    """Return what the kernels take for a seed: whether they round by chance, and the seed of it, else 0."""
+    return (True, seed) if seed != NEAREST else (False, 0)
 
 
 def to_bf16(values: Tensor, random: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ class Ulp(NamedTuple):
     ulps: int
 
 
+def no_result(*args: object) -> None:
+    """Fake of the ops that only write to their arguments."""
+
+
 class Route(NamedTuple):
     """How an op runs on the CPU: its name, "native" or "reference" or "broken", and why."""
 

@@ -14,18 +14,14 @@ from torch import Tensor
 
 from deepspeed.ops import random_bits
 from deepspeed.ops.abi import FORMATS
-from deepspeed.ops.packing import NARROW_CODES, shared_numel, threads
-from deepspeed.ops.registry import Op, Ulp
+from deepspeed.ops.packing import narrow_codes, shared_numel, threads
+from deepspeed.ops.registry import Op, Ulp, no_result
 from deepspeed.utils.errors import explain
 
 _ADAM = FORMATS["ds_adam_args"]
 _ADAGRAD = FORMATS["ds_adagrad_args"]
 _LION = FORMATS["ds_lion_args"]
 _SGD = FORMATS["ds_sgd_args"]
-
-
-def _nothing(*args: object) -> None:
-    """Fake of the ops that only write to their arguments."""
 
 
 def _work(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -270,7 +266,7 @@ def _pack_adam(
     seed: int | None = None,
 ) -> tuple[bytes, None] | None:
     numel = shared_numel("adam_step", param, exp_avg, exp_avg_sq, grad, low)
-    codes = _codes(param, exp_avg, grad, low)
+    codes = narrow_codes(param, exp_avg, grad, low)
     if numel < 0 or codes is None or exp_avg_sq.dtype is not exp_avg.dtype:
         return None
     return _ADAM.pack(
@@ -316,7 +312,7 @@ def _pack_adagrad(
     grad_scale: float,
 ) -> tuple[bytes, None] | None:
     numel = shared_numel("adagrad_step", param, exp_avg_sq, grad, low)
-    codes = _codes(param, exp_avg_sq, grad, low)
+    codes = narrow_codes(param, exp_avg_sq, grad, low)
     if numel < 0 or codes is None:
         return None
     return _ADAGRAD.pack(
@@ -347,7 +343,7 @@ def _pack_lion(
     grad_scale: float,
 ) -> tuple[bytes, None] | None:
     numel = shared_numel("lion_step", param, exp_avg, grad, low)
-    codes = _codes(param, exp_avg, grad, low)
+    codes = narrow_codes(param, exp_avg, grad, low)
     if numel < 0 or codes is None:
         return None
     return _LION.pack(
@@ -385,7 +381,7 @@ def _pack_sgd(
     elif momentum_buffer is None:
         return None  # the reference says what is wrong
     numel = shared_numel("sgd_step", param, momentum_buffer, grad, low)
-    codes = _codes(param, param if momentum_buffer is None else momentum_buffer, grad, low)
+    codes = narrow_codes(param, param if momentum_buffer is None else momentum_buffer, grad, low)
     if numel < 0 or codes is None:
         return None
     return _SGD.pack(
@@ -407,27 +403,12 @@ def _pack_sgd(
     ), None
 
 
-def _codes(
-    param: Tensor, state: Tensor, grad: Tensor, low: Tensor | None
-) -> tuple[int, int, int, int] | None:
-    """Return the dtype codes of the four buffers, or None where the kernels lack one."""
-    try:
-        return (
-            NARROW_CODES[param.dtype],
-            NARROW_CODES[state.dtype],
-            NARROW_CODES[grad.dtype],
-            0 if low is None else NARROW_CODES[low.dtype],
-        )
-    except KeyError:
-        return None
-
-
 adam_step = Op(
     "adam_step(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, "
     "Tensor(d!)? low, float lr, float beta1, float beta2, float eps, float decay, int step, "
     "bool decoupled, bool bias_correction, float grad_scale) -> ()",
     reference=_adam_reference,
-    fake=_nothing,
+    fake=no_result,
     cpu="ds_adam_step",
     cuda="deepspeed.ops.cuda_optim:adam_step",
     pack=_pack_adam,
@@ -438,7 +419,7 @@ adagrad_step = Op(
     "adagrad_step(Tensor(a!) param, Tensor(b!) exp_avg_sq, Tensor grad, Tensor(c!)? low, "
     "float lr, float eps, float decay, float grad_scale) -> ()",
     reference=_adagrad_reference,
-    fake=_nothing,
+    fake=no_result,
     cpu="ds_adagrad_step",
     cuda="deepspeed.ops.cuda_optim:adagrad_step",
     pack=_pack_adagrad,
@@ -449,7 +430,7 @@ lion_step = Op(
     "lion_step(Tensor(a!) param, Tensor(b!) exp_avg, Tensor grad, Tensor(c!)? low, float lr, "
     "float beta1, float beta2, float decay, float grad_scale) -> ()",
     reference=_lion_reference,
-    fake=_nothing,
+    fake=no_result,
     cpu="ds_lion_step",
     cuda="deepspeed.ops.cuda_optim:lion_step",
     pack=_pack_lion,
@@ -460,7 +441,7 @@ sgd_step = Op(
     "sgd_step(Tensor(a!) param, Tensor(b!)? momentum_buffer, Tensor grad, Tensor(c!)? low, float lr, "
     "float momentum, float dampening, float decay, bool nesterov, bool first, float grad_scale) -> ()",
     reference=_sgd_reference,
-    fake=_nothing,
+    fake=no_result,
     cpu="ds_sgd_step",
     pack=_pack_sgd,
     tolerance=Ulp(4),
@@ -472,7 +453,7 @@ random_adam_step = Op(
     "float lr, float beta1, float beta2, float eps, float decay, int step, "
     "bool decoupled, bool bias_correction, float grad_scale, int seed) -> ()",
     reference=_random_adam_reference,
-    fake=_nothing,
+    fake=no_result,
     cpu="ds_adam_step",
     pack=_pack_random_adam,
     tolerance=Ulp(4),

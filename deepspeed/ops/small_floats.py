@@ -22,8 +22,6 @@ from deepspeed.utils.errors import explain
 _QUANTIZE = ABI_FORMATS["ds_fp_quantize_args"]
 _DEQUANTIZE = ABI_FORMATS["ds_fp_dequantize_args"]
 
-NEAREST = -1
-
 
 class FloatFormat(NamedTuple):
     """A small float: bits of its exponent and of its mantissa."""
@@ -113,7 +111,7 @@ def _encode(y: Tensor, form: FloatFormat, seed: int) -> Tensor:
     exponent = torch.where(size > 0, exponent, exponent.new_tensor(form.least_exponent))
     exponent = exponent.clamp_min(form.least_exponent)
     steps = torch.ldexp(size, form.mantissa - exponent)  # in units of the last place
-    whole = steps.round() if seed == NEAREST else _round_by_chance(size, form, seed)
+    whole = steps.round() if seed == random_bits.NEAREST else _round_by_chance(size, form, seed)
     code = ((exponent - form.least_exponent) << form.mantissa) + whole.long()
     code = code.clamp_max((1 << (form.exponent + form.mantissa)) - 1)
     return code | y.signbit().long() << (form.exponent + form.mantissa)
@@ -155,7 +153,7 @@ def _quantize_pack(
     out = torch.empty((groups, packed_bytes(group_size, form)), dtype=torch.uint8)
     addresses = (x.data_ptr(), out.data_ptr())
     kind = (NARROW_CODES[x.dtype], exponent, mantissa)
-    rounding = (seed != NEAREST, 0 if seed == NEAREST else seed)
+    rounding = random_bits.rounding(seed)
     sizes = (groups, group_size)
     return _QUANTIZE.pack(_QUANTIZE.size, threads(), *sizes, *addresses, *kind, *rounding), out
 

@@ -3,18 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
+from deepspeed.utils.lazy import lazy_exports
 
-_TABLE = {"DeepSpeedCPUSGD": "cpu_sgd"}
-
-__all__ = ["DeepSpeedCPUSGD"]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _TABLE:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(importlib.import_module(f"{__name__}.{_TABLE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_exports(__name__, {".cpu_sgd": ["DeepSpeedCPUSGD"]})
