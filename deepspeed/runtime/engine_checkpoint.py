@@ -186,14 +186,16 @@ def _files_of_rank(
     if has_slices(engine):
         _refuse_packed(engine)
         engine.residency.release_all()
+    weights, writes = None, _writes_model(engine)
     if engine.has_moe_layers:
-        _add_experts(engine, files)
-    if _writes_model(engine):
-        model = _model_content(engine, exclude_frozen)
-        if engine.has_moe_layers:
-            _take_experts_out(engine, model)
+        weights = _add_experts(engine, files, exclude_frozen)
+    elif writes:
+        weights = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+    if writes:
+        model = _model_content(engine, weights, exclude_frozen)
         model.update(client_state)
-        model[Model.RANDOM_STATES] = random
+        if not has_slices(engine) or _shard_rank(engine) == 0:  # a load looks nowhere else
+            model[Model.RANDOM_STATES] = random
         by_rank = names.zero3_model_file(_shard_rank(engine), mp_rank)
         files[by_rank if has_slices(engine) else names.model_file(mp_rank)] = model
     if engine.pipeline_parallelism:
@@ -212,7 +214,9 @@ def _raw_config(engine: Any) -> Any:
     return getattr(engine._config, "_param_dict", None) or engine.config
 
 
-def _model_content(engine: Any, exclude_frozen: bool) -> dict[str, Any]:
+def _model_content(
+    engine: Any, weights: Mapping[str, Any] | None, exclude_frozen: bool
+) -> dict[str, Any]:
     module, sharded = engine.module, has_shards(engine)
     frozen = None
     if sharded and engine.plan.stage >= 2 and not exclude_frozen:
@@ -222,9 +226,9 @@ def _model_content(engine: Any, exclude_frozen: bool) -> dict[str, Any]:
     )
     warn_of_objects(scheduler, "the scheduler's state")
     content = {
-        Model.MODULE: engine.module_state_dict(exclude_frozen_parameters=exclude_frozen),
+        Model.MODULE: weights,
         Model.BUFFER_NAMES: model_states.buffer_names(module),
-        Model.OPTIMIZER: None if sharded else _inline_optimizer(engine),
+        Model.OPTIMIZER: None,
         Model.PARAM_SHAPES: zero_state.param_shapes(engine.optimizer) if sharded else None,
         Model.FROZEN_PARAM_SHAPES: frozen
         and OrderedDict((n, shape_of(p)) for n, p in frozen.items()),
@@ -248,6 +252,12 @@ def _model_content(engine: Any, exclude_frozen: bool) -> dict[str, Any]:
         Model.DS_CONFIG: plain(_raw_config(engine)),
         Model.DS_VERSION: version,
     }
+    if engine.has_moe_layers:
+        content[Model.NUM_EXPERTS] = list(engine.num_experts)
+        if not sharded:  # it has a file of its own
+            content.pop(Model.OPTIMIZER)
+    elif not sharded:
+        content[Model.OPTIMIZER] = _inline_optimizer(engine)
     if (scaler := getattr(engine.driver, "scaler", None)) is not None:
         content[GRAD_SCALER] = scaler.state_dict()
     return content
@@ -300,10 +310,12 @@ def optimizer_names(engine: Any) -> list[list[str]]:
     return [[engine.param_names[p] for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _add_experts(engine: Any, files: dict[str, dict[str, Any]]) -> None:
+def _add_experts(
+    engine: Any, files: dict[str, dict[str, Any]], exclude_frozen: bool
+) -> Mapping[str, Any]:
     """Give every expert of this rank its own file, and the optimizer too where it is not sharded.
 
-    Of the ranks with the same experts the first writes.
+    Of the ranks with the same experts the first writes. Returns the other weights.
     """
     if has_slices(engine) and any(axis.size > 1 for axis in engine.mesh.expert.values()):
         raise NotImplementedError(
@@ -314,8 +326,8 @@ def _add_experts(engine: Any, files: dict[str, dict[str, Any]]) -> None:
             )
         )
     mp_rank, prefixes = mp_rank_of(engine), model_states.moe_prefixes(engine.module)
-    state = engine.module_state_dict()
-    _, experts = model_states.split_experts(state, prefixes, first_expert(engine))
+    state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+    rest, experts = model_states.split_experts(state, prefixes, first_expert(engine))
     for (layer, expert), part in experts.items():
         if expert_data_axis(engine, prefixes[layer]).rank == 0:
             files[names.expert_file(layer, expert, mp_rank)] = part
@@ -324,15 +336,7 @@ def _add_experts(engine: Any, files: dict[str, dict[str, Any]]) -> None:
     if not has_shards(engine) and writes and engine.optimizer is not None:
         name = names.expert_optim_file(expert_rank(engine), mp_rank)
         files[name] = {Model.OPTIMIZER: _inline_optimizer(engine)}
-
-
-def _take_experts_out(engine: Any, model: dict[str, Any]) -> None:
-    prefixes = model_states.moe_prefixes(engine.module)
-    rest, _ = model_states.split_experts(model[Model.MODULE], prefixes, first_expert(engine))
-    model[Model.MODULE] = rest
-    model[Model.NUM_EXPERTS] = list(engine.num_experts)
-    if not has_shards(engine):
-        model.pop(Model.OPTIMIZER)
+    return rest
 
 
 def expert_rank(engine: Any) -> int:

@@ -34,10 +34,12 @@ class Mixture(torch.nn.Module):
         return x.float().square().mean() + 0.01 * (loss + other)
 
 
-def engine(stage: int, dtype: str, seed: int) -> Any:
+def engine(stage: int, dtype: str, seed: int, frozen: str | None = None) -> Any:
     torch.manual_seed(seed)
     deepspeed.init_distributed("gloo")
     model = Mixture()
+    for name, param in model.named_parameters():
+        param.requires_grad_(frozen is None or not name.endswith(frozen))
     groups = split_params_into_different_moe_groups_for_optimizer(
         {"params": list(model.parameters()), "name": "all"}
     )
@@ -94,6 +96,17 @@ def test_experts_are_saved_apart_and_resumed(stage: int, dtype: str, tmp_path: P
     second.load_checkpoint(tmp_path)
     assert same(state_of(second), at_save) == []
     assert train(second, 2) == train(first, 2)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_frozen_parts_of_experts_can_be_left_out(stage: int, tmp_path: Path) -> None:
+    made = engine(stage, "fp32", seed=0, frozen="deepspeed_experts.0.weight")
+    for tag, excluded in (("all", False), ("trained", True)):
+        made.save_checkpoint(tmp_path, tag=tag, exclude_frozen_parameters=excluded)
+    name = "layer_0_expert_0_mp_rank_00_model_states.pt"
+    base = "moe.deepspeed_moe.experts.deepspeed_experts.0."
+    assert set(load_file(tmp_path / "all" / name)) == {f"{base}weight", f"{base}bias"}
+    assert set(load_file(tmp_path / "trained" / name)) == {f"{base}bias"}
 
 
 def test_experts_are_numbered_over_all_ranks() -> None:
