@@ -248,7 +248,7 @@ def _load_by_torch(op: SourceOp, verbose: bool) -> Any:
     """Sources for nvcc: torch knows its flags. Its own lock outlives a killed builder, so ours stands before it."""
     from torch.utils import cpp_extension
 
-    entry = folder() / f"{op.name}-{_digest(op)}"
+    entry = folder() / f"{op.name}-{_digest([op, *toolchain.versions()])}"
     _make_folder(entry)
     with _one_builder(entry, op.name) as alone:
         if alone:

@@ -60,7 +60,12 @@ class Plan(NamedTuple):
 
     def settings(self) -> list[object]:
         """Return what the module depends on besides the content of files."""
-        return [self.compile, self.link, sys.version, torch.__version__]
+        return [self.compile, self.link, *versions()]
+
+
+def versions() -> list[str]:
+    """Return what every module is compiled against: this Python and this torch."""
+    return [sys.version, torch.__version__]
 
 
 def ninja() -> str:

@@ -97,6 +97,24 @@ def test_content_decides_whether_it_is_compiled_again(folder, monkeypatch):
     assert not list(made.glob("building-*"))
 
 
+def test_another_python_or_torch_compiles_a_cuda_op_again(folder, monkeypatch):
+    from torch.utils import cpp_extension
+
+    places = []
+    monkeypatch.setattr(
+        cpp_extension, "load", lambda build_directory, **_: places.append(build_directory)
+    )
+    op = source.SourceOp("twice", ("kernel.cu",))
+    for python, version in ((sys.version, "2.9"), (sys.version, "2.10"), ("3.99", "2.10")):
+        monkeypatch.setattr(sys, "version", python)
+        monkeypatch.setattr(torch, "__version__", version)
+        source.load(op)
+        source.load(op)
+    assert len(places) == 6
+    assert places[::2] == places[1::2]
+    assert len(set(places)) == 3
+
+
 def test_flags_and_include_paths_reach_the_compiler(folder, tmp_path):
     shutil.move(folder / "teil", tmp_path / "teil")
     flags = {"include_paths": [str(tmp_path)], "cxx_args": ["-O1", '-DUNUSED="a b$c"', ""]}
