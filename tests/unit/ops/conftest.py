@@ -26,6 +26,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     registry.use_isa("auto")
 
 
+@pytest.fixture(params=paths())
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on each path: every native one, and the reference."""
+    registry.use_isa(request.param)
+    yield request.param
+    registry.use_isa("auto")
+
+
 @pytest.fixture
 def fresh_loader(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forget the loaded library and every op's route, before the test and after it."""

@@ -9,13 +9,12 @@ import pickle
 import pytest
 import torch
 
-from deepspeed.ops import registry
 from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.ops.sgd import DeepSpeedCPUSGD
-from tests.unit.ops.conftest import paths
+from tests.unit.ops.params import params_of, set_grads, twins
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 ELEMENTWISE = [
@@ -27,28 +26,6 @@ ELEMENTWISE = [
     DeepSpeedCPUSGD,
 ]
 EVERY = [*ELEMENTWISE, FusedLamb]
-
-
-@pytest.fixture(params=paths())
-def path(request):
-    registry.use_isa(request.param)
-    yield request.param
-    registry.use_isa("auto")
-
-
-def params_of(shapes=((7, 5), (33,), ()), dtype=F32):
-    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-
-
-def twins(params):
-    return [torch.nn.Parameter(p.detach().clone()) for p in params]
-
-
-def set_grads(*lists):
-    for group in zip(*lists, strict=True):
-        grad = torch.randn(group[0].shape).to(group[0].dtype)
-        for param in group:
-            param.grad = grad.clone()
 
 
 def assert_like_torch(ours, theirs, path):
@@ -152,77 +129,6 @@ def test_lion_leaves_an_element_without_any_gradient_alone(path, ours):
     param.grad = torch.zeros(20)
     ours([param], lr=0.01).step()
     assert torch.equal(param, start)
-
-
-SGD = [
-    {},
-    {"weight_decay": 0.1},
-    {"momentum": 0.9},
-    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-    {"momentum": 0.5, "dampening": 0.3},
-]
-
-
-@pytest.mark.parametrize("rule", SGD)
-def test_sgd_is_that_of_torch(path, rule):
-    params = params_of(((1000,), (7, 5)))
-    others = twins(params)
-    ours = DeepSpeedCPUSGD(params, lr=0.1, **rule)
-    theirs = torch.optim.SGD(others, lr=0.1, **rule)
-    for _ in range(3):
-        set_grads(params, others)
-        ours.step()
-        theirs.step()
-    # a few roundings a step
-    for a, b in zip(params, others, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    assert all(
-        ("momentum_buffer" in state) == ("momentum" in rule) for state in ours.state.values()
-    )
-
-
-@pytest.mark.parametrize("dampening", [0.0, 0.5])
-@pytest.mark.parametrize("inside", [0.0, 0.9])
-def test_sgd_momentum_may_begin_and_pause_at_any_step(path, dampening, inside):
-    params = params_of(((1000,), (7, 5)))
-    others = twins(params)
-
-    def groups(of):
-        # beside a group that has momentum all along, or has none
-        return [{"params": of[:1]}, {"params": of[1:], "momentum": inside}]
-
-    ours = DeepSpeedCPUSGD(groups(params), lr=0.1, dampening=dampening)
-    theirs = torch.optim.SGD(groups(others), lr=0.1, dampening=dampening)
-    for momentum in (0.0, 0.0, 0.9, 0.9, 0.0, 0.9):
-        for optimizer in (ours, theirs):
-            optimizer.param_groups[0]["momentum"] = momentum
-        set_grads(params, others)
-        ours.step()
-        theirs.step()
-        # a few roundings a step
-        for a, b in zip(params, others, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-
-
-def test_states_of_torch_sgd_are_understood():
-    params = params_of(((40,),))
-    others = twins(params)
-    theirs = torch.optim.SGD(others, lr=0.1, momentum=0.9, dampening=0.5)
-    set_grads(params, others)
-    theirs.step()
-    ours = DeepSpeedCPUSGD(params, lr=0.1, momentum=0.9, dampening=0.5)
-    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
-    with torch.no_grad():
-        params[0].copy_(others[0])
-    ours.step()
-    theirs.step()
-    torch.testing.assert_close(params[0], others[0], rtol=1e-6, atol=1e-6)
-
-
-def test_sgd_refuses_nesterov_without_momentum():
-    for rule in ({}, {"momentum": 0.9, "dampening": 0.1}):
-        with pytest.raises(ValueError, match="Nesterov"):
-            DeepSpeedCPUSGD(params_of(), nesterov=True, **rule)
 
 
 @pytest.mark.parametrize("inside", [True, False])
