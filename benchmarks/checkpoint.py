@@ -110,7 +110,7 @@ def saves_and_loads(folder: Path, layers: int, rounds: int) -> list[tuple[str, .
 
     torch.set_num_threads(1)  # or copies wait for a thread that other work keeps from running
     engine = build(layers, decoupled=False)
-    contents = _files_of_rank(engine, {}, False)
+    contents = _files_of_rank(engine, {}, False, [])
     engine.save_checkpoint(folder / "size", tag="t")
     nbytes = sum(path.stat().st_size for path in (folder / "size").rglob("*.pt"))
     source = aligned_tensor(nbytes // PIECE * PIECE + PIECE, torch.uint8).random_(0, 256)[:nbytes]
