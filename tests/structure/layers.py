@@ -122,6 +122,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.precision_config": 1,
     "deepspeed.runtime.swap_tensor.aio_config": 1,
     "deepspeed.runtime.zenflow.zenflow_config": 1,
+    "deepspeed.runtime.zero.leaf_module_config": 1,
     "deepspeed.runtime.zero.offload_config": 1,
     "deepspeed.utils.config": 1,
     "deepspeed.inference.v2.config_v2": 1,

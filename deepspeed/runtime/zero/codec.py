@@ -136,6 +136,48 @@ class SliceCodec:
         return values.view(-1)[: self.numel].to(self.dtype)
 
 
+class CUDAQuantizer:
+    """Symmetric 8-bit quantization of whole tensors by the op `quantizer`, on any device, for callers that know it.
+
+    Attributes:
+        target_group_size: values that share a scale, at most.
+        quantizer_cuda_module: the op, loaded with the first object.
+    """
+
+    target_group_size = 8000
+    quantizer_cuda_module: Any = None
+
+    def __init__(self) -> None:
+        if CUDAQuantizer.quantizer_cuda_module is None:
+            from deepspeed.ops.op_builder import QuantizerBuilder
+
+            CUDAQuantizer.quantizer_cuda_module = QuantizerBuilder().load()
+
+    def quantize(
+        self, param: torch.Tensor, groups: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 codes in the shape of `param`, and the fp32 scales of `groups` groups.
+
+        Args:
+            param: floating values, taken as fp16.
+            groups: how many; None is the fewest equal ones of at most `target_group_size`.
+        """
+        if groups is None:
+            groups = max(1, -(-param.numel() // self.target_group_size))
+            while param.numel() % groups:
+                groups += 1
+        op = self.quantizer_cuda_module
+        codes, scale = op.quantize(param.to(torch.float16), groups, 8, op.Symmetric)
+        return codes, scale
+
+    def dequantize(
+        self, quantized_param: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float16
+    ) -> torch.Tensor:
+        """The values of what `quantize` gave."""
+        op = self.quantizer_cuda_module
+        return op.dequantize(quantized_param, scale, scale.numel(), 8, op.Symmetric).to(dtype)
+
+
 def initial_scheme(section: Mapping[str, Any] | None) -> GroupScheme | None:
     """What section `weight_quantization` says of all weights, if it does.
 

@@ -15,6 +15,7 @@ from ...utils.errors import explain
 from ...utils.logging import logger
 from ..config_errors import ConfigTypeError
 from ..config_utils import DeepSpeedConfigModel, deprecated, pp_int
+from .leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from .offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
@@ -23,12 +24,6 @@ from .offload_config import (
 )
 
 ZERO_OPTIMIZATION = "zero_optimization"
-
-DEFAULT_LEAF_MODULE_CLASSES = (
-    "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
-    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
-)
 
 
 class ZeroStageEnum(int, Enum):
@@ -44,25 +39,6 @@ class ZeroStageEnum(int, Enum):
     """The params as well."""
     max_stage = 3
     """The highest stage there is."""
-
-
-class DeepSpeedZeroLeafModuleConfig(DeepSpeedConfigModel):
-    """``leaf_module``: modules whose params ZeRO-3 fetches all at once."""
-
-    classes: list[str] = Field(
-        default_factory=lambda: list(DEFAULT_LEAF_MODULE_CLASSES),
-        description="Class names, bare or fully qualified; given ones replace the default list.",
-    )
-    names: list[str] = Field(default_factory=list, description="Full names of modules.")
-    name_suffixes: list[str] = Field(default_factory=list, description="Ends of module names.")
-
-    @field_validator("classes", "names", "name_suffixes", mode="before")
-    @classmethod
-    def _list_without_repeats(cls, value: Any) -> Any:
-        if value is None:
-            return []
-        texts = [value] if isinstance(value, str) else value
-        return list(dict.fromkeys(texts)) if isinstance(texts, (list, tuple)) else texts
 
 
 def _on_cpu(section: type[DeepSpeedConfigModel]) -> Any:

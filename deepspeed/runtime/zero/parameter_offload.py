@@ -15,8 +15,21 @@ from deepspeed.utils.errors import explain
 
 from .init_context import InitContext
 from .partition_parameters import GatheredParameters
-from .residency import Residency, ResidencyPolicy
+from .residency import Residency, ResidencyPolicy, WatchedParams
 from .utils import is_zero_param
+
+# The name that callers know.
+ZeROOrderedDict = WatchedParams
+
+
+def ensure_zero_ordered_dict(module: Any) -> None:
+    """Have reads of a module's parameters by attribute seen; `_original_parameters` keeps what it had at first."""
+    own = getattr(module, "_parameters", None)
+    if own is None or isinstance(own, ZeROOrderedDict):
+        return
+    if not hasattr(module, "_original_parameters"):
+        module._original_parameters = own
+    module._parameters = ZeROOrderedDict(module, own)
 
 
 class ParamCoordinator:

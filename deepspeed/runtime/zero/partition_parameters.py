@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.errors import explain
 
+from .codec import CUDAQuantizer
 from .gathered import GatheredParameters
 from .init_context import (
     DeepSpeedTensorOverride,
@@ -17,6 +19,7 @@ from .init_context import (
     restore_init_context,
     shutdown_init_context,
 )
+from .linear import zero3_linear_wrap
 from .residency import register_external, unregister_external
 from .sharded_param import (
     ZeroParamStatus,
@@ -26,20 +29,31 @@ from .sharded_param import (
 from .utils import is_zero_param
 
 __all__ = [
+    "CUDAQuantizer",
     "DeepSpeedTensorOverride",
     "GatheredParameters",
     "Init",
+    "InsertPostInitMethodToModuleSubClasses",
+    "MultipleAllGatherHandles",
     "ZeroParamStatus",
     "ZeroParamType",
     "free_param",
     "get_accelerator",
     "is_zero_param",
+    "partitioned_param_data_shape",
     "register_external_parameter",
     "restore_init_context",
     "shutdown_init_context",
     "unregister_external_parameter",
+    "zero3_linear_wrap",
     "zero_wrapper_for_fp_tensor_constructor",
 ]
+
+# The shape of a parameter of which only the slice is here.
+partitioned_param_data_shape = [0]
+
+# The name that callers know.
+InsertPostInitMethodToModuleSubClasses = InitContext
 
 # Other libraries compare these, and replace the wrapper below, before they enter `Init`.
 _orig_torch_tensor = torch.tensor
@@ -124,3 +138,19 @@ def unregister_external_parameter(module: torch.nn.Module, parameter: torch.nn.P
 def free_param(param: torch.nn.Parameter) -> None:
     """Go back to the slice of a gathered parameter."""
     release([param])
+
+
+class MultipleAllGatherHandles:
+    """Several gathers under way, as one handle.
+
+    Args:
+        handles: what asynchronous gathers returned.
+    """
+
+    def __init__(self, handles: Iterable[Any]) -> None:
+        self.handles = list(handles)
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Wait for all of them."""
+        for handle in self.handles:
+            handle.wait(handle_dependency=handle_dependency)

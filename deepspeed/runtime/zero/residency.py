@@ -24,7 +24,7 @@ next to nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -373,20 +373,33 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 class WatchedParams(dict):
-    """A module's `_parameters` that tells the residency of every read by attribute."""
+    """A module's `_parameters` that tells the residency, once it has one, of every read by attribute.
 
-    residency: Residency
+    Args:
+        parent_module: the module.
+        params: what it holds.
+    """
+
+    residency: Residency | None = None
+
+    def __init__(
+        self,
+        parent_module: torch.nn.Module,
+        params: Mapping[str, torch.nn.Parameter | None] | None = None,
+    ) -> None:
+        super().__init__(params or {})
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
         status = getattr(param, "ds_status", None)
-        if status is not None and status is not ZeroParamStatus.AVAILABLE:
+        missing = status is not None and status is not ZeroParamStatus.AVAILABLE
+        if missing and self.residency is not None:
             self.residency.access_kept_out(param)
         return param
 
 
 def _watch_access(module: torch.nn.Module, residency: Residency) -> None:
-    watched = WatchedParams(module._parameters)
+    watched = WatchedParams(module, module._parameters)
     watched.residency = residency
     module._parameters = watched
     module.ds_external_parameters = partial(external_of, module)
