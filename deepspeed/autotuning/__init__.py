@@ -4,5 +4,5 @@
 from ..utils.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__, {".autotuner": ["Autotuner", "ResourceManager"]}
+    __name__, {".autotuner": ["Autotuner"], ".scheduler": ["ResourceManager"]}
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ from .config import (
     ElasticityError,
     ElasticityIncompatibleWorldSize,
 )
+
+# The first release with elastic training.
+MINIMUM_DEEPSPEED_VERSION = "0.3.8"
 
 # Each has more divisors than any smaller number, so a batch of a base times one of them divides over
 # the most numbers of devices.
@@ -235,6 +239,22 @@ def _checked_config(ds_config: Mapping[str, Any]) -> ElasticityConfig:
     return config
 
 
+def _check_version(target: str) -> None:
+    """Refuse a release that knows nothing of elastic training."""
+    wanted, oldest = (
+        tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+        for version in (target, MINIMUM_DEEPSPEED_VERSION)
+    )
+    if wanted and wanted < oldest:
+        raise ElasticityError(
+            explain(
+                "that version of DeepSpeed has no elastic training",
+                got=target,
+                expected=f"at least {MINIMUM_DEEPSPEED_VERSION}",
+            )
+        )
+
+
 def compute_elastic_config(
     ds_config: Mapping[str, Any],
     target_deepspeed_version: str = "",
@@ -245,7 +265,7 @@ def compute_elastic_config(
 
     Args:
         ds_config: a whole configuration with an enabled section ``elasticity``.
-        target_deepspeed_version: version that will run the job; every one that reads this is able to.
+        target_deepspeed_version: version that will run the job; "" for the one that reads this.
         world_size: devices there are; 0 asks for the batch size and counts only (version 0.2 then
             reads WORLD_SIZE).
         return_microbatch: return the micro-batch size as well, also when ``world_size`` is 0.
@@ -256,9 +276,11 @@ def compute_elastic_config(
 
     Raises:
         ElasticityConfigError: the section is missing, disabled or not usable.
+        ElasticityError: the version that will run the job is older than elastic training.
         ElasticityIncompatibleWorldSize: ``world_size`` is not among the valid counts.
     """
     config = _checked_config(ds_config)
+    _check_version(target_deepspeed_version)
     micro: int | None
     if config.version == 0.1:
         batch, counts = compatible_by_device(

@@ -59,7 +59,10 @@ class MultiNodeRunner(ABC):
         self.resource_pool = dict(resource_pool or {})
         self.user_script = args.user_script
         self.user_arguments = self.parse_user_args()
-        self.exports: dict[str, str] = {}
+        self.variables: dict[str, str] = {}  # as they are
+        self.exports: dict[
+            str, str
+        ] = {}  # as words of a POSIX shell, for backends of other authors
         self.validate_args()
 
     @property
@@ -87,7 +90,8 @@ class MultiNodeRunner(ABC):
             raise ValueError(
                 explain("not a name of an environment variable", got=repr(key), expected="NAME")
             )
-        self.exports[key.strip()] = var.strip()
+        self.variables[key.strip()] = var.strip()
+        self.exports[key.strip()] = _double_quoted(var.strip())
 
     def parse_user_args(self) -> list[str]:
         """Return the script's arguments."""
@@ -154,7 +158,7 @@ class PDSHRunner(MultiNodeRunner):
         pdsh = ["pdsh", "-S", "-f", str(PDSH_MAX_FAN_OUT), "-w", ",".join(active_resources)]
         pdsh += self._launcher_words()
         remote = [f"source {_quoted(args.venv_script)};"] if args.venv_script else []
-        remote += [f"export {key}={_quoted(value)};" for key, value in self.exports.items()]
+        remote += [f"export {key}={_quoted(value)};" for key, value in self.variables.items()]
         remote += [f"cd {_quoted(os.getcwd())};", _quoted(sys.executable)]
         remote += ["-u", "-m", "deepspeed.launcher.launch"]
         flags = launch_words(args, self.world_info_base64, node_rank="%n", lifeline=0)
@@ -173,6 +177,13 @@ class PDSHRunner(MultiNodeRunner):
 def _quoted(word: str) -> str:
     """Quote a word for the remote shell, and its percent signs for pdsh (which fills in %n and %h)."""
     return shlex.quote(word).replace("%", "%%")
+
+
+def _double_quoted(value: str) -> str:
+    """A word that a POSIX shell reads as ``value``: in double quotes where it has to be."""
+    if shlex.quote(value) == value:
+        return value
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", value) + '"'
 
 
 class OpenMPIRunner(MultiNodeRunner):
@@ -199,7 +210,7 @@ class OpenMPIRunner(MultiNodeRunner):
         if "btl_tcp_if_include" not in extra:
             command += ["--mca", "btl_tcp_if_include", "eth0"]
         command += extra
-        for key, value in self.exports.items():
+        for key, value in self.variables.items():
             command += ["-x", f"{key}={value}"]
         return command + self._script_words()
 
@@ -218,7 +229,7 @@ class MPICHRunner(MultiNodeRunner):
     ) -> list[str]:
         args, each = self.args, self._slots_per_node()
         command = ["mpirun", "-n", str(self._total()), "-ppn", str(each), *self._launcher_words()]
-        for key, value in self.exports.items():
+        for key, value in self.variables.items():
             command += ["-genv", f"{key}={value}"]
         command += _genv(args, self._total(), each)
         command += ["-hosts", ",".join(self.resource_pool), sys.executable, "-u", _HELPER]
@@ -241,7 +252,7 @@ class IMPIRunner(MultiNodeRunner):
     ) -> list[str]:
         args, each = self.args, self._slots_per_node()
         command = ["mpirun", "-ppn", str(each), *self._launcher_words()]
-        for key, value in self.exports.items():
+        for key, value in self.variables.items():
             command += ["-genv", key, value]
         command += [*_genv(args, self._total(), each), "-genv", "I_MPI_PIN", "0"]
         if args.bind_cores_to_rank:
@@ -294,7 +305,7 @@ class SlurmRunner(MultiNodeRunner):
         # a comma would start another variable, a quote or backslash means something to srun: such
         # values go by srun's own environment, of which ALL is exported
         exports = ""
-        for key, value in self.exports.items():
+        for key, value in self.variables.items():
             if set(value) & set(",'\"\\\n"):
                 environment[key] = value
             else:
@@ -343,6 +354,6 @@ class MVAPICHRunner(MultiNodeRunner):
         Path(MVAPICH_TMP_HOSTFILE).write_text(hosts, encoding="utf-8")
         command = ["mpirun", "-np", str(self._total()), "-ppn", str(each)]
         command += ["--hostfile", MVAPICH_TMP_HOSTFILE, *self._launcher_words()]
-        for key, value in self.exports.items():
+        for key, value in self.variables.items():
             command += ["-env", f"{key}={value}"]
         return command + self._script_words()

@@ -12,7 +12,7 @@ import torch
 
 from deepspeed.comm.mesh import Axis
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
-from deepspeed.utils.logging import set_log_level_from_string
+from deepspeed.utils.logging import logger, set_log_level_from_string
 
 from .config_unbuilt import refuse_unbuilt
 from .drivers import Driver, NoDriver, PlainDriver, SlabDriver
@@ -49,7 +49,8 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
     """Refuse combinations of arguments that cannot work; the configured log level holds from here on.
 
     Raises:
-        AssertionError: ZeRO 1 or 2 without an optimizer; a scheduler object without an optimizer object.
+        AssertionError: ZeRO 1 or 2 without an optimizer; a scheduler object of torch's older base class without an
+            optimizer object.
         ValueError: nothing to train.
     """
     if config.log_level is not None:
@@ -64,16 +65,7 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
                 fix="add one, or set zero_optimization.stage to 0",
             )
         )
-    is_object = isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
-    if is_object and not isinstance(optimizer, torch.optim.Optimizer):
-        raise AssertionError(
-            explain(
-                "a scheduler object needs the optimizer object that it drives",
-                got=f"lr_scheduler={type(lr_scheduler).__name__}, optimizer={optimizer!r}",
-                expected="both as objects, or the scheduler as a callable",
-                fix="pass optimizer= as well, or lr_scheduler=lambda optimizer: ...",
-            )
-        )
+    _check_scheduler(optimizer, lr_scheduler)
     if has_optimizer and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             explain(
@@ -83,6 +75,23 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
                 fix="unfreeze some, or initialize without an optimizer for inference",
             )
         )
+
+
+def _check_scheduler(optimizer: Any, lr_scheduler: Any) -> None:
+    """Say so where a scheduler object cannot be driving the optimizer that will be trained with."""
+    is_object = isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+    if not is_object or isinstance(optimizer, torch.optim.Optimizer):
+        return
+    message = explain(
+        "a scheduler object changes the rates of the optimizer that it was made with, and that one is not trained with",
+        got=f"lr_scheduler={type(lr_scheduler).__name__}, optimizer={optimizer!r}",
+        expected="both as objects, or the scheduler as a callable",
+        fix="pass optimizer= as well, or lr_scheduler=lambda optimizer: ...",
+    )
+    # torch's own schedulers no longer derive from the older name, by which this combination was refused
+    if isinstance(lr_scheduler, torch.optim.lr_scheduler._LRScheduler):
+        raise AssertionError(message)
+    logger.warning(message)
 
 
 # - mesh, precision, plan

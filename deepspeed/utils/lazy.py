@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +14,9 @@ def lazy_exports(
     package: str, table: Mapping[str, Iterable[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Make ``__getattr__``, ``__dir__`` and ``__all__`` for a package's ``__init__``.
+
+    A name that the table lacks may be that of a module in the package, which is then imported: programs write
+    ``deepspeed.runtime.lr_schedules`` after ``import deepspeed`` alone.
 
     Args:
         package: the package's ``__name__``.
@@ -34,6 +38,8 @@ def lazy_exports(
                 home[name] = (module, name)
 
     def get(name: str) -> Any:
+        if name not in home and _is_module(package, name):
+            return importlib.import_module(f"{package}.{name}")
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, attribute = home[name]
@@ -46,3 +52,9 @@ def lazy_exports(
         return sorted({*vars(sys.modules[package]), *home})
 
     return get, listing, sorted(home)
+
+
+def _is_module(package: str, name: str) -> bool:
+    if name.startswith("__") or not hasattr(sys.modules[package], "__path__"):
+        return False
+    return importlib.util.find_spec(f"{package}.{name}") is not None

@@ -23,7 +23,7 @@ BUDGET = {
     "deepspeed/git_version_info.py": 30,
     "deepspeed/env_report.py": 420,  # ten sections, each as text and as JSON, none able to break the rest
     # more than the design named: the communication logger, debug names, the stand-alone converter's readers, leaf modules
-    "deepspeed/utils": 2920,
+    "deepspeed/utils": 3000,
     "deepspeed/accelerator -deepspeed/accelerator/*product*": 800,
     # 16-bit products through fp32: the design counted on torch's own
     "deepspeed/accelerator/*product*": 800,
@@ -37,7 +37,7 @@ BUDGET = {
     "deepspeed/runtime/engine_checkpoint.py deepspeed/runtime/engine_load.py "
     "deepspeed/runtime/engine_weights.py": 850,
     # requests are refused here, in words: more than half of it is messages
-    "deepspeed/runtime/build.py deepspeed/runtime/build_mesh.py deepspeed/runtime/optimizers.py": 560,
+    "deepspeed/runtime/build.py deepspeed/runtime/build_mesh.py deepspeed/runtime/optimizers.py": 640,
     # configurations and model files of several kinds, and the words of the report
     "deepspeed/runtime/memory_plan.py": 265,
     "deepspeed/runtime/clock.py deepspeed/runtime/observers.py": 360,

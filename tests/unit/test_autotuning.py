@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from deepspeed.autotuning import Autotuner, ResourceManager
-from deepspeed.autotuning import autotuner as door
+from deepspeed.autotuning import Autotuner, ResourceManager, scheduler
 from deepspeed.autotuning.config import DeepSpeedAutotuningConfig
 from deepspeed.autotuning.probe import TuningProbe
+from deepspeed.autotuning.utils import get_val_by_key, set_val_by_key
 from deepspeed.launcher.runner import parse_args
 from deepspeed.utils.errors import DeepSpeedConfigError
 
@@ -34,7 +34,7 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     table, ran = {}, []
 
-    def run(self, experiment, changed, overwrite=True):
+    def run(self, experiment, overwrite=True):
         ran.append(experiment.name)
         if experiment.name in table:
             speed = table[experiment.name]
@@ -135,13 +135,13 @@ def test_results_are_written_as_files_to_use(measured, capsys):
     ],
 )
 def test_the_configuration_is_found_among_the_arguments(words, found):
-    assert door.find_config_word(words) == found
+    assert scheduler.find_config_word(words) == found
 
 
 @pytest.mark.parametrize("words", [[], ["--deepspeed"], ["--deepspeed", "--x"]])
 def test_a_script_without_a_configuration_is_refused(words):
     with pytest.raises(DeepSpeedConfigError, match="--deepspeed_config FILE"):
-        door.find_config_word(words)
+        scheduler.find_config_word(words)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,17 @@ def test_what_is_not_there_is_refused_by_name(tmp_path, monkeypatch, section):
     ],
 )
 def test_experiments_do_not_search_themselves(flags, kept):
-    assert door._without_autotuning(flags) == kept
+    assert scheduler._without_autotuning(flags) == kept
+
+
+def test_flags_follow_keys_wherever_they_stand(tmp_path):
+    config = {"optimizer": {"type": "Adam", "params": {"lr": 1}}, "bf16": {"enabled": True}}
+    flags = {" lr ": "-l", "optimizer.type": "optim", "bf16.enabled": "--half", "absent": "--x"}
+    runs = ResourceManager(None, ["a", "b"], 4, tmp_path, tmp_path, flags)
+    assert runs.changed_flags(config) == {"-l": "1", "--optim": "Adam", "--half": "True"}
+    set_val_by_key(config, "lr", 2)
+    assert get_val_by_key(config, "lr") == 2
+    assert get_val_by_key(config, "absent") is None
 
 
 def engine_of(steps):

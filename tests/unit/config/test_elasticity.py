@@ -248,3 +248,10 @@ def test_command_fails_with_one_line_of_error(tmp_path, capsys, text):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("ds_elastic: ")
     assert main(["-c", str(tmp_path / "missing.json")]) == 1
+
+
+@pytest.mark.parametrize("version", ["0.2", "0.3.7"])
+def test_releases_before_elastic_training_are_refused(version):
+    with pytest.raises(ElasticityError, match="no elastic training"):
+        compute_elastic_config({"elasticity": SECTION}, version)
+    assert compute_elastic_config({"elasticity": SECTION}, "0.3.8+abc")[0] == 9792

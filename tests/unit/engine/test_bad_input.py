@@ -96,11 +96,20 @@ def test_a_device_optimizer_over_offloaded_states():
         start(net, config=config, optimizer=torch.optim.AdamW(net.parameters()))
 
 
-def test_a_scheduler_object_without_its_optimizer():
+def test_a_scheduler_object_without_its_optimizer(monkeypatch):
+    class Older(torch.optim.lr_scheduler._LRScheduler):
+        def get_lr(self):
+            return self.base_lrs
+
     net = model()
-    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(net.parameters(), lr=1), 1)
+    other = torch.optim.SGD(net.parameters(), lr=1)
     with pytest.raises(AssertionError, match="scheduler object"):
-        start(net, lr_scheduler=scheduler)
+        start(net, lr_scheduler=Older(other))
+    seen = []
+    monkeypatch.setattr("deepspeed.runtime.build.logger.warning", seen.append)
+    scheduler = torch.optim.lr_scheduler.StepLR(other, 1)
+    assert start(net, lr_scheduler=scheduler)[3] is scheduler
+    assert "scheduler object" in seen[0]
 
 
 def test_losses_that_cannot_be_propagated():

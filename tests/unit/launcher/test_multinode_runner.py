@@ -177,3 +177,12 @@ def test_the_helper_returns_the_status_of_the_script(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         launcher_helper.main(["--launcher", "mpich", str(tmp_path / "t.py"), "7"])
     assert ended.value.code == 7
+
+
+def test_other_backends_find_exports_as_words_of_a_shell():
+    runner = make(runners.MPICHRunner)
+    for name, value in {"PLAIN": "/a/b", "PARENS": "64(x2)", "QUOTES": 'a"$b'}.items():
+        runner.add_export(name, value)
+    words = {name: runner.exports[name] for name in ("PLAIN", "PARENS", "QUOTES")}
+    assert words == {"PLAIN": "/a/b", "PARENS": '"64(x2)"', "QUOTES": '"a\\"\\$b"'}
+    assert holds(runner.get_cmd({}, SLOTS), "-genv", 'QUOTES=a"$b')
