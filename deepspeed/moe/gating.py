@@ -42,22 +42,11 @@ class Routes:
     exp_counts: Tensor
 
     def sparse(self) -> tuple[Any, ...]:
-        """`(l_aux, C, E, experts, places, weights, exp_counts)`."""
-        count = self.exp_counts.numel()
-        head = (self.l_aux, self.capacity, count)
-        return (*head, self.experts, self.places, self.weights, self.exp_counts)
-
-    @staticmethod
-    def of_sparse(parts: tuple[Any, ...]) -> Routes:
-        """The inverse of `sparse()`."""
-        l_aux, capacity, _, experts, places, weights, exp_counts = parts
-        return Routes(l_aux, int(capacity), experts, places, weights, exp_counts)
-
-    def slots(self) -> Tensor:
-        """[K, S] row of each route in the queues laid end to end; E * C where it was dropped."""
-        end = self.exp_counts.numel() * self.capacity
-        rows = self.experts * self.capacity + self.places
-        return rows.masked_fill(self.places >= self.capacity, end)
+        """`(l_aux, C, E, experts, places, weights, exp_counts)`; a dropped route has expert -1 and place 0."""
+        head = (self.l_aux, self.capacity, self.exp_counts.numel())
+        dropped = self.places >= self.capacity
+        experts, places = self.experts.masked_fill(dropped, -1), self.places.masked_fill(dropped, 0)
+        return (*head, experts, places, self.weights, self.exp_counts)
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`(l_aux, combine [S, E, C], dispatch [S, E, C] bool, exp_counts)`."""
@@ -72,6 +61,27 @@ class Routes:
     def output(self, sparse_routes: bool) -> tuple[Any, ...]:
         """The sparse form or the dense one."""
         return self.sparse() if sparse_routes else self.dense()
+
+
+def route_slots(experts: Any, places: Any, num_experts: int, capacity: int) -> Tensor:
+    """The rows that routes take in queues laid end to end.
+
+    Args:
+        experts: [K, S] int64 (or K tensors of S), the chosen experts; -1 for a dropped route.
+        places: of the same shape, places in the experts' queues; `capacity` or more drops a route, too.
+        num_experts: E.
+        capacity: C.
+
+    Returns:
+        [K, S] int64; E * C where a route was dropped.
+    """
+    chosen, at = _stacked(experts), _stacked(places)
+    dropped = (chosen < 0) | (at >= capacity)
+    return (chosen * capacity + at).masked_fill(dropped, num_experts * capacity)
+
+
+def _stacked(rows: Any) -> Tensor:
+    return rows if isinstance(rows, Tensor) else torch.stack([row.long() for row in rows])
 
 
 # - Noise

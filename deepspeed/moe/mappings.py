@@ -24,6 +24,13 @@ def tensor_parallel_size() -> int:
     return int(groups._get_model_parallel_world_size())
 
 
+def experts_are_spread() -> bool:
+    """Whether tensor-parallel ranks hold parts of each expert, so that all of them need all tokens."""
+    from deepspeed.utils import groups
+
+    return groups._get_expert_model_parallel_world_size() > 1
+
+
 def _drop(tokens: Tensor, dim: int) -> Tensor:
     from deepspeed.utils import groups
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
@@ -19,11 +20,12 @@ from .gating import (
     Routes,
     gumbel_rsample,
     multiplicative_jitter,
+    route_slots,
     top1gating,
     top2gating,
     topkgating,
 )
-from .mappings import drop_tokens, gather_tokens
+from .mappings import drop_tokens, experts_are_spread, gather_tokens
 
 __all__ = [
     "MOELayer",
@@ -37,6 +39,9 @@ __all__ = [
     "topkgating",
 ]
 
+# Programs ask for it; token dispatch needs no extra package.
+TUTEL_INSTALLED = False
+
 
 class _AllToAll(torch.autograd.Function):
     """Part i of dimension 0 goes to rank i, and part i of the result came from rank i."""
@@ -44,11 +49,9 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Any, input: Tensor) -> Tensor:
         ctx.group = group
-        from deepspeed import comm
-
         sent = input.contiguous()
         received = torch.empty_like(sent)
-        comm.all_to_all_single(received, sent, group=group)
+        dist.all_to_all_single(received, sent, group=group)
         return received
 
     @staticmethod
@@ -222,16 +225,18 @@ class MOELayer(nn.Module):
             tokens = input[0]
             flat = tokens.reshape(-1, tokens.shape[-1])
             used_token = input[1] if len(input) > 1 else None
-            routes = Routes.of_sparse(self.gate(flat, used_token, sparse_routes=True))
-            self.l_aux, self.exp_counts = routes.l_aux, routes.exp_counts
-            slots = routes.slots()
-            queues = fill_queues(flat, slots, routes)
+            routes = self.gate(flat, used_token, sparse_routes=True)
+            self.l_aux, capacity, experts, chosen, places, weights, self.exp_counts = routes
+            slots = route_slots(chosen, places, experts, int(capacity))
+            queues = fill_queues(flat, slots, experts, int(capacity))
             results = self._compute(queues)
-            return empty_queues(results, slots, routes.weights).reshape(tokens.shape)
+            return empty_queues(results, slots, weights).reshape(tokens.shape)
 
     def _compute(self, queues: Tensor) -> Tensor:
         """[E, C, model] queues of this rank's tokens -> results in the same places."""
-        queues = drop_tokens(queues, dim=1)
+        spread = experts_are_spread()
+        if not spread:
+            queues = drop_tokens(queues, dim=1)
         if self.ep_size > 1:
             self._require_group()
         capacity, model = queues.shape[1:]
@@ -243,7 +248,7 @@ class MOELayer(nn.Module):
         with timed(self, "time_salltoall"):
             if self.ep_size > 1:
                 results = _AllToAll.apply(self.ep_group, results)
-        return gather_tokens(results, dim=1)
+        return results if spread else gather_tokens(results, dim=1)
 
     def _require_group(self) -> None:
         if self.ep_group is None:
@@ -256,9 +261,8 @@ class MOELayer(nn.Module):
             )
 
 
-def fill_queues(tokens: Tensor, slots: Tensor, routes: Routes) -> Tensor:
+def fill_queues(tokens: Tensor, slots: Tensor, experts: int, capacity: int) -> Tensor:
     """[S, model] tokens -> [E, C, model] queues; places that no token took are zero."""
-    experts, capacity = routes.exp_counts.numel(), routes.capacity
     chosen, count = slots.shape
     # dropped routes share one more row, which is cut off: no host synchronisation to find them
     queues = tokens.new_zeros(experts * capacity + 1, tokens.shape[-1])
@@ -276,6 +280,16 @@ def empty_queues(results: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     taken = taken.masked_fill((slots == rows.shape[0]).unsqueeze(-1), 0.0)
     weighted = taken * weights.to(taken.dtype).unsqueeze(-1)
     return weighted[0] if len(weighted) == 1 else weighted.sum(dim=0)
+
+
+# Names that programs know. `_sparse_decode` also takes the number of tokens, which `slots` tells.
+_route_slots = route_slots
+_sparse_encode = fill_queues
+
+
+def _sparse_decode(results: Tensor, slots: Tensor, weights: Any, _: int) -> Tensor:
+    rows = weights if isinstance(weights, Tensor) else torch.stack(list(weights))
+    return empty_queues(results, slots, rows)
 
 
 @contextmanager

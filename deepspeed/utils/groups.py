@@ -7,6 +7,7 @@ torch takes None for "everybody".
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -25,6 +26,7 @@ mesh_device: Any = None
 _mesh: Mesh | None = None
 _mesh_under: Any = None
 _expert_sizes: list[int] = []
+_expert_tensor: list[int] = []
 _solo: dict[Any, Any] = {}
 _clone: dict[Any, Any] = {}
 _tensor_override: dict[str, int] = {}
@@ -61,7 +63,7 @@ def reset() -> None:
     """Forget the mesh, and everything made under it."""
     global _mesh, _mesh_under, mesh_device
     _mesh = _mesh_under = mesh_device = None
-    for cache in (_expert_sizes, _solo, _clone, _tensor_override):
+    for cache in (_expert_sizes, _expert_tensor, _solo, _clone, _tensor_override):
         cache.clear()
 
 
@@ -277,31 +279,52 @@ def _create_expert_and_data_parallel(
                 "expert parallelism together with tensor or pipeline parallelism is not built yet"
             )
         )
-    from dataclasses import replace
-
-    mesh = current_mesh()
-    name = f"ep_size_{expert_parallel_size_}"
-    if name in mesh.expert:
-        return
-    within, across = mesh.expert_axes(expert_parallel_size_, use_data_before_expert_parallel_)
-    global _mesh
-    _mesh = replace(
-        mesh,
-        expert={**mesh.expert, name: within},
-        expert_data={**mesh.expert_data, name: across},
-    )
-    _expert_sizes.append(expert_parallel_size_)
+    _add_expert_axes(expert_parallel_size_, current_mesh(), use_data_before_expert_parallel_)
 
 
 def _create_expert_data_and_model_parallel(
     expert_parallel_size_: int, mpu: Any, use_data_before_expert_parallel_: bool = False
 ) -> None:
-    """Make expert groups beside a client's tensor-parallel ones (of one rank, for now)."""
-    _create_expert_and_data_parallel(
-        expert_parallel_size_,
-        mp_size=mpu.get_model_parallel_world_size(),
-        use_data_before_expert_parallel_=use_data_before_expert_parallel_,
+    """Make expert groups among the ranks that hold the same part of a layer, for experts that are themselves
+    tensor-parallel. Collective.
+
+    Args:
+        expert_parallel_size_: the number of ranks that share experts.
+        mpu: the client's tensor-parallel groups; their ranks must be neighbours.
+        use_data_before_expert_parallel_: put ranks with the same experts on adjacent ranks.
+
+    Raises:
+        DeepSpeedCommError: the tensor-parallel ranks are not neighbours, or the size does not divide the others.
+    """
+    mesh, size = current_mesh(), int(mpu.get_model_parallel_world_size())
+    if size > 1:
+        tensor = Axis.of_group(mpu.get_model_parallel_group())
+        first = _world_rank() // size * size
+        if tensor.ranks != tuple(range(first, first + size)):
+            raise DeepSpeedCommError(
+                explain(
+                    "tensor-parallel experts need tensor-parallel ranks that are neighbours",
+                    got=list(tensor.ranks),
+                    expected=list(range(first, first + size)),
+                )
+            )
+        mesh = replace(mesh, tensor=tensor)
+    _add_expert_axes(expert_parallel_size_, mesh, use_data_before_expert_parallel_)
+    _expert_tensor[:] = [size]
+
+
+def _add_expert_axes(size: int, mesh: Mesh, data_first: bool) -> None:
+    global _mesh
+    name, present = f"ep_size_{size}", current_mesh()
+    if name in present.expert:
+        return
+    within, across = mesh.expert_axes(size, data_first)
+    _mesh = replace(
+        present,
+        expert={**present.expert, name: within},
+        expert_data={**present.expert_data, name: across},
     )
+    _expert_sizes.append(size)
 
 
 def _expert(name: str) -> Axis:
@@ -385,7 +408,8 @@ def _get_expert_broadcast_src_rank(group_name: str) -> int:
 
 
 def _get_expert_model_parallel_world_size() -> int:
-    return 1
+    """Over how many ranks each expert's weights are spread."""
+    return _expert_tensor[0] if _expert_tensor else 1
 
 
 # ------------------------------------------------------------------ a smaller axis for ZeRO's params

@@ -220,13 +220,15 @@ def test_sparse_and_dense_forms_agree():
         (t, indices[n, t].item()): (places[n, t].item(), weights[n, t].item())
         for n in range(3)
         for t in range(12)
-        if places[n, t] < capacity
+        if indices[n, t] >= 0
     }
     assert rebuilt == of_dense(dense[1])
-    assert (weights[places == capacity] == 0).all()
+    assert (indices < 0).any() and (weights[indices < 0] == 0).all()
     assert torch.equal(l_aux, dense[0])
     assert torch.equal(counts, dense[3])
-    assert gating.Routes.of_sparse(sparse).sparse()[1:3] == (capacity, experts)
+    slots = gating.route_slots(indices, places, experts, capacity)
+    assert (slots[indices < 0] == experts * capacity).all()
+    assert torch.equal(gating.route_slots(list(indices), list(places), experts, capacity), slots)
 
 
 def test_recorded_numbers():
