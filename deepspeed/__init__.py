@@ -32,6 +32,9 @@ MUON_OPTIMIZER = "muon"
 # What scripts reach as `deepspeed.dist`; None until `initialize` has run.
 dist: Any = None
 
+# The last request of `tp_model_init`, until `initialize` has followed it.
+_TP_MODEL_INIT_ARGS: Any = None
+
 _NAMES = {
     ".accelerator": ["*", "get_accelerator"],
     ".autotuning": ["*"],
@@ -44,6 +47,7 @@ _NAMES = {
     ".linear": ["*"],
     ".moe": ["*"],
     ".module_inject": ["*", "replace_transformer_layer", "revert_transformer_layer"],
+    ".module_inject.tp_layer": ["set_autotp_mode"],
     ".monitor": ["*"],
     ".ops": ["*"],
     ".profiling": ["*"],
@@ -58,7 +62,11 @@ _NAMES = {
     ".runtime.pipe.engine": ["PipelineEngine"],
     ".runtime.pipe.module": ["PipelineModule"],
     ".runtime.lr_schedules": ["add_tuning_arguments"],
-    ".runtime.optimizers": ["DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable"],
+    ".runtime.optimizers": [
+        "DeepSpeedOptimizerCallable",
+        "DeepSpeedSchedulerCallable",
+        "set_optimizer_flags",
+    ],
     ".inference": ["*"],
     ".inference.config": ["DeepSpeedInferenceConfig"],
     ".inference.engine": ["InferenceEngine"],
@@ -78,7 +86,6 @@ _NOT_BUILT = {
     "DeepSpeedHybridEngine": "the hybrid engine",
     "DeepSpeedTransformerLayer": "the fused transformer layer",
     "DeepSpeedTransformerConfig": "the fused transformer layer",
-    "set_autotp_mode": "tensor-parallel training",
 }
 
 _lazy, _listing, __all__ = lazy_exports(__name__, _NAMES)
@@ -140,16 +147,18 @@ def initialize(
         >>> config = {"train_batch_size": 4, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2}}
         >>> engine, *_ = deepspeed.initialize(model=torch.nn.Linear(8, 8), config=config)
     """
-    global dist
+    global dist, _TP_MODEL_INIT_ARGS
     from deepspeed import comm as dist
     from deepspeed.runtime import initialize as door
 
+    tp_request, _TP_MODEL_INIT_ARGS = _TP_MODEL_INIT_ARGS, None
     return door.initialize(
         args,
         model,
         config=config if config is not None else config_params,
         distributed_port=distributed_port,
         mesh_param=mesh_param,
+        tp_request=tp_request,
         optimizer=optimizer,
         model_parameters=model_parameters,
         training_data=training_data,
@@ -190,14 +199,27 @@ def init_inference(model: torch.nn.Module, config: Any = None, **kwargs: Any) ->
 def tp_model_init(
     model: torch.nn.Module, tp_size: int, dtype: Any, config: Any = None, **kwargs: Any
 ) -> Any:
-    """Prepare a model for tensor-parallel training.
+    """Note that a model is to be divided over tensor-parallel ranks; `initialize` does it (AutoTP).
+
+    Args:
+        model: the model, which is returned.
+        tp_size: number of ranks that share each layer.
+        dtype: the model's dtype, as in the configuration.
+        config: accepted; `initialize` reads it.
+        kwargs: `tp_group`, the process group of these ranks.
 
     Raises:
-        NotImplementedError: tensor-parallel training is not part of this version.
+        ValueError: an impossible size, or one that is not the group's.
+        TypeError: another keyword argument.
     """
-    raise NotImplementedError(
-        f"deepspeed.tp_model_init is not part of version {version} yet. Train with ZeRO instead."
-    )
+    global _TP_MODEL_INIT_ARGS
+    from deepspeed.runtime.tensor_parallel import request
+
+    tp_group = kwargs.pop("tp_group", None)
+    if kwargs:
+        raise TypeError(f"tp_model_init got unexpected keyword arguments: {', '.join(kwargs)}")
+    _TP_MODEL_INIT_ARGS = request.record(model, tp_size, dtype, tp_group)
+    return model
 
 
 def default_inference_config() -> dict[str, Any]:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from deepspeed.comm import comm as dist
-from deepspeed.utils.errors import explain
+from deepspeed.utils.errors import DeepSpeedConfigError, explain
 from deepspeed.utils.logging import logger
 
-from .config import DeepSpeedConfig
+from .config import DeepSpeedConfig, load_config
 from .engine import DeepSpeedEngine
+from .optimizers import set_optimizer_flags
+from .tensor_parallel.request import TPRequest, merged, request_of, tensor_ranks
 from .zero.init_context import restore_init_context, shutdown_init_context
 
 
@@ -24,6 +26,7 @@ def initialize(
     config: Any,
     distributed_port: int,
     mesh_param: tuple[int, int] | None,
+    tp_request: TPRequest | None = None,
     **engine_arguments: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """See `deepspeed.initialize`."""
@@ -39,6 +42,7 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=engine_arguments["dist_init_required"],
     )
+    config = _with_tensor_ranks(config, model, engine_arguments, tp_request)
     engine_class = _engine_class(model, engine_arguments)
     mpu = engine_arguments["mpu"]
     mesh_device = None
@@ -49,6 +53,7 @@ def initialize(
     parsed = DeepSpeedConfig(config, mpu, mesh_device=mesh_device)
     if parsed.comms_config.comms_logger_enabled:
         dist.configure(parsed)
+    set_optimizer_flags(parsed, model)
     shutdown_init_context()  # modules that the engine builds for itself stay whole
     try:
         engine = engine_class(
@@ -64,14 +69,43 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
+def _with_tensor_ranks(
+    config: Any, model: torch.nn.Module, engine_arguments: dict[str, Any], pending: Any
+) -> Any:
+    """The configuration with what `tp_model_init` was asked for; the engine's `mpu` knows the groups then.
+
+    Raises:
+        ValueError: the request, the configuration and the mpu contradict each other.
+        DeepSpeedConfigError: the configuration asks for another kind of splitting beside.
+    """
+    request = request_of(model, pending)
+    raw = config if isinstance(config, dict) else load_config(config)
+    whole = merged(raw, request, engine_arguments["mpu"])
+    mpu = tensor_ranks(whole, engine_arguments["mpu"], request)
+    if mpu is not engine_arguments["mpu"] and _is_pipeline(model):
+        raise DeepSpeedConfigError(
+            explain(
+                "a PipelineModule's layers cannot be divided over tensor-parallel ranks",
+                got="tensor_parallel.autotp_size above 1",
+                fix="set it to 0",
+            )
+        )
+    engine_arguments["mpu"] = mpu
+    return config if request is None else whole
+
+
+def _is_pipeline(model: Any) -> bool:
+    pipe = sys.modules.get("deepspeed.runtime.pipe.module")
+    return pipe is not None and isinstance(model, pipe.PipelineModule)
+
+
 def _engine_class(model: Any, engine_arguments: dict[str, Any]) -> type[DeepSpeedEngine]:
     """The engine for a kind of model; a pipeline brings its own `mpu`.
 
     Raises:
         AssertionError: an `mpu` was given with a pipeline.
     """
-    pipe = sys.modules.get("deepspeed.runtime.pipe.module")
-    if pipe is None or not isinstance(model, pipe.PipelineModule):
+    if not _is_pipeline(model):
         return DeepSpeedEngine
     from .pipe.engine import PipelineEngine
 

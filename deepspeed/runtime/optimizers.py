@@ -11,6 +11,7 @@ import torch
 
 from deepspeed.utils.errors import explain
 
+from .zero.sharded_param import shape_of
 from .zero.utils import ZeRORuntimeException, is_zero_supported_optimizer
 
 DeepSpeedOptimizerCallable = Callable[
@@ -18,7 +19,7 @@ DeepSpeedOptimizerCallable = Callable[
 ]
 DeepSpeedSchedulerCallable = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
-NATIVE_NAMES = ("adam", "adamw", "adagrad", "lamb", "lion")
+NATIVE_NAMES = ("adam", "adamw", "adagrad", "lamb", "lion", "muon")
 # What the native SGD takes; with anything else (maximize, …) torch's serves.
 _CPU_SGD_OPTIONS = {"lr", "momentum", "dampening", "weight_decay", "nesterov"}
 
@@ -40,6 +41,10 @@ def make_optimizer(config: Any, params: list[Any]) -> torch.optim.Optimizer:
                 fix="set the top-level key gradient_clipping instead",
             )
         )
+    if name.lower() == "muon":
+        from .zero.muon.muon_optimizer import MuonWithAuxAdam, muon_groups
+
+        return MuonWithAuxAdam(muon_groups(params, options))
     kind, options = _resolve(config, name, options)
     taken = inspect.signature(kind).parameters
     unknown = [key for key in options if key not in taken]
@@ -88,6 +93,22 @@ def _resolve(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict
     return kind, options
 
 
+def set_optimizer_flags(config_class: Any, model: torch.nn.Module) -> None:
+    """Say of each parameter, as `use_muon`, whether Muon steps it; nothing for other optimizers.
+
+    It steps those of two dimensions and more, but for embeddings and the head (names with `embed` or `lm_head`).
+
+    Args:
+        config_class: the parsed configuration.
+        model: whose parameters are marked; marks that are there are overwritten.
+    """
+    if config_class.optimizer_name != "muon":
+        return
+    for name, param in model.named_parameters():
+        kept_out = any(part in name.lower() for part in ("embed", "lm_head"))
+        param.use_muon = len(shape_of(param)) >= 2 and not kept_out
+
+
 def _adam(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     use_torch = options.pop("torch_adam", False)
     decoupled = options.pop("adam_w_mode", True) or name == "adamw"
@@ -107,10 +128,13 @@ def _adam(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict[st
     return FusedAdam, {**options, "adam_w_mode": decoupled}
 
 
-def _offloads(config: Any) -> bool:
+def _offload_device(config: Any) -> Any:
     offload = config.zero_config.offload_optimizer
-    device = None if offload is None else getattr(offload.device, "value", offload.device)
-    return config.zero_optimization_stage > 0 and device in ("cpu", "nvme")
+    return None if offload is None else getattr(offload.device, "value", offload.device)
+
+
+def _offloads(config: Any) -> bool:
+    return config.zero_optimization_stage > 0 and _offload_device(config) in ("cpu", "nvme")
 
 
 def check_served(config: Any, optimizer: torch.optim.Optimizer, is_client: bool) -> None:
@@ -137,6 +161,14 @@ def check_served(config: Any, optimizer: torch.optim.Optimizer, is_client: bool)
     from deepspeed.ops.lion import DeepSpeedCPULion
     from deepspeed.ops.sgd import DeepSpeedCPUSGD
 
+    if hasattr(optimizer, "needs_whole") and _offload_device(config) == "nvme":
+        raise ZeRORuntimeException(
+            explain(
+                f"{name} steps whole matrices and cannot have its states in files",
+                got="zero_optimization.offload_optimizer.device nvme",
+                expected="cpu, or no offload_optimizer section",
+            )
+        )
     made_for_host = (DeepSpeedCPUAdam, DeepSpeedCPULion, DeepSpeedCPUAdagrad, DeepSpeedCPUSGD)
     if (
         is_client

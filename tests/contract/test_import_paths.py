@@ -39,7 +39,7 @@ BUILT = {
     "deepspeed": (
         "PipelineModule PipelineEngine pipe sequence __version__ version __version_major__ __version_minor__ __version_patch__ __git_hash__ "
         "__git_branch__ git_hash git_branch initialize init_inference init_distributed "
-        "tp_model_init add_config_arguments default_inference_config add_tuning_arguments "
+        "tp_model_init add_config_arguments default_inference_config add_tuning_arguments set_optimizer_flags "
         "DeepSpeedEngine DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable "
         "DeepSpeedOptimizer DeepSpeedDataLoader DeepSpeedConfig DeepSpeedConfigError "
         "DeepSpeedInferenceConfig ADAM_OPTIMIZER LAMB_OPTIMIZER MUON_OPTIMIZER "
@@ -160,6 +160,10 @@ BUILT = {
     "deepspeed.runtime.compiler": (
         "is_compile_supported disable enable is_compiling compiled_autograd"
     ),
+    "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
+    "deepspeed.runtime.zero.muon.original_muon": (
+        "Muon SingleDeviceMuon MuonWithAuxAdam SingleDeviceMuonWithAuxAdam"
+    ),
     "deepspeed.runtime.config": (
         "DeepSpeedConfig DeepSpeedConfigError ADAM_OPTIMIZER LAMB_OPTIMIZER MUON_OPTIMIZER "
         "DEEPSPEED_OPTIMIZERS DtypeEnum"
@@ -180,6 +184,8 @@ BUILT = {
         "update_lr get_torch_optimizer"
     ),
     "deepspeed.runtime.precision_config": "DeepSpeedFP16Config DeepSpeedBF16Config",
+    "deepspeed.runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
+    "deepspeed.runtime.eigenvalue": "Eigenvalue",
     "deepspeed.runtime.progressive_layer_drop": "ProgressiveLayerDrop",
     "deepspeed.runtime.sparse_tensor": "SparseTensor",
     "deepspeed.runtime.swap_tensor": "",
@@ -279,7 +285,7 @@ BUILT = {
 # module -> names that come with later work; a row moves up when it is built
 LATER = {
     "deepspeed": (
-        "set_optimizer_flags DeepSpeedHybridEngine "
+        "DeepSpeedHybridEngine "
         "domino DeepSpeedTransformerLayer "
         "DeepSpeedTransformerConfig set_autotp_mode"
     ),
@@ -291,7 +297,6 @@ LATER = {
     "deepspeed.module_inject.auto_tp": "AutoTP",
     "deepspeed.module_inject.layers": "GatherReplacedLayerParams LinearAllreduce LinearLayer",
     "deepspeed.ops.adam": "ZenFlowCPUAdam ZenFlowSelectiveAdamW ZenFlowSelectiveAdamW_stage3",
-    "deepspeed.runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
     "deepspeed.runtime.data_pipeline.data_sampling.data_analyzer": (
         "DataAnalyzer DistributedDataAnalyzer"
     ),
@@ -300,7 +305,6 @@ LATER = {
         "MMapIndexedDataset MMapIndexedDatasetBuilder IndexedDataset"
     ),
     "deepspeed.runtime.domino.transformer": "DominoTransformer DominoTransformerLayer",
-    "deepspeed.runtime.eigenvalue": "Eigenvalue",
     "deepspeed.runtime.fp16.onebit.adam": "OnebitAdam",
     "deepspeed.runtime.fp16.onebit.lamb": "OnebitLamb",
     "deepspeed.runtime.fp16.onebit.zoadam": "ZeroOneAdam",
@@ -313,10 +317,6 @@ LATER = {
     "deepspeed.runtime.state_dict_factory": "SDLoaderFactory",
     "deepspeed.runtime.superoffload": "",
     "deepspeed.runtime.weight_quantizer": "WeightQuantization",
-    "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
-    "deepspeed.runtime.zero.muon.original_muon": (
-        "Muon SingleDeviceMuon MuonWithAuxAdam SingleDeviceMuonWithAuxAdam"
-    ),
     "deepspeed.sequence.auto_sp": "auto_wrap_model_for_sp",
     "deepspeed.sequence.fpdt_layer": (
         "FPDT_InputConstruct FPDT_Attention FPDT_FFN FPDT_LogitsLoss SequenceChunk"

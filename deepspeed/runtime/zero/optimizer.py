@@ -29,6 +29,7 @@ from .plan import Placement, Plan, TierKind
 from .reducer import Reducer
 from .shard_group import ShardGroup, ShardPart
 from .spill import SpillFolder, stream, together
+from .whole_params import needs_whole, step_whole
 
 _CLIP_EPSILON = 1e-6
 _NAMES_SHOWN = 5
@@ -380,8 +381,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if step_shard is None and self.folder is None:
             self._step_inner(grad_scale)
             return
-        owner = {id(part): group for group, part in self._parts()}
-        for part in stream((part for _, part in self._parts()), self.optimizer.state):
+        groups = self.optimizer.param_groups
+        whole = [g for g in self.groups if needs_whole(self.optimizer, groups[g.param_group_index])]
+        if step_shard is not None:
+            for group in whole:
+                step_whole(self.optimizer, groups[group.param_group_index], group, grad_scale)
+        owner = {id(part): group for group, part in self._parts() if group not in whole}
+        parts = (part for _, part in self._parts() if id(part) in owner)
+        for part in stream(parts, self.optimizer.state):
             group = owner[id(part)]
             inner = self.optimizer.param_groups[group.param_group_index]
             if step_shard is None:

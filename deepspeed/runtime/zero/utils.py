@@ -23,6 +23,8 @@ def is_zero_supported_optimizer(optimizer: Any) -> bool:
     from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
     from deepspeed.ops.sgd import DeepSpeedCPUSGD
 
+    from .muon.muon_optimizer import MuonWithAuxAdam
+
     served = {
         torch.optim.Adam,
         torch.optim.AdamW,
@@ -33,5 +35,6 @@ def is_zero_supported_optimizer(optimizer: Any) -> bool:
         DeepSpeedCPULion,
         DeepSpeedCPUSGD,
         FusedLion,
+        MuonWithAuxAdam,
     }
     return type(optimizer) in served
