@@ -114,9 +114,11 @@ def build_precision(config: Any) -> Precision:
         low_precision_master=low_master,
         buffers=config.buffer_dtype,
         autocast=autocast,
-        check_overflow=fp16.enabled or (bf16.enabled and bf16.check_grad_overflow),
-        make_scaler=_scaler_factory(fp16, config.zero_optimization_stage > 0),
+        check_overflow=scaled or (bf16.enabled and bf16.check_grad_overflow),
+        make_scaler=_scaler_factory(fp16, sharded) if scaled else LossScaler,
     )
+    sharded = config.zero_optimization_stage > 0
+    scaled = fp16.enabled or (sharded and autocast is torch.float16)
 
 
 def _scaler_factory(fp16: Any, sharded: bool) -> Callable[[], LossScalerBase]:

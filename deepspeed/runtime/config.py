@@ -64,6 +64,7 @@ from .zero.config import read_zero_config
 
 
 def load_config(config: Any) -> dict[str, Any]:
+from .torch_autocast import get_default_autocast_lower_precision_modules
     """Return a configuration as a dictionary.
 
     Args:
@@ -267,8 +268,9 @@ class DeepSpeedConfig:
         self.amp_params = get_amp_params(raw)
         self.torch_autocast_enabled = keys.torch_autocast.enabled
         self.torch_autocast_dtype: torch.dtype | None = keys.torch_autocast.dtype
-        self.torch_autocast_lower_precision_safe_modules = (
-            keys.torch_autocast.lower_precision_safe_modules
+        safe = keys.torch_autocast.lower_precision_safe_modules
+        self.torch_autocast_lower_precision_safe_modules: list[str] = (
+            get_default_autocast_lower_precision_modules() if safe is None else safe
         )
         self.grad_accum_dtype: torch.dtype | None = keys.data_types.grad_accum_dtype
         self.param_dtype: torch.dtype | None = keys.data_types.param_dtype

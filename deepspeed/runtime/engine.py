@@ -28,6 +28,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
     Args:
         args: command-line namespace or dict; `local_rank` and `device_rank` are read from it.
         model: module to train.
+from .torch_autocast import init_autocast_params
         optimizer: torch optimizer, or a callable from parameters to one; None takes the configuration's.
         model_parameters: parameters or groups for an optimizer that the engine builds.
         training_data: dataset for `training_dataloader`.
@@ -90,6 +91,12 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         self.basic_optimizer = build.build_basic_optimizer(
             self._config, model, optimizer, model_parameters
         )
+        if self.precision.autocast is not None:
+            init_autocast_params(
+                model,
+                self.precision.autocast,
+                self._config.torch_autocast_lower_precision_safe_modules,
+            )
         self.optimizer, self.driver = build.wrap_optimizer(self)
         self.lr_scheduler = build.build_scheduler(
             self._config, self.client_lr_scheduler, self.basic_optimizer, self.optimizer

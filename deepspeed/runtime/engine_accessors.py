@@ -10,10 +10,11 @@ import torch
 from .clock import Counters
 from .lr_schedules import get_torch_optimizer
 
+from .engine_dtypes import DtypeAccessors
 # What the getters below return is the configuration's own field, so the name says it all: no docstrings.
 
 
-class ConfigAccessors(Counters):
+class ConfigAccessors(DtypeAccessors, Counters):
     """Zero-argument methods that read the configuration, under the names that scripts call."""
 
     _config: Any
@@ -419,15 +420,6 @@ class ConfigAccessors(Counters):
 
     def get_data_parallel_rank(self) -> int:
         return self.mesh.data.rank
-
-    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
-        """`(dtype of the model, dtype in which gradients add up)`."""
-        model = torch.float32
-        if self.fp16_enabled():
-            model = torch.float16
-        elif self.bfloat16_enabled():
-            model = torch.bfloat16
-        return model, self._config.grad_accum_dtype or model
 
     def get_lr(self) -> list[float]:
         """Learning rate of each group of the optimizer; [] without one."""

@@ -83,14 +83,7 @@ def prepare_module(
     Buffers keep their dtype unless the configuration names one; parameters that `zero.Init` has sharded are as they
     should be.
     """
-    if precision.compute is not None:
-        for param in model.parameters():
-            if param.is_floating_point() and not is_zero_param(param):
-                param.data = param.data.to(precision.compute)
-    if precision.buffers is not None:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.to(precision.buffers)
+    cast_module(model, precision.compute, precision.buffers)
     if not keep_device:
         model.to(device)
     for tensor in list(model.parameters()) + list(model.buffers()):
@@ -101,6 +94,20 @@ def prepare_module(
             axis = mesh.expert_data[tensor.group_name]
         flat.broadcast_(tensor.data, axis)
     return model
+
+
+def cast_module(
+    model: torch.nn.Module, params: torch.dtype | None, buffers: torch.dtype | None
+) -> None:
+    """Cast floating parameters that are not sharded, and floating buffers, in place; None leaves them."""
+    if params is not None:
+        for param in model.parameters():
+            if param.is_floating_point() and not is_zero_param(param):
+                param.data = param.data.to(params)
+    if buffers is not None:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(buffers)
 
 
 def prepare_moe(model: torch.nn.Module, config: Any) -> tuple[bool, list[int]]:

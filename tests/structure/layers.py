@@ -23,6 +23,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.initialize": 6,
     "deepspeed.runtime.engine_accessors": 6,
     "deepspeed.runtime.engine_data": 6,
+    "deepspeed.runtime.engine_dtypes": 6,
     "deepspeed.runtime.hybrid_engine": 6,
     "deepspeed.inference": 6,
     "deepspeed.runtime.pipe": 6,
@@ -124,6 +125,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.zenflow.zenflow_config": 1,
     "deepspeed.runtime.zero.leaf_module_config": 1,
     "deepspeed.runtime.zero.offload_config": 1,
+    "deepspeed.runtime.torch_autocast": 1,
     "deepspeed.utils.config": 1,
     "deepspeed.inference.v2.config_v2": 1,
     # L0: ground

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from deepspeed.comm import flat
+from deepspeed.runtime.torch_autocast import get_comm_dtype
 
 from .plan import Plan
 from .quantized_sum import ErrorFeedback, QuantizedSum, RowCodec
@@ -44,6 +45,7 @@ class Bucket:
 
     Attributes:
         indices: the parameters.
+        wire_dtype: in which their gradients travel.
         missing: how many gradients have not arrived in this round.
         arrived: which have.
         launched: whether the collective of this round has started.
@@ -53,6 +55,7 @@ class Bucket:
 
     def __init__(self, group: ShardGroup, first: int, last: int, plan: Plan) -> None:
         self.group = group
+        self.wire_dtype = wire_dtype(group, first)
         self.indices = range(first, last)
         self.missing = len(self.indices)
         self.arrived: set[int] = set()
@@ -100,8 +103,7 @@ class Bucket:
 
     def _buffer(self, numel: int) -> torch.Tensor:
         if self.buffer is None:
-            dtype = self.group.precision.reduce_dtype(self.group.dtype)
-            self._whole = self.buffers.take(numel, dtype, self.group.device)
+            self._whole = self.buffers.take(numel, self.wire_dtype, self.group.device)
             self.buffer = self._whole[:numel]
         return self.buffer
 
@@ -134,7 +136,7 @@ class SlabBucket(Bucket):
 
     def launch(self) -> flat.Handle:
         """Start the sum over the replicas."""
-        self.buffer = self._run().to(self.group.precision.reduce_dtype(self.group.dtype))
+        self.buffer = self._run().to(self.wire_dtype)
         if self.before != 1.0:
             self.buffer.mul_(self.before)
         return self._over_replicas(self.buffer, flat.DONE)
@@ -284,7 +286,10 @@ class SliceBucket(Bucket):
 
 
 def cut_buckets(group: ShardGroup, plan: Plan) -> list[Bucket]:
-    """Cut a group's parameters into buckets of the plan's size (or of one parameter), last parameters first."""
+    """Cut a group's parameters into buckets of the plan's size (or of one parameter), last parameters first.
+
+    Gradients that travel in different dtypes are never in one bucket.
+    """
     if group.shard_axis.size == 1:
         kind: type[Bucket] = SlabBucket
     else:
@@ -293,13 +298,19 @@ def cut_buckets(group: ShardGroup, plan: Plan) -> list[Bucket]:
     numels = group.layout.numels
     last, size = len(numels), 0
     for index in reversed(range(len(numels))):
-        if size and size + numels[index] > plan.bucket_numel:
+        other = last > index + 1 and wire_dtype(group, index) != wire_dtype(group, index + 1)
+        if other or (size and size + numels[index] > plan.bucket_numel):
             buckets.append(kind(group, index + 1, last, plan))
             last, size = index + 1, 0
         size += numels[index]
     if last:
         buckets.append(kind(group, 0, last, plan))
     return buckets
+
+
+def wire_dtype(group: ShardGroup, index: int) -> torch.dtype:
+    """The dtype in which a parameter's gradient travels: what is configured, or autocast's, or its own."""
+    return group.precision.reduce_dtype(get_comm_dtype(group.params[index]))
 
 
 def scale_factors(plan: Plan, ranks: int) -> tuple[float, float]:

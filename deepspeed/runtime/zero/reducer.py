@@ -22,6 +22,7 @@ import torch
 
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
+from deepspeed.runtime.torch_autocast import get_comm_dtype
 
 from .buckets import Bucket, Buffers, cut_buckets, scale_factors
 from .plan import Plan
@@ -234,13 +235,13 @@ def average_grads(
         params: parameters in an order common to all ranks; one without a gradient counts as zero.
         axis: ranks to average over.
         plan: bucket size and scaling.
-        dtype: dtype on the wire; None is the gradients' own.
+        dtype: dtype on the wire; None is autocast's for parameters that are marked so, else the gradients' own.
     """
     if axis.size == 1:
         return
     before, after = scale_factors(plan, axis.size)
     for bucket in _by_size(params, plan.bucket_numel):
-        wire = dtype or bucket[0].dtype
+        wire = dtype or get_comm_dtype(bucket[0])
         values = torch.cat([_grad_or_zeros(p).reshape(-1).to(wire) for p in bucket])
         flat.all_reduce_(values.mul_(before) if before != 1.0 else values, axis)
         if after != 1.0:
@@ -257,18 +258,15 @@ def _grad_or_zeros(param: torch.nn.Parameter) -> torch.Tensor:
 
 
 def _by_size(params: Sequence[torch.nn.Parameter], most: int) -> list[list[torch.nn.Parameter]]:
-    """Neighbours of one dtype and device, at most `most` elements together."""
+    """Neighbours of one dtype (on the wire, too) and device, at most `most` elements together."""
     buckets: list[list[torch.nn.Parameter]] = []
     size = 0
+    last: object = None
     for param in params:
-        kind = (param.dtype, param.device)
-        if (
-            not buckets
-            or size + param.numel() > most
-            or kind != (buckets[-1][0].dtype, buckets[-1][0].device)
-        ):
+        kind = (param.dtype, param.device, get_comm_dtype(param))
+        if not buckets or size + param.numel() > most or kind != last:
             buckets.append([])
-            size = 0
+            size, last = 0, kind
         buckets[-1].append(param)
         size += param.numel()
     return buckets

@@ -37,7 +37,10 @@ DEFAULTS = {
     "amp_params": False,
     "torch_autocast_enabled": False,
     "torch_autocast_dtype": None,
-    "torch_autocast_lower_precision_safe_modules": None,
+    "torch_autocast_lower_precision_safe_modules": [
+        "torch.nn.modules.linear.Linear",
+        *(f"torch.nn.modules.conv.Conv{n}d" for n in (1, 2, 3)),
+    ],
     "optimizer_name": None,
     "optimizer_params": None,
     "optimizer_legacy_fusion": False,
