@@ -47,8 +47,12 @@ from .constants import (
     ADAM_W_MODE_DEFAULT,
     ADAMW_OPTIMIZER,
     DEEPSPEED_OPTIMIZERS,
+    GRADIENT_CLIPPING,
+    GRADIENT_CLIPPING_DEFAULT,
     LAMB_OPTIMIZER,
     LION_OPTIMIZER,
+    LOG_LEVEL,
+    LOG_LEVEL_DEFAULT,
     MAX_GRAD_NORM,
     MUADAM_OPTIMIZER,
     MUADAMW_OPTIMIZER,
@@ -142,6 +146,16 @@ def _parse_text(text: str, source: str) -> dict[str, Any]:
             explain(f"{source} holds no JSON object", got=type(parsed).__name__, expected="{...}")
         )
     return parsed
+
+
+def get_gradient_clipping(param_dict: Mapping[str, Any]) -> float:
+    """The bound of the global norm that a whole configuration asks for."""
+    return param_dict.get(GRADIENT_CLIPPING, GRADIENT_CLIPPING_DEFAULT)
+
+
+def get_log_level(param_dict: Mapping[str, Any]) -> str | None:
+    """The logger's level that a whole configuration asks for; None leaves it as it is."""
+    return param_dict.get(LOG_LEVEL, LOG_LEVEL_DEFAULT)
 
 
 class DeepSpeedConfig:
@@ -435,5 +449,7 @@ __all__ = [
     "HybridEngineConfig",
     "KeyInfo",
     "describe",
+    "get_gradient_clipping",
+    "get_log_level",
     "load_config",
 ]

@@ -43,6 +43,7 @@ from .config_utils import (
     is_auto,
     pp_int,
 )
+from .constants import GRADIENT_CLIPPING_DEFAULT, LOG_LEVEL_DEFAULT
 from .data_pipeline.config import (
     DataEfficiencyConfig,
     LegacyCurriculumConfig,
@@ -89,7 +90,7 @@ class TopLevel(PlainSection):
     wall_clock_breakdown: bool = Field(default=False, description="Time the parts of a step.")
     memory_breakdown: bool = Field(default=False, description="Print memory use at several places.")
     log_level: str | None = Field(
-        default=None, description=f"Logger level: {', '.join(LOG_LEVELS)}."
+        default=LOG_LEVEL_DEFAULT, description=f"Logger level: {', '.join(LOG_LEVELS)}."
     )
     vocabulary_size: int | None = Field(default=None, description="Warn if not a multiple of 8.")
     # ------------------------------------------------------------------ gradients
@@ -110,7 +111,7 @@ class TopLevel(PlainSection):
         default=False, description="Reduce embedding gradients as sparse."
     )
     gradient_clipping: float = Field(
-        default=1.0, description="Bound of the global 2-norm; 0 is off."
+        default=GRADIENT_CLIPPING_DEFAULT, description="Bound of the global 2-norm; 0 is off."
     )
     disable_allgather: bool = Field(default=False, description="Parsed and unused.")
     graph_harvesting: bool = Field(

@@ -151,15 +151,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         _OFF,
     ),
     Unbuilt(
-        "progressive_layer_drop.enabled", "progressive layer drop", lambda c: c.pld_enabled, _OFF
-    ),
-    Unbuilt(
-        "curriculum_learning.enabled",
-        "curriculum learning",
-        lambda config: config.curriculum_enabled_legacy,
-        _OFF,
-    ),
-    Unbuilt(
         "data_efficiency.enabled",
         "data sampling and random-LTD",
         lambda config: config.data_efficiency_enabled,

@@ -12,10 +12,19 @@ import torch
 from deepspeed.accelerator.lowp_products import products_context
 from deepspeed.utils.errors import explain
 
-from . import build, engine_checkpoint, engine_load, memory_plan, module_prep, sharding
+from . import (
+    build,
+    engine_checkpoint,
+    engine_load,
+    forward_kwargs,
+    memory_plan,
+    module_prep,
+    sharding,
+)
 from .backward import BackwardWatch
 from .build_mesh import build_mesh
 from .clock import AccumulationClock
+from .eigenvalue import summary_events as _eigenvalue_summary_events  # noqa: F401  (its older home)
 from .engine_accessors import ConfigAccessors
 from .engine_data import DataControl
 from .observers import build_observers
@@ -127,8 +136,9 @@ from .torch_autocast import init_autocast_params
         self.moe_layers = module_prep.moe_layers(self.module)
         self.gate_modules = [layer.gate for layer in self.moe_layers if hasattr(layer, "gate")]
         self.losses: Any = None
-        self.compression_scheduler = self.quantizer = self.progressive_layer_drop = None
-        self.curriculum_scheduler_legacy = self.random_ltd_scheduler = None
+        self.compression_scheduler = self.quantizer = self.random_ltd_scheduler = None
+        self.block_eigenvalue: dict[int, tuple[float, int]] | None = None
+        forward_kwargs.build_techniques(self)
 
     def _set_up_backward(self) -> None:
         driver = self.driver
@@ -190,6 +200,8 @@ from .torch_autocast import init_autocast_params
         """Call the module, in the precision that was configured; returns what it returns."""
         if getattr(self.optimizer, "offloaded_states", None):
             offload_states.refuse_use(self.optimizer)
+        if self.module.training:
+            kwargs = forward_kwargs.with_techniques(self, kwargs)
         with (
             self.observers.during("forward", self),
             self._products,
@@ -296,6 +308,7 @@ from .torch_autocast import init_autocast_params
             self.observers.after_step(self, boundary)
 
     def _take_model_step(self, lr_kwargs: dict[str, Any]) -> None:
+        forward_kwargs.before_step(self)
         applied = self.driver.step()
         self.clock.applied = applied
         if applied and self.lr_scheduler is not None:

@@ -15,6 +15,8 @@ import torch
 from deepspeed.utils.logging import log_dist
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
 
+from .eigenvalue import summary_events
+
 # Timer names by engine event: of one micro-step, and summed up between two lines of output.
 _MICRO = {"forward": "fwd_microstep", "backward": "bwd_microstep", "step": "step_microstep"}
 _TOTAL = {"forward": "fwd", "backward": "bwd", "step": "step"}
@@ -211,6 +213,8 @@ def _events(engine: Any) -> list[tuple[str, Any, int]]:
         events.append(
             ("Train/Samples/loss_scale", getattr(engine.optimizer, "loss_scale", 1.0), at)
         )
+    if engine.block_eigenvalue:  # left there by a script that measures them
+        events += summary_events(engine.block_eigenvalue, at)
     if engine.wall_clock_breakdown():
         for event in ("forward", "backward", "step"):
             elapsed = engine.timers(_MICRO[event]).elapsed(reset=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspeed import comm as dist
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.dataloader import RepeatingLoader
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import move_to_device
@@ -48,6 +49,8 @@ class PipelineEngine(DeepSpeedEngine):
         interval = int(self._config.pipeline["activation_checkpoint_interval"] or 0)
         if interval > 0:
             module.set_checkpoint_interval(interval)
+        if not self._config.pipeline["use_reentrant"]:
+            module.activation_checkpoint_func = checkpointing.non_reentrant_checkpoint
         varying = module.dynamic_shape
         self._before = self._channels(self.prev_stage, varying) if not self.is_first_stage() else ()
         self._after = self._channels(self.next_stage, varying) if not self.is_last_stage() else ()
@@ -75,6 +78,8 @@ class PipelineEngine(DeepSpeedEngine):
             problem = "managed_gradient_accumulation: false"
         elif self.precision.autocast is torch.float16:
             problem = "torch_autocast in fp16, whose loss scale the stages do not share (use bfloat16, or 'fp16')"
+        elif self.progressive_layer_drop is not None:
+            problem = "progressive_layer_drop, of which a pipeline's layers cannot be told"
         elif self.module.mpu().get_slice_parallel_world_size() > 1:
             problem = (
                 "a topology with a 'model' axis longer than 1, over which norms are not combined"
@@ -267,6 +272,14 @@ class PipelineEngine(DeepSpeedEngine):
                     run(self, self._buffers[instruction.buffer_id])
         self._buffers = []
 
+    def _reentrant_activation_checkpointing(self) -> bool:
+        module = self.module
+        non_reentrant = checkpointing.non_reentrant_checkpoint
+        return (
+            module.activation_checkpoint_interval > 0
+            and module.activation_checkpoint_func is not non_reentrant
+        )
+
     def _load_micro_batch(self, buffer: dict[str, Any]) -> None:
         if self.data_iterator is None:
             raise RuntimeError(
@@ -280,10 +293,8 @@ class PipelineEngine(DeepSpeedEngine):
         batch = batch if self.batch_fn is None else self.batch_fn(batch)
         if self.is_first_stage():
             inputs = _to(batch[0], self.device)
-            if self.module.activation_checkpoint_interval > 0:
-                inputs = _wanting_grads(
-                    inputs
-                )  # a reentrant checkpoint needs an input that wants one
+            if self._reentrant_activation_checkpointing():
+                inputs = _wanting_grads(inputs)  # it needs an input that wants a gradient
             buffer["inputs"] = inputs
         if self.is_last_stage():
             buffer["labels"] = _to(batch[1], self.device) if len(batch) > 1 else None

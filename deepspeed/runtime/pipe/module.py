@@ -254,9 +254,11 @@ class PipelineModule(nn.Module):
         if interval <= 0:
             return self._run(0, count)(forward_input)
         value = forward_input
-        for start in range(0, count, interval):
+        for start, checkpointable in zip(
+            range(0, count, interval), self.is_checkpointable_results, strict=True
+        ):
             stop = min(start + interval, count)
-            if self._is_checkpointable(self.forward_funcs[start:stop]):
+            if checkpointable:
                 is_tuple = isinstance(value, tuple)
                 given = value if is_tuple else (value,)
                 run = self._run(start, stop, is_tuple)
@@ -283,6 +285,16 @@ class PipelineModule(nn.Module):
         return any(
             next(f.parameters(), None) is not None for f in funcs if isinstance(f, nn.Module)
         )
+
+    @property
+    def is_checkpointable_results(self) -> list[bool]:
+        """For each run of `activation_checkpoint_interval` layers, whether its activations may be checkpointed."""
+        funcs, interval = self.forward_funcs, self.activation_checkpoint_interval
+        starts = range(0, len(funcs), interval) if interval > 0 else ()
+        return [self._is_checkpointable(funcs[start : start + interval]) for start in starts]
+
+    def _precompute_checkpointable_values(self) -> None:
+        """Kept for callers: nothing is kept of what `is_checkpointable_results` says."""
 
     def allreduce_tied_weight_gradients(self) -> None:
         """Add up the gradients of tied weights over the stages that hold them. Collective of those."""

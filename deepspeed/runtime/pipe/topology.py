@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import namedtuple
 from collections.abc import Sequence
 from typing import Any
@@ -124,11 +125,33 @@ class PipeModelDataParallelTopology(ProcessTopology):
         super().__init__(["pipe", "data", "model"], [num_pp, num_dp, num_mp])
 
 
+def _prime_factors(number: int) -> list[int]:
+    """The prime factors of a positive number, smallest first.
+
+    Raises:
+        ValueError: the number is not positive.
+    """
+    if number <= 0:
+        raise ValueError(explain("only positive numbers have prime factors", got=number))
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors
+
+
+def _square_topology(ranks: int) -> ProcessTopology:
+    factors = _prime_factors(ranks)
+    return PipeDataParallelTopology(math.prod(factors[::2]), math.prod(factors[1::2]))
+
+
 class PipelineParallelGrid:
     """Process groups along the axes of a topology, with the getters of an `mpu`. Collective: all ranks make it.
 
     Args:
-        topology: the grid; without one, all ranks are data-parallel.
+        topology: the grid; without one, the prime factors of the number of ranks go to stages and data in turn.
         process_group: the ranks; None for all.
 
     Raises:
@@ -138,8 +161,8 @@ class PipelineParallelGrid:
     def __init__(self, topology: ProcessTopology | None = None, process_group: Any = None) -> None:
         self.global_rank = dist.get_rank()
         self.world_size = dist.get_world_size(process_group)
-        self._topo = topology or PipeDataParallelTopology(1, self.world_size)
-        if self._topo.world_size() != self.world_size:
+        self._topo = topology or _square_topology(self.world_size)
+        if not self._is_grid_valid():
             raise ValueError(
                 explain(
                     "the topology does not fit the job",
@@ -152,6 +175,8 @@ class PipelineParallelGrid:
         self.pipe_parallel_size = max(self._topo.get_dim("pipe"), 1)
         self.model_parallel_size = self.slice_parallel_size = max(self._topo.get_dim("model"), 1)
         self.stage_id, self.data_parallel_id = self.get_stage_id(), self.get_data_parallel_id()
+        self.is_first_stage = self.stage_id == 0
+        self.is_last_stage = self.stage_id == self.pipe_parallel_size - 1
         self.dp_group, self.dp_proc_group = self._join(self._topo.get_axis_comm_lists("data"))
         self.pp_group, self.pp_proc_group = self._join(self._topo.get_axis_comm_lists("pipe"))
         self.slice_group, self.slice_proc_group = self._join(
@@ -169,6 +194,9 @@ class PipelineParallelGrid:
             for ranks in self._topo.get_axis_comm_lists("pipe")
             for at in range(len(ranks))
         ]
+
+    def _is_grid_valid(self) -> bool:
+        return self._topo.world_size() == self.world_size
 
     def _join(self, lists: list[list[int]]) -> tuple[list[int], Any]:
         """Make a group of each list; returns this rank's."""

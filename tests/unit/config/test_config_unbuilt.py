@@ -53,8 +53,6 @@ ASKING = {
     "quantize_training.eigenvalue.enabled": {
         "quantize_training": {"eigenvalue": {"enabled": True}}
     },
-    "progressive_layer_drop.enabled": {"progressive_layer_drop": {"enabled": True}},
-    "curriculum_learning.enabled": {"curriculum_learning": {"enabled": True}},
     "data_efficiency.enabled": {"data_efficiency": {"enabled": True}},
     "checkpoint.writer.data_parallel": {"checkpoint": {"writer": {"data_parallel": "REPLICA"}}},
     "aio.use_gds": {"aio": {"use_gds": True}},
