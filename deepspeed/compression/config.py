@@ -224,19 +224,23 @@ def get_compression_config(param_dict: Mapping[str, Any]) -> dict[str, Any]:
         AssertionError: (as ``ConfigAssertionError``) an enabled technique lacks what it needs.
         pydantic.ValidationError: a value does not fit.
     """
-    config = CompressionConfig(**section_of(param_dict, COMPRESSION_TRAINING)).model_dump()
+    section = section_of(param_dict, COMPRESSION_TRAINING)
+    config = CompressionConfig(**section).model_dump()
     for technique, required in GROUP_PARAMS.items():
-        _check_technique(technique, config[technique], required)
+        named = "different_groups" in (section.get(technique) or {})
+        _check_technique(technique, config[technique], required, named)
     return config
 
 
-def _check_technique(technique: str, values: dict[str, Any], required: dict[str, Any]) -> None:
+def _check_technique(
+    technique: str, values: dict[str, Any], required: dict[str, Any], has_groups: bool
+) -> None:
     """Fill in the groups' defaults; refuse an enabled technique that lacks what it needs."""
     where = f"compression_training.{technique}"
     shared, groups = values["shared_parameters"], values["different_groups"]
     if not shared["enabled"]:
         return
-    if not groups and shared.get("method") != "snip_momentum":
+    if not has_groups and shared.get("method") != "snip_momentum":
         raise ConfigAssertionError(
             f"{where} is enabled and needs 'different_groups': say which modules it treats."
         )

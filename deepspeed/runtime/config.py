@@ -225,15 +225,20 @@ class DeepSpeedConfig:
         raw["gradient_accumulation_steps"] = train // (micro * self.world_size)
 
     def _set_batch(self, keys: TopLevel) -> None:
-        self.train_batch_size, self.train_micro_batch_size_per_gpu, steps = complete_batch(
-            keys.train_batch_size,
-            keys.train_micro_batch_size_per_gpu,
-            keys.gradient_accumulation_steps,
-            self.world_size,
-        )
-        self.gradient_accumulation_steps: int = steps
+        self.train_batch_size: Any
+        self.train_micro_batch_size_per_gpu: Any
+        self.gradient_accumulation_steps: Any
+        for key in BATCH_KEYS:
+            setattr(self, key, getattr(keys, key))
+        self._configure_train_batch_size()
         self.managed_gradient_accumulation = keys.managed_gradient_accumulation
         self.dataloader_drop_last = keys.dataloader_drop_last
+
+    def _configure_train_batch_size(self) -> None:
+        """Derive those of the three batch sizes that are None, and check them all."""
+        given = (getattr(self, key) for key in BATCH_KEYS)
+        for key, value in zip(BATCH_KEYS, complete_batch(*given, self.world_size), strict=True):
+            setattr(self, key, value)
 
     def _set_reporting(self, keys: TopLevel) -> None:
         self.steps_per_print = keys.steps_per_print

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -211,3 +213,13 @@ def test_refused_triads_have_no_solution_of_the_documented_form(train, micro, st
     free_micro = [micro] if micro is not None else range(1, 41)
     possible = [(m, g) for m in free_micro for g in free_steps if train in (None, m * g * world)]
     assert possible == []
+
+
+def test_a_triad_changed_by_hand_is_completed_anew():
+    config = DeepSpeedConfig({"train_batch_size": 8}, mpu=Ranks(2))
+    config.train_batch_size, config.gradient_accumulation_steps = None, 3
+    config._configure_train_batch_size()
+    assert [getattr(config, key) for key in BATCH_KEYS] == [24, 4, 3]
+    config.gradient_accumulation_steps = 2
+    with pytest.raises(AssertionError, match=re.escape(UNEQUAL)):
+        config._configure_train_batch_size()
