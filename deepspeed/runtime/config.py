@@ -64,11 +64,11 @@ from .constants import (
     ZERO_ONE_ADAM_OPTIMIZER,
 )
 from .data_pipeline.config import get_curriculum_params_legacy, get_data_efficiency_config
+from .torch_autocast import get_default_autocast_lower_precision_modules
 from .zero.config import read_zero_config
 
 
 def load_config(config: Any) -> dict[str, Any]:
-from .torch_autocast import get_default_autocast_lower_precision_modules
     """Return a configuration as a dictionary.
 
     Args:

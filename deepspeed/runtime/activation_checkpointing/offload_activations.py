@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -329,7 +329,7 @@ def get_checkpoint_hidden_states_offloading_ctx_manager(
 class _Marking:
     """Has checkpointed layers of transformers mark their inputs while there is a manager to mark them for."""
 
-    managers: list[CheckpointHiddenStatesOffload] = []
+    managers: ClassVar[list[CheckpointHiddenStatesOffload]] = []
     layer: Any = None
     original: Any = None
 
