@@ -16,7 +16,8 @@ import pickle
 import sys
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,6 @@ import torch
 
 from ..utils.env import DS_TRUST_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
-from .archive import byte_view
 from .digest import CRC32, SHA256, of_file, text_of
 from .format import MANIFEST, PARTIAL_MARK
 from .harmless import Refused, check_call, harmless
@@ -173,7 +173,7 @@ def _from_memory(path: Path, file: WholeFile) -> Any:
     records = file.records(path)
 
     def text(name: str) -> bytes:
-        return bytes(byte_view(file.record(*records[name])).numpy()) if name in records else b""
+        return file.text(*records[name]) if name in records else b""
 
     if text("byteorder") not in (b"", sys.byteorder.encode()):
         return _by_torch(path, "cpu", False, None)
@@ -295,6 +295,8 @@ class Folder:
             raise damaged(path, "a save that did not finish")
         self._expected = _read_manifest(path / MANIFEST) if verify else {}
         self._checked: set[str] = set()
+        self._ahead: dict[str, Future[WholeFile]] = {}
+        self._in_memory: set[str] = set()
 
     def has(self, name: str) -> bool:
         """Whether the file is there."""
@@ -313,17 +315,41 @@ class Folder:
         """Check one file and read it; see `load_file`."""
         whole = self._read_checked(name) if self._whole and mmap else None
         self.check(name)
+        (self._in_memory.add if whole is not None else self._in_memory.discard)(name)
         return load_file(self.path / name, map_location, mmap=mmap, whole=whole)
+
+    def is_in_memory(self, name: str) -> bool:
+        """Whether the tensors that the last `load` of a file gave have memory of their own, not the file's."""
+        return name in self._in_memory
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Begin to read files that `load` is going to be asked for, as far as they are read into memory."""
+        wanted = [name for name in names if self._whole and self._is_whole(name)]
+        if not wanted or not pays(*(self.path / name for name in wanted)):
+            return
+        with ThreadPoolExecutor(len(wanted), "checkpoint-ahead") as pool:
+            self._ahead.update((name, pool.submit(read_whole, self.path / name)) for name in wanted)
+            pool.shutdown(wait=False)
+
+    def close(self) -> None:
+        """Wait for what was begun, and drop it."""
+        while self._ahead:
+            self._ahead.popitem()[1].exception()
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether a file is still to be checked by its CRC-32, and is as long as it was."""
+        path, entry = self.path / name, self._expected.get(name, {})
+        if CRC32 not in entry or name in self._checked or not path.is_file():
+            return False
+        return path.stat().st_size == entry["size"]
 
     def _read_checked(self, name: str) -> WholeFile | None:
         """The content of a file if it is to be checked and there is room for it; compared with the manifest."""
-        path, entry = self.path / name, self._expected.get(name, {})
-        if CRC32 not in entry or name in self._checked or not path.is_file():
+        path, ahead = self.path / name, self._ahead.pop(name, None)
+        if ahead is None and not (self._is_whole(name) and pays(path)):
             return None
-        if path.stat().st_size != entry["size"] or not pays(path):
-            return None
-        found = read_whole(path)
-        self._compare(path, CRC32, text_of(found.crc32), entry)
+        found = read_whole(path) if ahead is None else ahead.result()
+        self._compare(path, CRC32, text_of(found.crc32), self._expected[name])
         self._checked.add(name)
         return found
 

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
+from ..checkpoint.format import expert_optim_file
 from .clock import Counters
+from .engine_dtypes import DtypeAccessors
 from .lr_schedules import get_torch_optimizer
 
-from .engine_dtypes import DtypeAccessors
 # What the getters below return is the configuration's own field, so the name says it all: no docstrings.
 
 
@@ -456,6 +458,11 @@ class ConfigAccessors(DtypeAccessors, Counters):
         return {
             name: timer.elapsed(reset=False) for name, timer in self.timers.get_timers().items()
         }
+
+    def _get_optimizer_ckpt_name(self, checkpoints_path: str, tag: str, expp_rank: int) -> str:
+        """Path of the states of an optimizer that is not sharded, beside those of experts."""
+        name = expert_optim_file(expp_rank, self.mesh.tensor.rank)
+        return os.path.join(checkpoints_path, str(tag), name)
 
     def _group_values(self, key: str) -> list[Any]:
         groups = self.basic_optimizer.param_groups if self.basic_optimizer is not None else []

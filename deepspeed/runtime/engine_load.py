@@ -18,6 +18,7 @@ import torch
 from ..checkpoint import format as names
 from ..checkpoint import model_states, random_states
 from ..checkpoint.atomic import resolve
+from ..checkpoint.constants import DS_AUTOTP_UC_META
 from ..checkpoint.format import Model, Optim, Zero
 from ..checkpoint.reader import Folder, own_memory, read_tag
 from ..checkpoint.reshard import SavedState, from_inline, from_shards
@@ -125,7 +126,9 @@ class _Load:
         """Read the model states, and the parts of the optimizer that this rank is going to copy."""
         self.folder = Folder(self.path, verify=DS_VERIFY_CHECKPOINTS.get(), whole=True)
         mp_rank = mp_rank_of(self.engine)
-        choices = (names.model_file(mp_rank), names.zero3_model_file(0, mp_rank))
+        choices = [names.model_file(mp_rank), names.zero3_model_file(0, mp_rank)]
+        if self.universal:  # it may be of fewer tensor-parallel ranks
+            choices.append(names.model_file(0))
         self.model_path = self.path / next(filter(self.folder.has, choices), choices[0])
         files = self.folder.glob("mp_rank_*_model_states.pt") or self.folder.glob(
             "zero_pp_rank_0_*_model_states.pt"
@@ -141,9 +144,12 @@ class _Load:
                     fix="Check load_dir and tag.",
                 )
             )
+        sharded = isinstance(self.engine.optimizer, ZeroOptimizer) or self.with_states
+        shard = self._shard_name(self._near()) if sharded else None
+        self.folder.begin([self.model_path.name, *([shard] if shard else [])])
         self.model = self.folder.load(self.model_path.name)
         self._check_model(len(files))
-        if isinstance(self.engine.optimizer, ZeroOptimizer) or self.with_states:
+        if sharded:
             self.saved = self._open_optimizer()
         if self.saved is not None and isinstance(self.engine.optimizer, ZeroOptimizer):
             zero_state.open_needed(self.engine.optimizer, self.saved)
@@ -201,7 +207,7 @@ class _Load:
         config = self.model.get(Model.DS_CONFIG) or {}
         data_first = bool(config.get(names.DATA_BEFORE_EXPERT))
         shapes = self.model[Model.PARAM_SHAPES]
-        saved = from_shards(self._open_shard, shapes, self._near(), data_first)
+        saved = from_shards(self._open_shard, shapes, self._near(), data_first, self._is_lent)
         return saved.under_names(self._saved_names(saved.pieces))
 
     def _saved_names(self, found: Iterable[str]) -> dict[str, str]:
@@ -221,7 +227,12 @@ class _Load:
         shapes = {there[name]: shape for name, shape in own.items()}
         groups = [list(group) for group in self.model.get(Model.PARAM_SHAPES) or ()]
         tensor = engine.mesh.tensor
-        saved = open_universal(self.folder, shapes, groups, tensor.rank, tensor.size)
+        cuts = {
+            there[name]: getattr(p, DS_AUTOTP_UC_META)
+            for p, name in engine.param_names.items()
+            if hasattr(p, DS_AUTOTP_UC_META)
+        }
+        saved = open_universal(self.folder, shapes, groups, tensor.rank, tensor.size, cuts)
         return saved.under_names(there)
 
     def _near(self) -> int:
@@ -269,6 +280,10 @@ class _Load:
                 )
             )
         return self.folder.load(name)[Optim.STATE]
+
+    def _is_lent(self, rank: int) -> bool:
+        """Whether a rank's shard, read last, lies in memory of its own."""
+        return self.folder.is_in_memory(self._shard_name(rank) or "")
 
     def _check_version(self) -> None:
         text = self.model.get(Model.DS_VERSION)
@@ -440,6 +455,8 @@ class _Load:
     def close(self) -> None:
         """Let go of the files (Windows neither renames nor deletes mapped ones)."""
         self.model = {}
+        if hasattr(self, "folder"):
+            self.folder.close()
         vars(self).pop("_inline", None)
         if self.saved is not None:
             self.saved.close()

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from ..zero import state
 from ..zero.optimizer import ZeroOptimizer
 
 
@@ -11,3 +14,8 @@ class FP16_Optimizer(ZeroOptimizer):
 
     saves_flat = True
     """Its checkpoints hold flat masters rather than one tensor a parameter."""
+
+    @property
+    def fp32_groups_flat(self) -> list[torch.Tensor]:
+        """The fp32 masters of each group, one flat tensor."""
+        return state.flat_masters(self)

@@ -20,6 +20,7 @@ from deepspeed.checkpoint.writer import attributes, plain
 from deepspeed.git_version_info import version
 from deepspeed.utils.errors import DeepSpeedCheckpointError, explain
 
+from .lent import dtypes_of, lent_states
 from .sharded_param import numel_of, shape_of
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def state_dict(optimizer: ZeroOptimizer) -> dict[str, Any]:
         return _sliced_state(optimizer)
     keep_padding = getattr(optimizer, "saves_padding", False)
     groups = optimizer.groups
-    masters = [_joined([part.master for part in group.parts]) for group in groups]
+    masters = flat_masters(optimizer)
     if not keep_padding:
         masters = [
             flat[: flat.numel() - group.padding]
@@ -76,9 +77,7 @@ def _sliced_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
         Zero.STAGE: 3,
         Zero.PARTITION_COUNT: optimizer.groups[0].shard_axis.size,
         Zero.INNER: _inner_state(optimizer),
-        Zero.FP32_FLAT_GROUPS: [
-            _joined([part.master for part in group.parts]) for group in optimizer.groups
-        ],
+        Zero.FP32_FLAT_GROUPS: flat_masters(optimizer),
         "ds_version": version,
     }
 
@@ -107,14 +106,22 @@ def _wrapper_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
     saved[Zero.LOSS_SCALER_STATE] = _scaler_state(optimizer)
     if getattr(optimizer, "saves_flat", False):
         saved[Zero.INNER] = _inner_state(optimizer)
-        saved[Zero.WRAPPER_FLAT] = [_joined([p.master for p in g.parts]) for g in optimizer.groups]
+        saved[Zero.WRAPPER_FLAT] = flat_masters(optimizer)
     else:
         saved[Zero.INNER] = _inner_state_by_param(optimizer)
-        saved[Zero.WRAPPER_LISTS] = [
-            _split(group, _joined([part.master for part in group.parts]))
-            for group in optimizer.groups
-        ]
+        saved[Zero.WRAPPER_LISTS] = masters_by_param(optimizer)
     return saved
+
+
+def flat_masters(optimizer: ZeroOptimizer) -> list[torch.Tensor]:
+    """The masters of this rank, one flat tensor a group."""
+    return [_joined([part.master for part in group.parts]) for group in optimizer.groups]
+
+
+def masters_by_param(optimizer: ZeroOptimizer) -> list[list[torch.Tensor]]:
+    """The masters of each group's parameters, in their shapes; for shards of one rank."""
+    masters = flat_masters(optimizer)
+    return [_split(group, flat) for group, flat in zip(optimizer.groups, masters, strict=True)]
 
 
 def _scaler_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
@@ -323,12 +330,21 @@ def _start_states(
         if type(inner).__module__.startswith("deepspeed.")
         else None
     )
+    lent = lent_states(optimizer, group, saved, keys)
     for part in group.parts:
         old = inner.state.pop(part.master, {})
         if slot is None or not (slot.numbers or len(slot.tensors) > 1):
             continue
         state = inner.state[part.master]
-        if prepare is not None:
+        kept = lent.get(id(part), {})
+        if prepare is not None:  # of no elements first, for the names and dtypes alone
+            prepare(part.master.new_empty(0) if kept else part.master, state)
+        if kept and dtypes_of(state or {key: old.get(key, kept[key]) for key in kept}) == dtypes_of(
+            kept
+        ):
+            state.update(kept)
+        elif kept and prepare is not None:
+            state.clear()
             prepare(part.master, state)
         for key in keys:
             like = state.get(key, old.get(key))
@@ -384,7 +400,9 @@ def _copy_runs(
                 for key, target in targets.items():
                     if key in slot.tensors:
                         source = slot.tensors[key].narrow(0, start, run)
-                        target.view(-1).narrow(0, within + shift, run).copy_(source)
+                        own = target.view(-1).narrow(0, within + shift, run)
+                        if own.data_ptr() != source.data_ptr():  # not lent
+                            own.copy_(source)
 
 
 def _load_options(optimizer: ZeroOptimizer, saved: SavedState) -> None:

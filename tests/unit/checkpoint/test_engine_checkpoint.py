@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import deepspeed
+from deepspeed.checkpoint import archive, reader, whole_file
 from deepspeed.checkpoint.reader import load_file
 from deepspeed.utils.errors import DeepSpeedCheckpointError
 from tests.helpers.checkpointing import SAVE_AT, STEPS, Net, config, engine, same, state_of, train
@@ -62,6 +63,41 @@ def test_a_resumed_run_continues_bit_for_bit(
     assert getattr(second.optimizer, "loss_scale", None) == getattr(
         first.optimizer, "loss_scale", None
     )
+
+
+@pytest.mark.parametrize("where", ["device", "native", "part"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_states_that_were_read_into_memory_are_kept_not_copied(
+    stage: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if stage == 3 and where == "part":
+        pytest.skip("a partial ratio is of stages 1 and 2")
+    for module, name in ((whole_file, "_LEAST"), (whole_file, "OWN_BLOCK"), (archive, "LARGE")):
+        monkeypatch.setattr(module, name, 1)
+    options = OFFLOADS[where]
+    first, at_save = checkpoint(tmp_path, stage, "bf16", **options)
+    expected = train(first, SAVE_AT, STEPS)
+    second = engine(stage, "bf16", seed=9, **options)
+    read: list[Any] = []
+    monkeypatch.setattr(
+        reader, "read_whole", lambda path: read.append(whole_file.read_whole(path)) or read[-1]
+    )
+    second.load_checkpoint(tmp_path)
+    assert len(read) == 2
+    ranges = [(b.data_ptr(), b.data_ptr() + b.nbytes()) for file in read for b in file.blocks]
+    masters = [part.master for group in second.optimizer.groups for part in group.parts]
+    for master in masters:
+        state = second.optimizer.optimizer.state[master]
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert any(lo <= state[key].data_ptr() < hi for lo, hi in ranges), key
+        assert state["exp_avg"].data_ptr() != state["exp_avg_sq"].data_ptr()
+    assert same(state_of(second), at_save) == []
+    second.save_checkpoint(tmp_path, tag="again")
+    assert train(second, SAVE_AT, STEPS) == expected
+    assert same(state_of(second), state_of(first)) == []
+    third = engine(stage, "bf16", seed=2, **options)
+    third.load_checkpoint(tmp_path, tag="again")
+    assert same(state_of(third), at_save) == []
 
 
 def test_a_loss_scale_and_its_hysteresis_are_resumed(tmp_path: Path) -> None:

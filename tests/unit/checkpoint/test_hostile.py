@@ -117,7 +117,7 @@ def test_pickles_that_reach_for_code_are_refused(
     with monkeypatch.context() as patch:
         patch.setattr(whole_file, "_LEAST", 0)
         memory = torch.frombuffer(bytearray(content), dtype=torch.uint8).untyped_storage()
-        whole = whole_file.WholeFile(memory, zlib.crc32(content))
+        whole = whole_file.WholeFile([memory], zlib.crc32(content))
         if name != "build_with_slots":
             with pytest.raises(DeepSpeedCheckpointError):
                 load_file(path, whole=whole)
@@ -167,7 +167,7 @@ def test_tensors_outside_of_their_storage_are_refused(
     save_file(path, {"a": view(torch.zeros(16).untyped_storage(), offset, size, stride)})
     content = path.read_bytes()
     memory = torch.frombuffer(bytearray(content), dtype=torch.uint8).untyped_storage()
-    given = whole_file.WholeFile(memory, 0) if whole else None
+    given = whole_file.WholeFile([memory], 0) if whole else None
     with pytest.raises(DeepSpeedCheckpointError, match="damaged"):
         load_file(path, whole=given)
 
@@ -192,7 +192,7 @@ def test_storages_of_another_size_than_their_record_are_refused(
         for name, data in records.items():
             archive.writestr(name, data)
     memory = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).untyped_storage()
-    given = whole_file.WholeFile(memory, 0) if whole else None
+    given = whole_file.WholeFile([memory], 0) if whole else None
     with pytest.raises(DeepSpeedCheckpointError, match="damaged"):
         load_file(path, whole=given)
 

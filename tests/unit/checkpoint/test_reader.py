@@ -13,6 +13,7 @@ import struct
 import subprocess
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -468,16 +469,69 @@ def test_a_file_read_at_once_is_the_file_mapped(
         Folder(tmp_path / "step", whole=True).load("f.pt")
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system does not tell")
-def test_only_large_files_that_come_from_the_disk_are_read_at_once(
+def test_only_large_files_that_leave_memory_to_others_are_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "f"
     path.write_bytes(bytes(1 << 20))
     assert not whole_file.pays(path)
     monkeypatch.setattr(whole_file, "_LEAST", 1 << 20)
-    assert not whole_file.pays(path)  # just written: cached
-    monkeypatch.setattr(whole_file, "_is_cached", lambda path, size: False)
     assert whole_file.pays(path)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(1 << 40))
     assert not whole_file.pays(path)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_large_record_has_memory_of_its_own(
+    cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_file, "OWN_BLOCK", 1 << 16)
+    monkeypatch.setattr(whole_file, "_CHUNK", 50_000)
+    monkeypatch.setattr(whole_file, "_CACHED_CHUNK", 50_000)
+    monkeypatch.setattr(whole_file, "_is_cached", lambda path, size: cached)
+    content = {
+        "first": torch.randn(30_000),
+        "small": torch.randn(9),
+        "second": torch.randn(40_001),
+        "third": torch.randn(30_000),
+    }
+    path = tmp_path / "f.pt"
+    save_file(path, content)
+    whole = whole_file.read_whole(path)
+    assert whole.crc32 == zlib.crc32(path.read_bytes())
+    found = load_file(path, whole=whole)
+    addresses = [block.data_ptr() for block in whole.blocks]
+    for name, tensor in content.items():
+        assert torch.equal(found[name], tensor)
+        inside = [0 <= found[name].data_ptr() - address < 8192 for address in addresses]
+        assert any(inside) or name == "small"
+
+
+def test_a_record_in_two_blocks_is_a_copy_in_a_row() -> None:
+    parts = [bytes(range(10)), bytes(range(10, 13)), bytes(range(13, 20))]
+    blocks = [torch.frombuffer(bytearray(p), dtype=torch.uint8).untyped_storage() for p in parts]
+    whole = whole_file.WholeFile(blocks, 0)
+    assert whole.text(0, 20) == bytes(range(20)) and whole.text(9, 8) == bytes(range(9, 17))
+    assert whole.record(3, 4).data_ptr() == blocks[0].data_ptr() + 3
+    assert not whole.record(9, 8).resizable() and whole.text(20, 0) == b""
+
+
+def test_what_was_begun_is_what_is_loaded_and_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_file, "_LEAST", 0)
+    values = {"a": torch.randn(5000), "b": torch.randn(3)}
+
+    def write(folder: Path) -> list[Entry]:
+        return [save_file(folder / f"{name}.pt", value) for name, value in values.items()]
+
+    publish(tmp_path, "step", Crew(), write)
+    (tmp_path / "step" / "b.pt").write_bytes((tmp_path / "step" / "b.pt").read_bytes()[::-1])
+    folder = Folder(tmp_path / "step", whole=True)
+    folder.begin(["a.pt", "b.pt", "none.pt"])
+    assert torch.equal(folder.load("a.pt"), values["a"]) and folder.is_in_memory("a.pt")
+    with pytest.raises(DeepSpeedCheckpointError, match="its crc32 is another"):
+        folder.load("b.pt")
+    assert torch.equal(folder.load("a.pt"), values["a"]) and not folder.is_in_memory("a.pt")
+    folder.begin(["b.pt"])
+    folder.close()
