@@ -28,6 +28,7 @@ from .eigenvalue import summary_events as _eigenvalue_summary_events  # noqa: F4
 from .engine_accessors import ConfigAccessors
 from .engine_data import DataControl
 from .observers import build_observers
+from .torch_autocast import init_autocast_params
 from .zero import offload_states
 
 
@@ -37,7 +38,6 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
     Args:
         args: command-line namespace or dict; `local_rank` and `device_rank` are read from it.
         model: module to train.
-from .torch_autocast import init_autocast_params
         optimizer: torch optimizer, or a callable from parameters to one; None takes the configuration's.
         model_parameters: parameters or groups for an optimizer that the engine builds.
         training_data: dataset for `training_dataloader`.
@@ -90,6 +90,12 @@ from .torch_autocast import init_autocast_params
         self.module = module_prep.prepare_module(
             model, self.precision, self.mesh, self.device, dont_change_device
         )
+        if self.precision.autocast is not None:
+            init_autocast_params(
+                model,
+                self.precision.autocast,
+                self._config.torch_autocast_lower_precision_safe_modules,
+            )
         self.param_names = {param: name for name, param in model.named_parameters()}
         self.residency = sharding.shard_params(self)
         self._set_up_topology()
@@ -100,12 +106,6 @@ from .torch_autocast import init_autocast_params
         self.basic_optimizer = build.build_basic_optimizer(
             self._config, model, optimizer, model_parameters
         )
-        if self.precision.autocast is not None:
-            init_autocast_params(
-                model,
-                self.precision.autocast,
-                self._config.torch_autocast_lower_precision_safe_modules,
-            )
         self.optimizer, self.driver = build.wrap_optimizer(self)
         self.lr_scheduler = build.build_scheduler(
             self._config, self.client_lr_scheduler, self.basic_optimizer, self.optimizer
