@@ -111,6 +111,11 @@ def train(environment: Environment, options: argparse.Namespace, rest: list[str]
     return run([launcher, script, "--out", HERE / "out", *chosen, *rest])
 
 
+def spread() -> list[str]:
+    """pytest's words for a worker a core, at most four: tests start processes of their own. A file stays with one."""
+    return ["-q", "-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile"]
+
+
 def test(environment: Environment, rest: list[str]) -> int:
     """Lint, types, then every test that this machine can run; the worst exit code of them."""
     python = environment.python
@@ -119,7 +124,7 @@ def test(environment: Environment, rest: list[str]) -> int:
         ("lint", [python, "-m", "ruff", "check", "."]),
         ("format", [python, "-m", "ruff", "format", "--check", "."]),
         ("types", [python, "-m", "mypy"]),
-        ("tests", [python, "-m", "pytest", "--timeout=600", *(rest or ["-q", *folders])]),
+        ("tests", [python, "-m", "pytest", "--timeout=600", *(rest or [*spread(), *folders])]),
     ]
     codes = {}
     for name, command in stages:
