@@ -64,6 +64,10 @@ def _quantized(section: Any) -> bool:
     )
 
 
+def _divided(config: DeepSpeedConfig) -> bool:
+    return config.tensor_parallel_config.autotp_size > 1
+
+
 def _compression(config: DeepSpeedConfig) -> bool:
     techniques = dict(config.compression_config)
     layers = techniques.pop("layer_reduction")
@@ -116,10 +120,26 @@ UNBUILT: tuple[Unbuilt, ...] = (
     ),
     # ------------------------------------------------------------------ parallelism
     Unbuilt(
-        "tensor_parallel.autotp_size",
-        "tensor parallelism (AutoTP)",
-        lambda config: config.tensor_parallel_config.autotp_size > 1,
-        "Set it to 0; ZeRO shards the training state over all ranks.",
+        "sequence_parallel_size",
+        "sequence parallelism together with tensor parallelism",
+        lambda config: _divided(config) and (config.sequence_parallel_size or 1) > 1,
+        "Set 'tensor_parallel.autotp_size' to 0, or remove the key.",
+    ),
+    *(
+        Unbuilt(
+            f"tensor_parallel.{key}",
+            feature,
+            lambda config, key=key: (  # type: ignore[misc]
+                _divided(config) and bool(getattr(config.tensor_parallel_config, key))
+            ),
+            _REMOVE,
+        )
+        for key, feature in (
+            ("vocab_parallel_lm_head", "a loss of a language-model head that is split by words"),
+            ("injection_policy_tuple", "layers named by a tuple ('partition_config' names them)"),
+            ("keep_module_on_host", "a divided model in host memory"),
+            ("replace_with_kernel_inject", "fused layers in a divided model"),
+        )
     ),
     Unbuilt(
         "expert_parallel.enabled",
@@ -127,7 +147,18 @@ UNBUILT: tuple[Unbuilt, ...] = (
         lambda config: config.expert_parallel_config.enabled,
         _OFF,
     ),
-    Unbuilt("hybrid_engine.enabled", "the hybrid engine", lambda c: c.hybrid_engine.enabled, _OFF),
+    Unbuilt(
+        "hybrid_engine.inference_tp_size",
+        "tensor parallelism while the hybrid engine generates",
+        lambda config: config.hybrid_engine.enabled and config.hybrid_engine.inference_tp_size > 1,
+        "Set it to 1; ZeRO-3 gathers the weights for each call of generate.",
+    ),
+    Unbuilt(
+        "hybrid_engine.enable_cuda_graph",
+        "CUDA graphs while the hybrid engine generates",
+        lambda config: config.hybrid_engine.enabled and config.hybrid_engine.enable_cuda_graph,
+        "Set it to false; generate(cache_implementation='static') lets transformers capture the step.",
+    ),
     Unbuilt(
         "compile.deepcompile",
         "DeepCompile",

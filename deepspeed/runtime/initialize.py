@@ -54,6 +54,8 @@ def initialize(
     if parsed.comms_config.comms_logger_enabled:
         dist.configure(parsed)
     set_optimizer_flags(parsed, model)
+    if parsed.hybrid_engine.enabled:
+        engine_class = _hybrid_class(engine_class)
     shutdown_init_context()  # modules that the engine builds for itself stay whole
     try:
         engine = engine_class(
@@ -119,6 +121,20 @@ def _engine_class(model: Any, engine_arguments: dict[str, Any]) -> type[DeepSpee
         )
     engine_arguments["mpu"] = model.mpu()
     return PipelineEngine
+
+
+def _hybrid_class(engine_class: type[DeepSpeedEngine]) -> type[DeepSpeedEngine]:
+    from .hybrid_engine import DeepSpeedHybridEngine
+
+    if engine_class is not DeepSpeedEngine:
+        raise DeepSpeedConfigError(
+            explain(
+                "a pipeline cannot generate between training steps",
+                got="a PipelineModule with hybrid_engine.enabled",
+                fix="set it to false",
+            )
+        )
+    return DeepSpeedHybridEngine
 
 
 def find_config(args: Any, config: Any) -> Any:

@@ -275,6 +275,15 @@ def apply_rotary_pos_emb(t: Tensor, freqs_cos: Tensor, freqs_sin: Tensor) -> Ten
     """Turn the first `freqs_cos.shape[-1]` features of `t` by the given angles (arXiv:2104.09864)."""
     size = freqs_cos.shape[-1]
     turned, rest = t[..., :size], t[..., size:]
-    half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), -1)
-    turned = turned * freqs_cos.to(t.dtype) + half * freqs_sin.to(t.dtype)
+    turned = turned * freqs_cos.to(t.dtype) + _rotate_half(turned) * freqs_sin.to(t.dtype)
     return torch.cat((turned, rest), -1)
+
+
+def _rotate_half(t: Tensor) -> Tensor:
+    """The features of `t` turned by a quarter: (x, y) becomes (-y, x), where x and y are its halves."""
+    x, y = t.chunk(2, dim=-1)
+    return torch.cat((-y, x), dim=-1)
+
+
+# Programs ask whether a fused kernel of another package turns them.
+_torchembed_available = False

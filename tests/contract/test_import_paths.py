@@ -39,7 +39,7 @@ BUILT = {
     "deepspeed": (
         "PipelineModule PipelineEngine pipe sequence __version__ version __version_major__ __version_minor__ __version_patch__ __git_hash__ "
         "__git_branch__ git_hash git_branch initialize init_inference init_distributed "
-        "tp_model_init add_config_arguments default_inference_config add_tuning_arguments set_optimizer_flags "
+        "tp_model_init add_config_arguments default_inference_config add_tuning_arguments set_optimizer_flags DeepSpeedHybridEngine "
         "DeepSpeedEngine DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable "
         "DeepSpeedOptimizer DeepSpeedDataLoader DeepSpeedConfig DeepSpeedConfigError "
         "DeepSpeedInferenceConfig ADAM_OPTIMIZER LAMB_OPTIMIZER MUON_OPTIMIZER "
@@ -118,7 +118,17 @@ BUILT = {
         "split_params_into_different_moe_groups_for_optimizer is_moe_param_group "
         "configure_moe_param_groups"
     ),
-    "deepspeed.module_inject": "replace_transformer_layer revert_transformer_layer",
+    "deepspeed.module_inject": (
+        "replace_transformer_layer revert_transformer_layer LinearAllreduce LinearLayer set_autotp_mode "
+        "SubParamLinearLayer SubParamLinearAllreduce TPLayerSpec AutoTPConfig PartitionType "
+        "AutoTPPresets merge_autotp_configs"
+    ),
+    "deepspeed.module_inject.auto_tp": "AutoTP",
+    "deepspeed.module_inject.layers": (
+        "GatherReplacedLayerParams LinearAllreduce LinearLayer LmHeadLinearAllreduce "
+        "fused_LinearLayer GateUpPack_LinearLayer"
+    ),
+    "deepspeed.module_inject.tp_shard": "get_shard_size get_shard_size_list set_num_kv_heads",
     "deepspeed.monitor.comet": "CometMonitor",
     "deepspeed.monitor.config": "get_monitor_config TensorBoardConfig",
     "deepspeed.monitor.csv_monitor": "csvMonitor",
@@ -159,6 +169,10 @@ BUILT = {
     "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine": "TorchCheckpointEngine",
     "deepspeed.runtime.compiler": (
         "is_compile_supported disable enable is_compiling compiled_autograd"
+    ),
+    "deepspeed.runtime.hybrid_engine": "DeepSpeedHybridEngine",
+    "deepspeed.runtime.rollout": (
+        "RolloutConfig SamplingConfig RolloutRequest RolloutBatch RolloutEngine HybridEngineRollout"
     ),
     "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
     "deepspeed.runtime.zero.muon.original_muon": (
@@ -284,18 +298,11 @@ BUILT = {
 
 # module -> names that come with later work; a row moves up when it is built
 LATER = {
-    "deepspeed": (
-        "DeepSpeedHybridEngine "
-        "domino DeepSpeedTransformerLayer "
-        "DeepSpeedTransformerConfig set_autotp_mode"
-    ),
+    "deepspeed": ("domino DeepSpeedTransformerLayer DeepSpeedTransformerConfig set_autotp_mode"),
     "deepspeed.compression": "init_compression redundancy_clean",
     "deepspeed.compression.compress": "init_compression redundancy_clean",
     "deepspeed.compression.helper": "convert_conv1d_to_linear",
     "deepspeed.inference.v2": "build_hf_engine InferenceEngineV2 RaggedInferenceEngineConfig",
-    "deepspeed.module_inject": "LinearAllreduce LinearLayer set_autotp_mode",
-    "deepspeed.module_inject.auto_tp": "AutoTP",
-    "deepspeed.module_inject.layers": "GatherReplacedLayerParams LinearAllreduce LinearLayer",
     "deepspeed.ops.adam": "ZenFlowCPUAdam ZenFlowSelectiveAdamW ZenFlowSelectiveAdamW_stage3",
     "deepspeed.runtime.data_pipeline.data_sampling.data_analyzer": (
         "DataAnalyzer DistributedDataAnalyzer"
@@ -308,11 +315,7 @@ LATER = {
     "deepspeed.runtime.fp16.onebit.adam": "OnebitAdam",
     "deepspeed.runtime.fp16.onebit.lamb": "OnebitLamb",
     "deepspeed.runtime.fp16.onebit.zoadam": "ZeroOneAdam",
-    "deepspeed.runtime.hybrid_engine": "DeepSpeedHybridEngine",
     "deepspeed.runtime.quantize": "Quantizer",
-    "deepspeed.runtime.rollout": (
-        "RolloutConfig SamplingConfig RolloutRequest RolloutBatch RolloutEngine HybridEngineRollout"
-    ),
     "deepspeed.runtime.sequence_parallel.ulysses_sp": "TiledLoss UlyssesSPFwdLossBwdWithLogits",
     "deepspeed.runtime.state_dict_factory": "SDLoaderFactory",
     "deepspeed.runtime.superoffload": "",

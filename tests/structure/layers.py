@@ -52,6 +52,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.activation_checkpointing": 5,
     "deepspeed.runtime.data_pipeline": 5,
     "deepspeed.runtime.model_checkpointing": 5,
+    "deepspeed.runtime.rollout": 5,
     "deepspeed.runtime.sequence_parallel": 5,
     "deepspeed.sequence": 5,
     "deepspeed.runtime.swap_tensor": 5,
@@ -96,6 +97,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.fp16.loss_scaler": 3,
     "deepspeed.ops": 3,
     # L2: bytes, integers, wires
+    "deepspeed.runtime.zero.blocks": 2,
     "deepspeed.runtime.zero.layout": 2,
     "deepspeed.runtime.zero.plan": 2,
     "deepspeed.runtime.zero.slab": 2,
@@ -124,10 +126,10 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.constants": 1,
     "deepspeed.runtime.precision_config": 1,
     "deepspeed.runtime.swap_tensor.aio_config": 1,
+    "deepspeed.runtime.torch_autocast": 1,
     "deepspeed.runtime.zenflow.zenflow_config": 1,
     "deepspeed.runtime.zero.leaf_module_config": 1,
     "deepspeed.runtime.zero.offload_config": 1,
-    "deepspeed.runtime.torch_autocast": 1,
     "deepspeed.utils.config": 1,
     "deepspeed.inference.v2.config_v2": 1,
     # L0: ground

@@ -39,7 +39,10 @@ ASKING = {
     "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 2}},
     "expert_parallel.enabled": {"expert_parallel": {"enabled": True}},
     "sequence_parallel_size": {"sequence_parallel_size": 2},
-    "hybrid_engine.enabled": {"hybrid_engine": {"enabled": True}},
+    "hybrid_engine.inference_tp_size": {"hybrid_engine": {"enabled": True, "inference_tp_size": 2}},
+    "hybrid_engine.enable_cuda_graph": {
+        "hybrid_engine": {"enabled": True, "enable_cuda_graph": True}
+    },
     "compile.deepcompile": {"compile": {"deepcompile": True}},
     "compression_training": {
         "compression_training": {
@@ -104,7 +107,7 @@ HARMLESS = {
     ),
     "old switches, off": zero(2, cpu_offload=False),
     "old spelling of bf16": {"bfloat16": {"enabled": True}},
-    "hybrid engine, off": {"hybrid_engine": {"enabled": False, "max_out_tokens": 512}},
+    "hybrid engine, off": {"hybrid_engine": {"enabled": False, "inference_tp_size": 2}},
     "monitors": {
         "tensorboard": {"enabled": True},
         "csv_monitor": {"enabled": True},
