@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.contract.test_import_budget import HEAVY, PROBE, SECONDS
 from tests.windows import winpy
@@ -44,29 +45,40 @@ def test_ds_report_prints_a_table_and_json(windows, folder):
     assert isinstance(json.loads(record.stdout), dict)
 
 
+def shares(number: int) -> list[list[str]]:
+    """The unit tests' files in `number` lists of about as many bytes."""
+    lists: list[tuple[int, list[str]]] = [(0, []) for _ in range(number)]
+    files = sorted(
+        (winpy.ROOT / "tests" / "unit").rglob("test_*.py"), key=lambda f: f.stat().st_size
+    )
+    for file in reversed(files):
+        lists.sort(key=lambda share: share[0])
+        size, share = lists[0]
+        share.append(file.relative_to(winpy.ROOT).as_posix())
+        lists[0] = (size + file.stat().st_size, share)
+    return [share for _, share in lists]
+
+
 def test_unit_tests_pass(windows, tmp_path):
-    # the installed package, not the tree's: pytest's own path entry would put the tree first
-    words = [
-        "-q",
-        "-o",
-        f"cache_dir={winpy.windows_path(tmp_path)}",
-        "-o",
-        "pythonpath=",
-        "--maxfail=20",
-    ]
-    words += [
-        "-o",
-        "faulthandler_timeout=180",
-        "-o",
-        "faulthandler_exit_on_timeout=true",
-        "tests/unit",
-    ]
     with_tests = windows.with_paths(winpy.ROOT)
-    done = with_tests.python("-m", "pytest", *words, timeout=1700)
-    print(done.stdout[-6000:])
-    if done.returncode != 0 and re.search(r"\b\d+ failed, [1-9]\d* passed", done.stdout):
-        # Wine's file locks and timers are not Windows': what failed once must pass by itself
-        done = with_tests.python("-m", "pytest", *words, "--last-failed", timeout=600)
-        print(done.stdout[-6000:])
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert re.search(r"\b[1-9]\d* passed", done.stdout)
+
+    def outcome(number: int, files: list[str]) -> tuple[int, str]:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        # the installed package, not the tree's: pytest's own path entry would put the tree first
+        options = (f"cache_dir={winpy.windows_path(folder)}", "pythonpath=")
+        options += ("faulthandler_timeout=180", "faulthandler_exit_on_timeout=true")
+        words = ["-m", "pytest", "-q", "--maxfail=20"]
+        words += [word for option in options for word in ("-o", option)]
+        done = with_tests.python(*words, *files, timeout=1700)
+        if done.returncode != 0 and re.search(r"\b\d+ failed, [1-9]\d* passed", done.stdout):
+            print(done.stdout[-6000:])
+            # Wine's file locks and timers are not Windows': what failed once must pass by itself
+            done = with_tests.python(*words, *files, "--last-failed", timeout=600)
+        return done.returncode, done.stdout[-6000:]
+
+    with ThreadPoolExecutor(2) as pool:  # as many interpreters as the smallest runner has cores
+        for code, text in pool.map(outcome, (0, 1), shares(2)):
+            print(text)
+            assert code == 0, text
+            assert re.search(r"\b[1-9]\d* passed", text)
