@@ -116,7 +116,9 @@ def _require_flat(what: str, *tensors: torch.Tensor) -> None:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().view(torch.uint8)
+    # One element is contiguous whatever its stride, but then torch does not look at it as bytes.
+    flat = tensor.detach()
+    return (flat.as_strided((1,), (1,)) if flat.numel() == 1 else flat).view(torch.uint8)
 
 
 def _host(tensor: torch.Tensor, copy: bool = True) -> torch.Tensor:

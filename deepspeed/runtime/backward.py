@@ -125,7 +125,7 @@ class BackwardWatch:
         if self._needs_scale() and not self._scaled:
             raise RuntimeError(
                 explain(
-                    "loss.backward() was called on a loss that is not scaled",
+                    "Loss scaling is required, and backward() was called on a loss that is not scaled",
                     got="fp16 training, which scales its loss",
                     expected="engine.backward(loss), or engine.scale(loss).backward()",
                     fix="use one of these two",

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import torch
+
+from deepspeed.comm import flat
+
 from .base_optimizer import ZeROOptimizer
 from .zero.optimizer import ZeroOptimizer
+from .zero.shard_group import ShardGroup
 
 
 class BF16_Optimizer(ZeroOptimizer, ZeROOptimizer):
@@ -24,6 +29,19 @@ class BF16_Optimizer(ZeroOptimizer, ZeROOptimizer):
         return [part.master for group in self.groups for part in group.parts]
 
     @property
+    def fp32_groups_gradients_flat(self) -> list[torch.Tensor]:
+        """The reduced gradients of each group, flat, padding included; gathered anew at each look, by all ranks."""
+        return [_whole_gradients(group) for group in self.groups]
+
+    @property
     def group_paddings(self) -> list[int]:
         """Padding elements at the end of this rank's shard of each group."""
         return [group.padding for group in self.groups]
+
+
+def _whole_gradients(group: ShardGroup) -> torch.Tensor:
+    with group.grads_in_memory():
+        own = torch.cat([group.grad_of(part).float() for part in group.parts]).to(group.device)
+    whole = own.new_empty(group.shard_axis.size * own.numel())
+    flat.all_gather_into(whole, own, group.shard_axis)
+    return whole

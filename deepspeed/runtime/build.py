@@ -49,8 +49,8 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
     """Refuse combinations of arguments that cannot work; the configured log level holds from here on.
 
     Raises:
-        AssertionError: ZeRO 1 or 2 without an optimizer; a scheduler object of torch's older base class without an
-            optimizer object.
+        AssertionError: ZeRO 1 or 2 without an optimizer, or with an odd allgather_bucket_size; overlap_comm below
+            stage 2 with unmanaged accumulation; a scheduler object of torch's older base class without an optimizer.
         ValueError: nothing to train.
     """
     if config.log_level is not None:
@@ -65,6 +65,7 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
                 fix="add one, or set zero_optimization.stage to 0",
             )
         )
+    _check_zero(config)
     _check_scheduler(optimizer, lr_scheduler)
     if has_optimizer and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
@@ -73,6 +74,26 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
                 got=f"{sum(1 for _ in model.parameters())} parameters, all with requires_grad=False",
                 expected="at least one with requires_grad=True",
                 fix="unfreeze some, or initialize without an optimizer for inference",
+            )
+        )
+
+
+def _check_zero(config: Any) -> None:
+    zero, stage = config.zero_config, config.zero_optimization_stage
+    if stage in (1, 2) and zero.allgather_bucket_size % 2:
+        raise AssertionError(
+            explain(
+                "allgather_bucket_size must be a multiple of nccl_start_alignment_factor, which is 2",
+                got=zero.allgather_bucket_size,
+                expected="an even number",
+            )
+        )
+    if stage < 2 and zero.overlap_comm and not config.managed_gradient_accumulation:
+        raise AssertionError(
+            explain(
+                "unmanaged accumulation goes with overlap_comm only with ZeRO stage 2 or 3",
+                got=f"stage {int(stage)}, which reduces inside step()",
+                fix="set overlap_comm to false, or the stage to 2",
             )
         )
 
@@ -107,6 +128,8 @@ def build_precision(config: Any) -> Precision:
     autocast = None
     if config.torch_autocast_enabled:
         autocast = config.torch_autocast_dtype or torch.bfloat16
+    sharded = config.zero_optimization_stage > 0
+    scaled = fp16.enabled or (sharded and autocast is torch.float16)
     return Precision(
         compute=compute,
         accumulate=config.grad_accum_dtype,
@@ -117,13 +140,9 @@ def build_precision(config: Any) -> Precision:
         check_overflow=scaled or (bf16.enabled and bf16.check_grad_overflow),
         make_scaler=_scaler_factory(fp16, sharded) if scaled else LossScaler,
     )
-    sharded = config.zero_optimization_stage > 0
-    scaled = fp16.enabled or (sharded and autocast is torch.float16)
 
 
 def _scaler_factory(fp16: Any, sharded: bool) -> Callable[[], LossScalerBase]:
-    if not fp16.enabled:
-        return LossScaler
     if fp16.loss_scale != 0:
         return partial(LossScaler, fp16.loss_scale)
     if not sharded:

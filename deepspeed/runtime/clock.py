@@ -68,7 +68,7 @@ class AccumulationClock:
         return 1.0 / self.accumulation if self.accumulation > 1 and self.managed else 1.0
 
     def count_step(self, batch: int, micro_batch: int, overflow: bool) -> None:
-        """Count one optimizer step of `batch` samples (unmanaged: `micro_batch` samples for every backward)."""
+        """Count one optimizer step of `batch` samples (unmanaged: `micro_batch`, of all ranks, for every backward)."""
         self.global_steps += 1
         self.global_samples += batch if self.managed else micro_batch * max(1, self.backwards)
         self.skipped_steps += overflow

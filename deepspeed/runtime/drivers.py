@@ -52,7 +52,7 @@ class SlabDriver:
 
     @property
     def needs_scale(self) -> bool:
-        return self.optimizer.loss_scale != 1.0
+        return self.optimizer.needs_scaler()
 
     def step(self) -> bool:
         """Step; returns whether weights changed."""

@@ -221,7 +221,12 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
     # - backward
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss multiplied by the loss scale, for a plain `.backward()` on the result."""
+        """The loss multiplied by the loss scale, for a plain `.backward()` on the result.
+
+        Raises:
+            AssertionError: if `loss` is no scalar with a graph, or there is no optimizer.
+        """
+        module_prep.check_loss(loss, self.basic_optimizer)
         self.watch.note_scaled()
         return self.driver.scale(loss)
 
@@ -315,7 +320,9 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
             build.step_scheduler(self.lr_scheduler, lr_kwargs, self.train_batch_size())
         self.observers.progress(self, self.global_steps + 1)
         self.clock.count_step(
-            self.train_batch_size(), self.train_micro_batch_size_per_gpu(), not applied
+            self.train_batch_size(),
+            self.train_batch_size() // self.gradient_accumulation_steps(),
+            not applied,
         )
         self.checkpoint_engine.at_boundary(self.mesh.world)
 

@@ -160,7 +160,7 @@ def check_loss(loss: Any, optimizer: Any) -> None:
     if loss.numel() != 1:
         raise AssertionError(
             explain(
-                "backward needs a scalar loss",
+                "backward needs the loss as a scalar tensor",
                 got=f"a tensor of shape {tuple(loss.shape)}",
                 expected="one element",
                 fix="reduce it first, for example with .mean()",

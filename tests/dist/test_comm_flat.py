@@ -194,3 +194,13 @@ def test_several_operations_in_flight_do_not_mix(ranks3):
     for shards in ranks3.run(many_in_flight):
         for k, shard in enumerate(shards):
             assert shard.eq(3.0 * k + 3).all()
+
+
+def one_of_a_row(rank):
+    tensor = torch.full((2, 7), float(rank), dtype=torch.bfloat16)[:, :1].view(2)[:1]
+    flat.broadcast_(tensor, Axis.of_group(None), src=2)
+    return tensor.stride(), tensor.item()
+
+
+def test_broadcast_takes_one_element_of_any_stride(ranks3):
+    assert ranks3.run(one_of_a_row) == [((7,), 2.0)] * WORLD

@@ -75,7 +75,7 @@ class PipelineEngine(DeepSpeedEngine):
         if self.plan.stage > 1:
             problem = f"ZeRO stage {self.plan.stage}, expected 0 or 1"
         elif not self._config.managed_gradient_accumulation:
-            problem = "managed_gradient_accumulation: false"
+            problem = "managed_gradient_accumulation: false, not supported with pipeline parallelism"
         elif self.precision.autocast is torch.float16:
             problem = "torch_autocast in fp16, whose loss scale the stages do not share (use bfloat16, or 'fp16')"
         elif self.progressive_layer_drop is not None:

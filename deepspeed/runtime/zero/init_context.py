@@ -226,8 +226,21 @@ class InitContext:
         """Cut a module's own parameters."""
         quantized = isinstance(module, QUANTIZED_MODULES) and self.scheme is not None
         for name, param in module.named_parameters(recurse=False):
+            if param.is_meta:
+                param = self._materialize(module, name)
             if not is_zero_param(param):
                 self._shard(param, self.scheme if quantized and name == "weight" else None)
+
+    def _materialize(self, module: torch.nn.Module, name: str) -> torch.nn.Parameter:
+        """Give a parameter that was made without memory some (`torch.nn.utils.skip_init` does so afterwards)."""
+        old = module._parameters[name]
+        assert old is not None
+        new = torch.nn.Parameter(
+            torch.empty_like(old, device=self.device), requires_grad=old.requires_grad
+        )
+        new.__dict__.update(old.__dict__)
+        module._parameters[name] = new
+        return new
 
     def _shard(self, param: torch.nn.Parameter, scheme: GroupScheme | None) -> None:
         """Give a parameter the first rank's values, and cut it."""

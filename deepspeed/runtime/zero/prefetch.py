@@ -79,7 +79,7 @@ class Record:
         self._looked_to += 1
 
     def soon(self, param: Any, needs: Callable[[int], list[Any]], distance: int) -> bool:
-        """Whether `param` is needed again within `distance` elements."""
+        """Whether `param` is needed again in fewer than `distance` elements: for 0, never."""
         if not self.following:
             return False
         if not self._uses:
@@ -89,5 +89,5 @@ class Record:
         uses = self._uses.get(id(param), [])
         nearest = bisect_left(uses, self._at)
         return (
-            nearest < len(uses) and self._before[uses[nearest]] - self._before[self._at] <= distance
+            nearest < len(uses) and self._before[uses[nearest]] - self._before[self._at] < distance
         )

@@ -94,6 +94,8 @@ class Residency:
         self.persistent = self._choose_persistent()
         everything = dict.fromkeys(p for params in self._params for p in params)
         self._free = {id(p) for p in everything if is_its_slice(p)}
+        for param in everything:
+            param.ds_persist = param.ds_persist or id(param) in self._free
         self._staying = self._free | {id(p) for p in self.persistent}
 
     # - which module needs what

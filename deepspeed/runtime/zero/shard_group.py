@@ -208,6 +208,11 @@ class ShardGroup:
             part.held_grad = part.tier.alloc(part.length, self.accumulate_dtype)
         return part.held_grad
 
+    def grads(self) -> list[torch.Tensor] | None:
+        """The gradients of all parts; None if some have none."""
+        there = all(part.has_grad for part in self.parts)
+        return [self.grad_of(part) for part in self.parts] if there else None
+
     @contextlib.contextmanager
     def grads_in_memory(self, edit: bool = False) -> Iterator[None]:
         """Extent in which the gradients of all parts are in memory; `edit` keeps what is written to them there."""

@@ -17,6 +17,7 @@ from deepspeed.utils.tensor_fragment import (
     safe_set_full_grad,
     safe_set_full_optimizer_state,
 )
+from deepspeed.utils.z3_leaf_module import get_z3_leaf_modules
 
 from .estimate import (
     estimate_zero3_model_states_mem_needs,
@@ -59,12 +60,18 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
     @property
     def averaged_gradients(self) -> dict[int, Any]:
         """This rank's reduced gradients by group; None where there are none."""
-        return {i: [part.grad for part in group.parts] for i, group in enumerate(self.groups)}
+        return {number: group.grads() for number, group in enumerate(self.groups)}
 
     @property
     def persistent_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters small enough to stay whole between steps."""
         return self.parameter_offload.persistent_parameters
+
+    @property
+    def leaf_parameters(self) -> dict[torch.nn.Module, list[torch.nn.Parameter]]:
+        """Modules that gather all that is below them at once, with those parameters."""
+        modules = get_z3_leaf_modules(self.parameter_offload.module)
+        return {module: list(module.parameters()) for module in modules}
 
     @property
     def partition_count(self) -> int:
@@ -107,6 +114,20 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
     def set_fp32_grad_for_param(self, value: torch.Tensor, param: torch.nn.Parameter) -> None:
         """Set the gradient that the next step uses."""
         safe_set_full_grad(param, value)
+
+    def get_fp32_grad_partitions(self) -> dict[int, dict[int, torch.Tensor]]:
+        """This rank's slices of the reduced gradients in fp32, by group and parameter; flat, padding included."""
+        found: dict[int, dict[int, torch.Tensor]] = {}
+        for number, group in enumerate(self.groups):
+            grads = (self.get_local_fp32_grad_for_param(param) for param in group.params)
+            found[number] = {i: grad for i, grad in enumerate(grads) if grad is not None}
+        return found
+
+    def _set_fp32_optimizer_param_groups(self) -> None:
+        """Nothing to do: the inner optimizer's groups always hold the flat masters."""
+
+    def _clear_fp32_optimizer_param_groups(self) -> None:
+        """Nothing to do; see `_set_fp32_optimizer_param_groups`."""
 
     def checkpoint_event_prologue(self) -> None:
         """Called before the module's own state is read or written: nothing is whole afterwards."""

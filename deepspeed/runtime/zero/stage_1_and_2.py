@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.utils.logging import logger
 
 from .estimate import (
     estimate_zero2_model_states_mem_needs,
@@ -15,6 +16,7 @@ from .estimate import (
     estimate_zero2_model_states_mem_needs_all_live,
 )
 from .optimizer import ZeroOptimizer
+from .shard_group import ShardGroup
 
 __all__ = [
     "DeepSpeedZeroOptimizer",
@@ -26,6 +28,15 @@ __all__ = [
 
 class DeepSpeedZeroOptimizer(ZeroOptimizer, ZeROOptimizer):
     """The optimizer wrapper of ZeRO stages 1 and 2; see `ZeroOptimizer`."""
+
+    nccl_start_alignment_factor = 2
+    """Each rank's part of a group starts at a multiple of so many elements."""
+
+    def _build_groups(self) -> list[ShardGroup]:
+        groups = super()._build_groups()
+        for number, group in enumerate(groups):
+            logger.info(f"Flattening param group {number} on {group.device} (sufficient memory)")
+        return groups
 
     @property
     def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
@@ -55,7 +66,7 @@ class DeepSpeedZeroOptimizer(ZeroOptimizer, ZeROOptimizer):
     @property
     def averaged_gradients(self) -> dict[int, Any]:
         """This rank's reduced gradients by group; None where there are none."""
-        return {i: [part.grad for part in group.parts] for i, group in enumerate(self.groups)}
+        return {number: group.grads() for number, group in enumerate(self.groups)}
 
     @property
     def partition_gradients(self) -> bool:

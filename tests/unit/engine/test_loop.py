@@ -411,3 +411,22 @@ def test_states_go_and_come_back(stage):
 def test_only_sharded_states_can_go():
     with pytest.raises(AssertionError, match="stage 1, 2 or 3"):
         start(0).offload_states()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_unmanaged_accumulation_does_not_overlap_below_stage_2(stage):
+    zero = {"stage": stage, "overlap_comm": True}
+    with pytest.raises(AssertionError, match="overlap_comm only with ZeRO stage 2"):
+        start(stage, managed_gradient_accumulation=False, zero_optimization=zero)
+
+
+def test_odd_gathers_are_refused():
+    with pytest.raises(AssertionError, match="nccl_start_alignment_factor"):
+        start(1, zero_optimization={"stage": 1, "allgather_bucket_size": 1001})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_scale_takes_a_scalar(stage):
+    engine = start(stage)
+    with pytest.raises(AssertionError, match="scalar tensor"):
+        engine.scale(engine(data()[0]))

@@ -95,3 +95,13 @@ def test_a_parameter_of_one_element_tells_its_value():
     assert layer.weight.item() == 2.5 and layer.weight.numel() == 0
     with pytest.raises(NotImplementedError, match=r"engine\.backward"):
         layer.weight.partition_gradients()
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, torch.nn.LayerNorm])
+def test_modules_made_without_memory_get_their_params_sharded(kind):
+    with deepspeed.zero.Init(dtype=torch.float32):
+        layer = torch.nn.utils.skip_init(kind, *((6, 4) if kind is torch.nn.Linear else (24,)))
+    assert layer.weight.ds_tensor.numel() == 24 and layer.weight.numel() == 0
+    with deepspeed.zero.GatheredParameters(layer.weight, modifier_rank=0), torch.no_grad():
+        layer.weight.fill_(0.5)
+    assert layer.weight.ds_tensor.eq(0.5).all()

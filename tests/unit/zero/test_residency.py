@@ -8,6 +8,7 @@ import torch
 
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.prefetch import Record
 
 NOTHING_STAYS = {
     "stage3_param_persistence_threshold": 0,
@@ -86,3 +87,24 @@ def test_steps_show_in_what_stays(look):
         want.backward()
         adam.step()
         adam.zero_grad()
+
+
+def test_a_distance_of_zero_keeps_nothing_for_its_next_use():
+    record, param = Record(), object()
+    record.begin()
+    for step in (0, 0):
+        record.visit(step)
+    record.end(lambda _: 10)
+    record.begin()
+    record.visit(0)
+    assert [record.soon(param, lambda _: [param], most) for most in (0, 1)] == [False, True]
+
+
+def test_what_stays_on_one_rank_says_so():
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW"},
+        "zero_optimization": {"stage": 3, **NOTHING_STAYS},
+    }
+    engine = deepspeed.initialize(model=torch.nn.Linear(8, 6), config=config)[0]
+    assert all(p.ds_persist for p in engine.module.parameters())
