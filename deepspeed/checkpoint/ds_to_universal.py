@@ -25,11 +25,18 @@ from ..git_version_info import version
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from . import format as names
 from .atomic import Crew, Entry, publish
+from .autoep_metadata import aggregate_autoep_metadata as _aggregate_autoep_zero12_metadata  # noqa: F401
+from .autoep_metadata import refuse_autoep
 from .constants import (
+    SUB_PARAM_SHARD_WIDTHS,
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
 from .format import DATA_BEFORE_EXPERT, Model, Optim, Universal, Zero, universal_state_file
+from .fragments import _group_per_tp_shapes as _group_per_tp_shapes
+from .fragments import _merge_zero_shards as _merge_zero_shards
+from .fragments import _validate_autotp_conversion_support as _validate_autotp_conversion_support
+from .fragments import merge_tp_slices as merge_tp_slices
 from .merge_slices import MergeRules
 from .model_states import whole_frozen
 from .reader import Folder
@@ -138,7 +145,10 @@ def _open_grid(folder: Folder) -> list[list[_Part]]:
     """The parts by pipeline stage and tensor-parallel rank."""
     first = _open_part(folder, 0)
     degrees = first.model.get(Model.PARALLEL_DIMENSIONS) or {}
-    world = int(first.model.get(Model.MP_WORLD_SIZE, 1))
+    files = folder.glob("mp_rank_*_model_states.pt") or folder.glob(
+        "zero_pp_rank_0_*_model_states.pt"
+    )
+    world = int(first.model.get(Model.MP_WORLD_SIZE, len(files)))
     stages = int(degrees.get("pp_degree", 1))
     tensor = int(degrees.get("tp_degree", max(1, world // stages)))
     return [
@@ -189,7 +199,7 @@ def _model_files(folder: Folder, parts: Sequence[_Part]) -> Iterator[tuple[str, 
         model = OrderedDict(part.model)
         model[Model.OPTIMIZER] = None
         model[Model.PARAM_SHAPES] = _shapes_by_group(part)
-        module = OrderedDict(model[Model.MODULE] or {})
+        module = OrderedDict(model.get(Model.MODULE) or {})
         if part.saved.stage == 3:
             module.update(whole_frozen(folder.load, model, part.saved.world, mp_rank))
             model[Model.FROZEN_PARAM_FRAGMENTS] = model[Model.FROZEN_PARAM_SHAPES] = None
@@ -215,11 +225,21 @@ def _shapes_by_group(part: _Part) -> list[OrderedDict[str, torch.Size]]:
     return groups
 
 
-def _left_over(part: _Part) -> Iterator[tuple[str, Any]]:
+def _left_over(parts: Sequence[_Part], rules: MergeRules) -> Iterator[tuple[str, Any]]:
     """Buffers, frozen and shared parameters of stages 0 to 2: upstream takes them from here."""
-    for name, value in (part.model[Model.MODULE] or {}).items():
-        if name not in part.shapes and isinstance(value, torch.Tensor) and part.saved.stage < 3:
-            yield universal_state_file(name, FP32), {Universal.PARAM: value.detach()}
+    first = parts[0]
+    buffers = set(first.model.get(Model.BUFFER_NAMES) or ())
+    divided = len(parts) > 1 and SUB_PARAM_SHARD_WIDTHS in rules.info
+    for name, value in (first.model.get(Model.MODULE) or {}).items():
+        if name in first.shapes or not isinstance(value, torch.Tensor) or first.saved.stage == 3:
+            continue
+        whole: Any = {Universal.PARAM: value.detach()}
+        shared = first.model.get(Model.SHARED_PARAMS) or {}
+        if divided and name not in buffers:
+            of_rule = shared.get(name, name)
+            slices = [part.model[Model.MODULE][name].detach() for part in parts]
+            whole = rules.merge(of_rule, slices)
+        yield universal_state_file(name, FP32), whole
 
 
 def convert(
@@ -248,6 +268,7 @@ def convert(
     folder, output = Folder(Path(input_folder)), Path(output_folder).resolve()
     grid = _open_grid(folder)
     parts = [part for stage in grid for part in stage]
+    refuse_autoep([part.model for part in parts])
     rules = _rules(parts, inject_missing_state)
     where = _stage_of_params(grid)
     size = sum(4 * 3 * part.shapes[n].numel() for part in parts for n in part.shapes)
@@ -259,6 +280,7 @@ def convert(
                 for name, stage in where.items()
             ]
             found = [entry for job in jobs for entry in job.result()]
+        found += _write_all(target, _left_over(grid[0], rules))
         if strict and (unmatched := rules.unmatched()):
             raise ValueError(
                 explain(
@@ -268,7 +290,7 @@ def convert(
                 )
             )
         common = [(f"{Universal.FOLDER}/optimizer_state.pt", _common_state(parts[0]))]
-        found += _write_all(target, common) + _write_all(target, _left_over(parts[0]))
+        found += _write_all(target, common)
         return found + _write_all(target, _model_files(folder, parts))
 
     try:

@@ -13,6 +13,7 @@ import torch
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from . import constants as keys
 from .format import Universal
+from .tensor_parts import checked_widths
 from .universal_checkpoint import SubparamShape
 from .writer import attributes
 
@@ -34,7 +35,7 @@ class MergeRules:
             raise ValueError(
                 explain(
                     "the checkpoint holds parameters whose slices cannot be put together",
-                    got=", ".join(patterns),
+                    got=", ".join(_with_reasons(patterns)),
                     fix="Load it with the number of tensor-parallel ranks that saved it.",
                 )
             )
@@ -52,6 +53,7 @@ class MergeRules:
 
         Raises:
             DeepSpeedCheckpointError: slices that should be equal are not.
+            AssertionError: slices of joined weights are uneven, and nobody wrote down how.
         """
         if self._matches(name, keys.TP_REPLICATED_PARAMETER_PATTERNS):
             if any(not torch.equal(slices[0], other) for other in slices[1:]):
@@ -64,7 +66,8 @@ class MergeRules:
         if self._matches(name, keys.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0):
             return _joined_by_sub_params(slices, 2)
         if shape := self._sub_params(name):
-            return _joined_by_shape(slices, shape)
+            version = self.info.get(keys.UNIVERSAL_CHECKPOINT_VERSION_KEY)
+            return _joined_by_shape(slices, shape, self._widths(name), version)
         dim = 1 if self._matches(name, keys.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS) else 0
         if slices[0].dim() == 0:
             return {Universal.PARAM: slices[0]}
@@ -90,6 +93,17 @@ class MergeRules:
                 return SubparamShape(**{k: fields[k] for k in _SUB_PARAM_FIELDS})
         return None
 
+    def _widths(self, name: str) -> Any:
+        """What each rank has of each of a parameter's joined weights, where that was written down."""
+        known = self.info.get(keys.SUB_PARAM_SHARD_WIDTHS) or {}
+        return next((widths for pattern, widths in known.items() if re.match(pattern, name)), None)
+
+
+def _with_reasons(patterns: Any) -> list[str]:
+    if isinstance(patterns, Mapping):
+        return [f"{pattern} ({reason})" for pattern, reason in patterns.items()]
+    return list(patterns)
+
 
 _SUB_PARAM_FIELDS = ("patterns", "shape", "partition_dim")
 _PATTERN_KEYS = (
@@ -107,16 +121,35 @@ def _joined_by_sub_params(slices: Sequence[torch.Tensor], count: int) -> dict[st
     return {Universal.CAT_DIM: 0, Universal.PARAM: whole, Universal.N_SUB_PARAMS: count}
 
 
-def _joined_by_shape(slices: Sequence[torch.Tensor], shape: SubparamShape) -> dict[str, Any]:
+def _joined_by_shape(
+    slices: Sequence[torch.Tensor], shape: SubparamShape, widths: Any, version: Any
+) -> dict[str, Any]:
     dim, world = shape.partition_dim, len(slices)
-    joined = shape.shape[dim]
-    sizes = [int(n) for n in joined] if isinstance(joined, (tuple, list)) else [int(joined)]
-    view = [sum(n) if isinstance(n, (tuple, list)) else int(n) for n in shape.shape]
-    view[dim] = sum(sizes) // world
-    parts = [part.reshape(view).split([n // world for n in sizes], dim) for part in slices]
+    viewed = [part if len(shape.shape) == part.dim() else None for part in slices]
+    total = sum(part.shape[dim] for part in slices) if viewed[0] is not None else None
+    sizes = _sizes(shape.shape[dim], total)
+    per_rank = checked_widths(sizes, widths, world, version)
+    parts = []
+    for rank, part in enumerate(slices):
+        own = [w[rank] for w in per_rank]
+        if viewed[rank] is None:
+            view = [sum(n) if isinstance(n, (tuple, list)) else int(n) for n in shape.shape]
+            view[dim] = sum(own)
+            part = part.reshape(view)
+        parts.append(part.split(own, dim))
     whole = torch.cat([part[i] for i in range(len(sizes)) for part in parts], dim)
-    total = slices[0].shape.numel() * world
-    other = slices[0].shape[1:] if slices[0].dim() > 1 else ()
-    final = whole.reshape(-1, *other) if total else whole
-    rule = {name: getattr(shape, name) for name in _SUB_PARAM_FIELDS}
-    return {Universal.PARAM: final, Universal.SUB_PARAM_SHAPE: attributes(**rule)}
+    if viewed[0] is None and slices[0].dim() > 0:
+        whole = whole.reshape(-1, *slices[0].shape[1:])
+    final = tuple(tuple(sizes) if at == dim else n for at, n in enumerate(shape.shape))
+    rule = {name: getattr(shape, name) for name in _SUB_PARAM_FIELDS} | {"shape": final}
+    return {Universal.PARAM: whole, Universal.SUB_PARAM_SHAPE: attributes(**rule)}
+
+
+def _sizes(entry: Any, total: int | None) -> list[int]:
+    """Sizes of joined weights: given one by one, or as the number of equal ones; the whole size is a single one."""
+    if isinstance(entry, (tuple, list)):
+        return [int(n) for n in entry]
+    count = int(entry)
+    if total is None or count in (total, -1):
+        return [count if total is None else total]
+    return [total // count] * count

@@ -21,6 +21,10 @@ from ..utils.errors import DeepSpeedCheckpointError, explain
 from .format import Universal, Zero, universal_state_file
 from .reader import Folder, load_file
 from .reshard import FP32, Piece, SavedState, Slot, hyper_by_name, scaler_numbers
+from .tensor_parts import _get_param_uc_restore_meta as _get_param_uc_restore_meta
+from .tensor_parts import _narrow_sub_params as _narrow_sub_params
+from .tensor_parts import _resolve_autotp_partition as _resolve_autotp_partition
+from .tensor_parts import part_of
 
 _KEPT_OPEN = 256
 _COMMON = "optimizer_state.pt"
@@ -105,6 +109,7 @@ def open_universal(
     groups: Sequence[Sequence[str]],
     tensor_rank: int = 0,
     tensor_size: int = 1,
+    cuts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> SavedState:
     """See a universal folder as a saved optimizer.
 
@@ -113,6 +118,7 @@ def open_universal(
         shapes: shape of each parameter that is wanted, on this tensor-parallel rank.
         groups: parameter names of each saved param group (flat group), in order.
         tensor_rank, tensor_size: this rank among those that cut single parameters.
+        cuts: what parameters say themselves of how they were cut; it goes before what the files say.
 
     Raises:
         DeepSpeedCheckpointError: it is no universal folder, or a state in it has another size.
@@ -138,7 +144,8 @@ def open_universal(
 
     def open_one(index: int) -> list[Slot]:
         name = names[index]
-        return [_slot(folder, name, held[name], step, (tensor_rank, tensor_size))]
+        cut = (cuts or {}).get(name)
+        return [_slot(folder, name, held[name], step, (tensor_rank, tensor_size), cut)]
 
     return SavedState(
         pieces={
@@ -164,7 +171,14 @@ def _common_step(common: Mapping[str, Any]) -> Any:
     return found[0] if found else None
 
 
-def _slot(folder: Folder, name: str, shape: torch.Size, step: Any, tensor: tuple[int, int]) -> Slot:
+def _slot(
+    folder: Folder,
+    name: str,
+    shape: torch.Size,
+    step: Any,
+    tensor: tuple[int, int],
+    cut: Mapping[str, Any] | None = None,
+) -> Slot:
     slot = Slot({}, {} if step is None else {"step": step})
     for path in folder.glob_in(f"{Universal.FOLDER}/{name}", "*.pt"):
         saved = folder.load(path)
@@ -174,7 +188,10 @@ def _slot(folder: Folder, name: str, shape: torch.Size, step: Any, tensor: tuple
         if not isinstance(saved, Mapping):
             slot.numbers[key] = saved
             continue
-        part = cut_for_rank(saved, *tensor, shape)
+        if cut is None:
+            part = cut_for_rank(saved, *tensor, shape)
+        else:
+            part = part_of(cut, saved[Universal.PARAM], *tensor)
         if part.numel() != shape.numel():
             raise DeepSpeedCheckpointError(
                 explain(
@@ -214,12 +231,17 @@ def load_hp_checkpoint_state(
     step = None
     for path in sorted(Path(folder).glob("*.pt")):
         saved = load_file(path)
+        cut = _get_param_uc_restore_meta(self)
         if isinstance(saved, torch.Tensor) and saved.dim() > 0:
-            saved = {Universal.PARAM: saved.view(self.shape)}
+            saved = {Universal.PARAM: saved if cut else saved.view(self.shape)}
         if not isinstance(saved, Mapping):
             step = saved if path.stem == "step" else step
             continue
-        value = cut_for_rank(saved, tp_rank, tp_world_size, self.shape).view(self.shape)
+        if cut is None:
+            value = cut_for_rank(saved, tp_rank, tp_world_size, self.shape).view(self.shape)
+        else:
+            whole = saved[Universal.PARAM]
+            value = part_of(cut, whole, tp_rank, tp_world_size).view(self.shape)
         value = value.to(self.device)
         if path.stem == FP32:
             safe_set_full_fp32_param(self, value)

@@ -84,3 +84,18 @@ class TPTrainingConfig(DeepSpeedConfigModel):
 def get_tensor_parallel_config(ds_config: Mapping[str, Any]) -> TPTrainingConfig:
     """Parse section ``tensor_parallel`` of a whole configuration."""
     return TPTrainingConfig(**section_of(ds_config, "tensor_parallel"))
+
+
+def _get_hf_tp_plan(model: Any) -> dict[str, str] | None:
+    """The tensor-parallel plan of a model of transformers: its configuration's, and what its class adds.
+
+    transformers repeats the configuration's entries in the model's plan under longer names; those are left out.
+    """
+    config = getattr(model, "config", None)
+    plan: dict[str, str] = dict(getattr(config, "base_model_tp_plan", None) or {})
+    known = tuple(plan)
+    for own in (getattr(model, "_tp_plan", None), getattr(type(model), "_tp_plan", None)):
+        for name, style in (own or {}).items() if isinstance(own, Mapping) else ():
+            if not any(name == other or name.endswith(f".{other}") for other in known):
+                plan.setdefault(name, style)
+    return plan or None
