@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deepspeed.comm.mesh import Axis
+from deepspeed.comm.mesh import Axis, Mesh
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
 from deepspeed.utils.logging import logger, set_log_level_from_string
 
@@ -116,6 +116,16 @@ def _check_scheduler(optimizer: Any, lr_scheduler: Any) -> None:
 
 
 # - mesh, precision, plan
+
+
+def divide_layers(config: Any, model: torch.nn.Module, mesh: Mesh, device: torch.device) -> None:
+    """Divide the model's layers over tensor-parallel ranks, where that is asked for; its inputs are compared once."""
+    section = config.tensor_parallel_config
+    if section.autotp_size > 1:
+        from .tensor_parallel.division import check_inputs_once, divide_model
+
+        divide_model(model, section, mesh.tensor, mesh.tensor.group, device)
+        check_inputs_once(model, mesh.tensor)
 
 
 def build_precision(config: Any) -> Precision:

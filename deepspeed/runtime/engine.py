@@ -26,6 +26,7 @@ from .build_mesh import build_mesh
 from .clock import AccumulationClock
 from .eigenvalue import summary_events as _eigenvalue_summary_events  # noqa: F401  (its older home)
 from .engine_accessors import ConfigAccessors
+from .engine_checkpoint import parallel_metadata as _checkpoint_parallel_metadata  # noqa: F401
 from .engine_data import DataControl
 from .observers import build_observers
 from .torch_autocast import init_autocast_params
@@ -77,8 +78,9 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         self.local_rank = module_prep.take_local_rank(args)
         build.check_request(self._config, model, optimizer, lr_scheduler)
         self.device = module_prep.take_device(args, self.local_rank, model, dont_change_device)
-        self.has_moe_layers, self.num_experts = module_prep.prepare_moe(model, self._config)
+        self.has_moe_layers, self.num_experts = module_prep.prepare_moe(model, self._config, mpu)
         self.mesh = build_mesh(self._config, mpu, mesh_device)
+        build.divide_layers(self._config, model, self.mesh, self.device)
         self.precision = build.build_precision(self._config)
         self.plan = build.build_plan(self._config, self.mesh.sequence.size)
         self.clock = AccumulationClock(

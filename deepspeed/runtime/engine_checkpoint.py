@@ -245,13 +245,12 @@ def _model_content(
         Model.GLOBAL_SAMPLES: engine.global_samples,
         Model.DP_WORLD_SIZE: engine.seq_dp_world_size,
         Model.MP_WORLD_SIZE: engine.mp_world_size,
-        Model.PARALLEL_DIMENSIONS: {
-            "pp_degree": engine.mesh.pipe.size,
-            "tp_degree": engine.mesh.tensor.size,
-        },
+        **_degrees(engine.mesh.pipe.size, engine.mesh.tensor.size),
         Model.DS_CONFIG: plain(_raw_config(engine)),
         Model.DS_VERSION: version,
     }
+    if (info := getattr(module, Model.UNIVERSAL_INFO, None)) is not None:
+        content[Model.UNIVERSAL_INFO] = info
     if engine.has_moe_layers:
         content[Model.NUM_EXPERTS] = list(engine.num_experts)
         if not sharded:  # it has a file of its own
@@ -261,6 +260,18 @@ def _model_content(
     if (scaler := getattr(engine.driver, "scaler", None)) is not None:
         content[GRAD_SCALER] = scaler.state_dict()
     return content
+
+
+def parallel_metadata(mpu: Any) -> dict[str, Any]:
+    """What model states say of the degrees of model parallelism: an mpu's."""
+    of_slice = getattr(mpu, "get_slice_parallel_world_size", None)
+    tensor = of_slice or mpu.get_model_parallel_world_size
+    stages = getattr(mpu, "get_pipe_parallel_world_size", None)
+    return _degrees(1 if stages is None else stages(), tensor())
+
+
+def _degrees(pipe: int, tensor: int) -> dict[str, Any]:
+    return {Model.PARALLEL_DIMENSIONS: {"pp_degree": pipe, "tp_degree": tensor}}
 
 
 def _fragment(param: torch.nn.Parameter) -> torch.Tensor:

@@ -47,7 +47,7 @@ BUILT = {
         "get_accelerator HAS_TRITON dist comm moe monitor profiling autotuning elasticity "
         "compression checkpoint nebula launcher inference runtime utils accelerator constants "
         "git_version_info compile checkpointing linear InferenceEngine module_inject "
-        "replace_transformer_layer revert_transformer_layer"
+        "replace_transformer_layer revert_transformer_layer set_autotp_mode"
     ),
     "deepspeed.accelerator": "get_accelerator set_accelerator DeepSpeedAccelerator",
     "deepspeed.autotuning": "Autotuner ResourceManager",

@@ -31,6 +31,7 @@ WIDE_SIGNATURES: dict[str, str] = {
     "deepspeed/sequence/layer.py:single_all_to_all": "public signature",
     "deepspeed/sequence/layer.py:_SeqAllToAll.apply": "public signature",
     "deepspeed/runtime/zero/init_context.py:InitContext.__init__": "public constructor of zero.Init",
+    "deepspeed/module_inject/tp_metadata.py:_build_param_uc_restore_meta": "one param for each entry of the dict",
     "deepspeed/__init__.py:initialize": "public signature",
     "deepspeed/runtime/engine.py:DeepSpeedEngine.__init__": "public constructor",
     "deepspeed/comm/comm.py:init_distributed": "public signature",

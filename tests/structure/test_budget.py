@@ -54,8 +54,9 @@ BUDGET = {
     # with the memory plan, packed weights, states that go and come back, files on disk, smaller groups and fewer bits;
     # one norm over experts and tensor-parallel shares; names of upstream's that callers import
     "deepspeed/runtime/zero": 6600,
-    # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned
-    "deepspeed/checkpoint": 4300,
+    # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned; so is what
+    # tensor-parallel parts are cut and joined by
+    "deepspeed/checkpoint": 4600,
     # loading, cutting, quantizing and offloading the base, each with the others
     "deepspeed/linear": 600,
     "deepspeed/nvme deepspeed/io": 800,
@@ -63,7 +64,8 @@ BUDGET = {
     "deepspeed/pipe deepspeed/runtime/pipe": 1300,
     "deepspeed/sequence deepspeed/runtime/sequence_parallel": 1100,
     "deepspeed/inference -deepspeed/inference/quantization -deepspeed/inference/v2": 1000,
-    "deepspeed/module_inject": 900,
+    # fused decoders; and tensor parallelism: layers, rules, what checkpoints are told of them
+    "deepspeed/module_inject": 2400,
     # with the picture of a run's CSV
     "deepspeed/monitor": 600,
     # counting, the report and the numbers' form are a file each
