@@ -12,7 +12,7 @@ import torch
 from .constants import LAYER_FILE_PREFIX, MODEL_FILE_PREFIX, UNIVERSAL_CHECKPOINT_INFO
 from .format import Optim
 from .reader import load_file, own_memory
-from .reshape_3d_utils import model_3d_desc
+from .reshape_3d_utils import get_model_3d_descriptor, model_3d_desc, model_state_metadata
 from .reshape_meg_2d import meg_2d_parallel_map, reshape_meg_2d_parallel
 from .reshape_utils import (
     basic_folder_validation,
@@ -48,8 +48,12 @@ class DeepSpeedCheckpoint:
         tp_degree, pp_degree, dp_degree: degrees of the reading run; None keeps the saved ones.
         final_layer_norm_idx: which of the layer files is the final norm, from the end.
 
+    Attributes:
+        model_state_metadata: what each of `mp_rank_files` says besides weights and optimizer states.
+
     Raises:
         AssertionError: it is no such folder, or a degree does not divide the saved one.
+        RuntimeError: the files of model states contradict each other.
     """
 
     def __init__(
@@ -70,7 +74,10 @@ class DeepSpeedCheckpoint:
             bool(self.mp_rank_files),
             f"{dir} seems a bogus DeepSpeed checkpoint folder: Cannot find {MODEL_FILE_PREFIX}* files in there.",
         )
-        self.zero_checkpoint = ZeROCheckpoint(dir)
+        self.model_state_metadata = model_state_metadata(self.mp_rank_files)
+        self.zero_checkpoint = ZeROCheckpoint(
+            dir, get_model_3d_descriptor(dir, self.model_state_metadata)
+        )
         source = self.zero_checkpoint.src_3d
         self.layer_keys = _layer_keys(self.layer_files)
         self.layer_count = len(self.layer_keys)
@@ -112,12 +119,12 @@ class DeepSpeedCheckpoint:
     # - what the model states say
 
     def _read_global_state(self) -> None:
-        model = load_file(self.mp_rank_files[0])
+        model = self.model_state_metadata[0]
         self.global_state = {
             _ITERATION: model.get(_ITERATION, 0),
-            _ARGS: own_memory(model.get(_ARGS)),
-            _CHECKPOINT_INFO: own_memory(model.get(_CHECKPOINT_INFO)),
-            UNIVERSAL_CHECKPOINT_INFO: own_memory(model.get(UNIVERSAL_CHECKPOINT_INFO)),
+            _ARGS: model.get(_ARGS),
+            _CHECKPOINT_INFO: model.get(_CHECKPOINT_INFO),
+            UNIVERSAL_CHECKPOINT_INFO: model.get(UNIVERSAL_CHECKPOINT_INFO),
         }
 
     def get_iteration(self) -> int:

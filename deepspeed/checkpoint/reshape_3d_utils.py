@@ -4,10 +4,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from .constants import LAYER_FILE_PREFIX, MODEL_FILE_PREFIX
+from ..utils.errors import explain
+from .constants import (
+    CHECKPOINT_PP_DEGREE,
+    CHECKPOINT_TP_DEGREE,
+    LAYER_FILE_PREFIX,
+    MODEL_FILE_PREFIX,
+)
 from .format import Model
-from .reader import load_file
+from .reader import load_file, own_memory
 from .reshape_meg_2d import fold, meg_2d_parallel_map
 from .reshape_utils import (
     basic_folder_validation,
@@ -100,16 +108,63 @@ def _split_over_data_ranks(grid: meg_2d_parallel_map, dp_degree: int) -> list[me
     return maps
 
 
-def get_model_3d_descriptor(dir: str | os.PathLike[str]) -> model_3d_desc:
-    """The degrees of a tag folder: as its model states say, else told from the number of files of each kind."""
+def model_state_metadata(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """What files of model states say besides weights and optimizer states."""
+    without = (Model.MODULE, Model.OPTIMIZER)
+    found = []
+    for path in paths:
+        content = load_file(path)
+        found.append({k: own_memory(v) for k, v in content.items() if k not in without})
+    return found
+
+
+def get_model_3d_descriptor(
+    dir: str | os.PathLike[str], metadata: Sequence[Mapping[str, Any]] | None = None
+) -> model_3d_desc:
+    """The degrees of a tag folder: as its model states say, else told from the number of files of each kind.
+
+    Args:
+        dir: the folder.
+        metadata: `model_state_metadata` of its files `mp_rank_*`; None reads them.
+
+    Raises:
+        RuntimeError: the files of model states contradict each other.
+    """
     basic_folder_validation(dir)
     files = get_files(dir)
     models = get_files_with_prefix(files, MODEL_FILE_PREFIX)
     shards = len(get_zero_files(dir))
-    said = load_file(models[0]).get(Model.PARALLEL_DIMENSIONS) if models else None
-    if said:
-        pp, tp = int(said["pp_degree"]), int(said["tp_degree"])
+    metadata = model_state_metadata(models) if metadata is None else metadata
+    said = _degrees(models, [model.get(Model.PARALLEL_DIMENSIONS) for model in metadata])
+    if said is not None:
+        pp, tp = said
     else:
-        tp = max(1, len(get_files_with_prefix(files, f"{LAYER_FILE_PREFIX}01")))
+        tp = len(get_files_with_prefix(files, f"{LAYER_FILE_PREFIX}01")) or max(1, len(models))
         pp = max(1, len(models) // tp)
     return model_3d_desc(pp, tp, max(1, shards // (pp * tp)))
+
+
+def _degrees(models: Sequence[str], said: Sequence[Any]) -> tuple[int, int] | None:
+    """What all files say, None where none does."""
+    if not any(said):
+        return None
+    if lacking := [os.path.basename(m) for m, one in zip(models, said, strict=True) if not one]:
+        raise RuntimeError(
+            explain(
+                f"{Model.PARALLEL_DIMENSIONS} is missing from model-state files",
+                got=f"none in {', '.join(lacking)}",
+                expected="the same in each",
+                fix="The files are of different saves: bring those of one together.",
+            )
+        )
+    pairs = [(int(one[CHECKPOINT_PP_DEGREE]), int(one[CHECKPOINT_TP_DEGREE])) for one in said]
+    if len(set(pairs)) > 1:
+        raise RuntimeError(
+            explain(
+                f"{Model.PARALLEL_DIMENSIONS} disagrees across model-state files",
+                got=", ".join(f"pp {pp} tp {tp}" for pp, tp in pairs),
+                expected="the same in each",
+                fix="The files are of different saves: bring those of one together.",
+            )
+        )
+    return pairs[0]

@@ -420,9 +420,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
         if self.plan.stage != 3:
-            raise ValueError(
-                f"this function requires ZeRO-3 mode, and the stage is {self.plan.stage}"
-            )
+            raise ValueError(f"this function requires ZeRO-3 mode, not stage {self.plan.stage}")
         return self._consolidated_16bit_state_dict(exclude_frozen_parameters)
 
     # - compilation and lifetime

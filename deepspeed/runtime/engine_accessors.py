@@ -12,6 +12,7 @@ from ..checkpoint.format import expert_optim_file
 from .clock import Counters
 from .engine_dtypes import DtypeAccessors
 from .lr_schedules import get_torch_optimizer
+from .zero.state import param_shapes
 
 # What the getters below return is the configuration's own field, so the name says it all: no docstrings.
 
@@ -21,6 +22,7 @@ class ConfigAccessors(DtypeAccessors, Counters):
 
     _config: Any
     basic_optimizer: Any
+    optimizer: Any
     mesh: Any
 
     def aio_config(self) -> Any:
@@ -458,6 +460,10 @@ class ConfigAccessors(DtypeAccessors, Counters):
         return {
             name: timer.elapsed(reset=False) for name, timer in self.timers.get_timers().items()
         }
+
+    def _get_zero_param_shapes(self) -> list[dict[str, torch.Size]]:
+        """Shapes by name of each group's parameters, as they are in the sharded optimizer's flat tensors."""
+        return list(param_shapes(self.optimizer))
 
     def _get_optimizer_ckpt_name(self, checkpoints_path: str, tag: str, expp_rank: int) -> str:
         """Path of the states of an optimizer that is not sharded, beside those of experts."""
