@@ -21,6 +21,7 @@ from ..checkpoint.atomic import Crew, Publication, checked_tag, disk, replace_fi
 from ..checkpoint.format import Model, Optim, Zero
 from ..checkpoint.writer import plain, save_file, warn_of_objects
 from ..git_version_info import version
+from ..module_inject.tp_layer import GatherReplacedLayerParams
 from ..utils.errors import explain
 from ..utils.logging import logger
 from .zero import state as zero_state
@@ -422,18 +423,17 @@ def save_16bit_model(
 def consolidated_16bit_state_dict(
     engine: Any, exclude_frozen_parameters: bool = False
 ) -> dict[str, Any] | None:
-    """The whole module's weights in host memory on rank 0, None on the others; a collective at stage 3."""
+    """The whole module's weights in host memory on rank 0, None on the others; a collective where they are divided."""
     leads = engine.mesh.world.rank == 0
-    if not has_slices(engine):
-        if not leads:
-            return None
-        state = module_state_dict(engine, exclude_frozen_parameters=exclude_frozen_parameters)
-        return OrderedDict((name, value.detach().cpu()) for name, value in state.items())
     whole: dict[torch.nn.Parameter, torch.Tensor] = {}
     for param in engine.module.parameters():
+        divided = hasattr(param, "gather_params")  # over tensor-parallel ranks
         if exclude_frozen_parameters and not param.requires_grad:
             continue
-        with GatheredParameters(param):
+        if not (has_slices(engine) or divided):
+            continue
+        gathered = GatheredParameters(param) if has_slices(engine) else contextlib.nullcontext()
+        with gathered, GatherReplacedLayerParams(param, enabled=divided):
             if leads:
                 whole[param] = param.detach().cpu().clone()
     if not leads:
@@ -441,6 +441,6 @@ def consolidated_16bit_state_dict(
     params = dict(engine.module.named_parameters(remove_duplicate=False))
     state = module_state_dict(engine, exclude_frozen_parameters=exclude_frozen_parameters)
     return OrderedDict(
-        (name, whole[params[name]] if name in params else value.detach().cpu())
+        (name, whole[params[name]] if params.get(name) in whole else value.detach().cpu())
         for name, value in state.items()
     )

@@ -24,6 +24,7 @@ from .estimate import (
     estimate_zero3_model_states_mem_needs_all_cold,
     estimate_zero3_model_states_mem_needs_all_live,
 )
+from .grad_norm import square_of_groups
 from .optimizer import ZeroOptimizer
 from .parameter_offload import DeepSpeedZeRoOffload
 from .plan import TierKind
@@ -87,6 +88,11 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
     def swap_optimizer(self) -> bool:
         """Whether states live in files between steps."""
         return self.plan.state_tier is TierKind.FILE
+
+    def _get_norm_groups(self) -> list[torch.Tensor]:
+        """2-norm of each group's gradients over all ranks, still multiplied by the loss scale; a collective of them."""
+        squares = [square_of_groups([group], self.mesh, self.device) for group in self.groups]
+        return [torch.tensor(square, device=self.device).sqrt() for square in squares]
 
     # - a whole parameter's state, gathered from the ranks; collective
 
