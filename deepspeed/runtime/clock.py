@@ -85,7 +85,7 @@ class AccumulationClock:
         if self.unsynchronized and (self.at_boundary or not self.managed):
             raise AssertionError(
                 explain(
-                    "step() was called inside no_sync()",
+                    "It is illegal to call Engine.step() inside no_sync context manager",
                     expected="step() after the context has ended",
                     fix="move step() out of the with block",
                 )
@@ -107,7 +107,8 @@ class AccumulationClock:
         if self.unsynchronized:
             raise AssertionError(
                 explain(
-                    "no_sync() was entered again",
+                    "no_sync context manager reentry is unsupported",
+                    got="no_sync() inside no_sync() or coalesce_grad_reduction()",
                     expected="one no_sync() at a time",
                     fix="leave the outer one first",
                 )
@@ -131,6 +132,11 @@ class Counters:
     @global_steps.setter
     def global_steps(self, value: int) -> None:
         self.clock.global_steps = value
+
+    @property
+    def _is_gradient_accumulation_boundary(self) -> bool | None:
+        """What `set_gradient_accumulation_boundary` fixed the boundary to; None leaves it to the count."""
+        return self.clock.forced_boundary
 
     @property
     def global_samples(self) -> int:

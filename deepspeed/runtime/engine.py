@@ -14,6 +14,7 @@ from deepspeed.utils.errors import explain
 
 from . import (
     build,
+    build_checks,
     engine_checkpoint,
     engine_load,
     forward_kwargs,
@@ -29,7 +30,6 @@ from .engine_accessors import ConfigAccessors
 from .engine_checkpoint import parallel_metadata as _checkpoint_parallel_metadata  # noqa: F401
 from .engine_data import DataControl
 from .observers import build_observers
-from .torch_autocast import init_autocast_params
 from .zero import offload_states
 
 
@@ -69,14 +69,14 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         dont_change_device: bool = False,
     ) -> None:
         super().__init__()
-        self._config = build.accept(config_class, optimizer, lr_scheduler)
+        self._config = build_checks.accept(config_class, optimizer, lr_scheduler)
         self.config = config if isinstance(config, dict) else self._config._param_dict
         self.mpu, self.mesh_device = mpu, mesh_device
         self.client_optimizer, self.client_lr_scheduler = optimizer, lr_scheduler
         self.training_data, self.collate_fn = training_data, collate_fn
         self.dont_change_device = dont_change_device
         self.local_rank = module_prep.take_local_rank(args)
-        build.check_request(self._config, model, optimizer, lr_scheduler)
+        build_checks.check_request(self._config, model, optimizer, lr_scheduler)
         self.device = module_prep.take_device(args, self.local_rank, model, dont_change_device)
         self.has_moe_layers, self.num_experts = module_prep.prepare_moe(model, self._config, mpu)
         self.mesh = build_mesh(self._config, mpu, mesh_device)
@@ -92,12 +92,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         self.module = module_prep.prepare_module(
             model, self.precision, self.mesh, self.device, dont_change_device
         )
-        if self.precision.autocast is not None:
-            init_autocast_params(
-                model,
-                self.precision.autocast,
-                self._config.torch_autocast_lower_precision_safe_modules,
-            )
+        build.mark_autocast(self)
         self.param_names = {param: name for name, param in model.named_parameters()}
         self.residency = sharding.shard_params(self)
         self._set_up_topology()
@@ -269,7 +264,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
     @contextlib.contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
         """Reduce once, at the end, whatever the number of backward passes inside."""
-        build.check_coalescing(self)
+        build_checks.check_coalescing(self)
         with self.clock.no_sync():
             yield
         if self.driver.reduces_each_backward or self.clock.at_boundary:
@@ -321,11 +316,8 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         if applied and self.lr_scheduler is not None:
             build.step_scheduler(self.lr_scheduler, lr_kwargs, self.train_batch_size())
         self.observers.progress(self, self.global_steps + 1)
-        self.clock.count_step(
-            self.train_batch_size(),
-            self.train_batch_size() // self.gradient_accumulation_steps(),
-            not applied,
-        )
+        batch = self.train_batch_size()
+        self.clock.count_step(batch, batch // self.gradient_accumulation_steps(), not applied)
         self.checkpoint_engine.at_boundary(self.mesh.world)
 
     def zero_grad(self) -> None:  # type: ignore[override]

@@ -30,6 +30,7 @@ LAYERS: dict[str, int] = {
     # L5: builders and features around the training state
     "deepspeed.runtime.backward": 5,
     "deepspeed.runtime.build": 5,
+    "deepspeed.runtime.build_checks": 5,
     "deepspeed.runtime.build_mesh": 5,
     "deepspeed.runtime.drivers": 5,
     "deepspeed.runtime.module_prep": 5,

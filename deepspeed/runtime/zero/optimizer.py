@@ -262,10 +262,6 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def dynamic_loss_scale(self) -> bool:
         return self.loss_scaler.dynamic
 
-    def needs_scaler(self) -> bool:
-        """Whether a loss has to go through `engine.scale` before a backward pass of the caller's own."""
-        return self.dynamic_loss_scale or self.loss_scale != 1.0
-
     def override_loss_scale(self, loss_scale: float) -> None:
         """Use a scale chosen by the caller from now on."""
         self.external_loss_scale = loss_scale

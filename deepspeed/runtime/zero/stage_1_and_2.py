@@ -16,6 +16,7 @@ from .estimate import (
     estimate_zero2_model_states_mem_needs_all_live,
 )
 from .optimizer import ZeroOptimizer
+from .plan import TierKind
 from .shard_group import ShardGroup
 
 __all__ = [
@@ -67,6 +68,14 @@ class DeepSpeedZeroOptimizer(ZeroOptimizer, ZeROOptimizer):
     def averaged_gradients(self) -> dict[int, Any]:
         """This rank's reduced gradients by group; None where there are none."""
         return {number: group.grads() for number, group in enumerate(self.groups)}
+
+    @property
+    def accumulated_grads_in_cpu(self) -> dict[int, torch.Tensor]:
+        """Offloaded gradients that add up until the next step, by the number of the flat master; empty after it."""
+        if self.plan.state_tier is TierKind.DEVICE:
+            return {}
+        parts = enumerate(self._parts())
+        return {number: group.grad_of(part) for number, (group, part) in parts if part.has_grad}
 
     @property
     def partition_gradients(self) -> bool:

@@ -167,7 +167,7 @@ def test_step_inside_no_sync_and_reentry_are_refused():
     with engine.no_sync():
         with pytest.raises(AssertionError, match="no_sync"):
             engine.step()
-        with pytest.raises(AssertionError, match="again"), engine.no_sync():
+        with pytest.raises(AssertionError, match="reentry"), engine.no_sync():
             pass
 
 
@@ -430,3 +430,24 @@ def test_scale_takes_a_scalar(stage):
     engine = start(stage)
     with pytest.raises(AssertionError, match="scalar tensor"):
         engine.scale(engine(data()[0]))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_one_reduction_for_all_is_refused_where_something_else_decides(stage, monkeypatch):
+    engine = start(stage)
+    with (
+        engine.no_sync(),
+        pytest.raises(AssertionError, match="nested"),
+        engine.coalesce_grad_reduction(),
+    ):
+        pass
+    engine.set_gradient_accumulation_boundary(False)
+    with engine.coalesce_grad_reduction():
+        engine.backward(loss_of(engine, *data()))
+    assert engine._is_gradient_accumulation_boundary is False
+    monkeypatch.setattr(engine, "pipeline_parallelism", True)
+    with (
+        pytest.raises(NotImplementedError, match="pipeline parallelism"),
+        engine.coalesce_grad_reduction(),
+    ):
+        pass
