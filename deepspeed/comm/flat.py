@@ -26,6 +26,7 @@ from deepspeed.utils.errors import DeepSpeedCommError, explain
 from .handles import DONE, Handle, _close, _Pending
 from .mesh import Axis
 from .profiling import watched
+from .sums import add_up
 
 Segment = tuple[int, int, int]
 """(index of the owner in the axis, first element, number of elements)"""
@@ -387,11 +388,8 @@ def _exchange_and_sum(
 
     def finish() -> None:
         arrived = inbox.view(axis.size, mine)
-        total = arrived[0].float() if packed.dtype in _LOW else arrived[0]
-        for index in range(1, axis.size):
-            total += arrived[index]
         for target, at in targets:
-            target.copy_(total[at : at + target.numel()])
+            add_up(target, arrived.narrow(1, at, target.numel()))
         _keep_inbox(inbox)
 
     return _Pending([work], finish, keep=packed)

@@ -326,10 +326,8 @@ def _wire_rows(total: int, bucket: int, plan: Plan, widths: Widths, run: Run) ->
     if plan.params is Placement.SHARDED:
         yield Row("sums", DEVICE, arriving // run.world * widths.reduce, lasting=False)
     if run.device_is_host and plan.states is Placement.SHARDED:
-        # gloo moves bytes, and sums of 16-bit numbers are made in fp32; see comm/flat.py.
+        # gloo moves bytes; see comm/flat.py.
         yield Row("arriving gradients", DEVICE, arriving * widths.reduce, lasting=False)
-        if widths.reduce < 4:
-            yield Row("sums in fp32", DEVICE, bucket // run.world * 4, lasting=False)
 
 
 def _split(plan: Plan, shard: int) -> Iterable[tuple[str, int]]:
