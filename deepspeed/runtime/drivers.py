@@ -14,7 +14,8 @@ from deepspeed.comm.mesh import Axis, Mesh
 from deepspeed.ops.norms import squared_norm
 from deepspeed.utils.errors import explain
 
-from .zero.grad_norm import counted_elsewhere, spread_experts, whole_square
+from .zero.buckets import repeats
+from .zero.grad_norm import counted_elsewhere, largest_norm, spread_experts, whole_square
 from .zero.optimizer import ZeroOptimizer
 from .zero.plan import Plan
 from .zero.reducer import average_grads
@@ -37,6 +38,7 @@ class SlabDriver:
             optimizer.reducer.after_grad = residency.after_grad
 
     def begin(self, sync: bool) -> None:
+        self.optimizer.reducer.keep_apart(_reduces_itself(self.optimizer.optimizer))
         self.optimizer.reducer.begin(sync)
 
     def finish(self, sync: bool) -> None:
@@ -74,6 +76,11 @@ class SlabDriver:
             self.residency.remove_hooks()
 
 
+def _reduces_itself(optimizer: Any) -> bool:
+    """Whether an optimizer averages over the ranks by itself what it takes from the next gradients."""
+    return bool(getattr(optimizer, "reduces_itself", False))
+
+
 class PlainDriver:
     """Drives a torch optimizer on the module's own parameters (stage 0, full precision or autocast).
 
@@ -109,9 +116,10 @@ class PlainDriver:
         self.mesh = Mesh.single() if mesh is None else mesh
         self._axes = self._model_axes()
         self.grad_norm: Any = None
-        self._unreduced = False
+        self._unreduced = self._summed = False
 
     def begin(self, sync: bool) -> None:
+        self._before_adding()
         self._unreduced = not sync
 
     def finish(self, sync: bool) -> None:
@@ -119,9 +127,20 @@ class PlainDriver:
             self.reduce_now()
 
     def reduce_now(self) -> None:
+        self._before_adding()
         for axis, params in self.params:
             average_grads(params, axis, self.plan, self.reduce_dtype)
-        self._unreduced = False
+        self._unreduced, self._summed = False, True
+
+    def _before_adding(self) -> None:
+        """What was summed over the ranks becomes this rank's part of the next sum."""
+        for axis, params in self.params if self._summed else ():
+            times = repeats(self.plan, axis.size)
+            if axis.size > 1 and times != 1:
+                for param in params:
+                    if param.grad is not None:
+                        param.grad.div_(times)
+        self._summed = False
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
@@ -155,8 +174,9 @@ class PlainDriver:
         if self.clip_grad <= 0:
             return
         with_grad = [p for _, params in self.params for p in params if p.grad is not None]
-        if self._axes:
-            norm = self._clip_over_ranks(with_grad)
+        apart = _reduces_itself(self.optimizer)
+        if self._axes or apart:
+            norm = self._clip_over_ranks(with_grad, apart)
         else:
             norm = torch.nn.utils.clip_grad_norm_(with_grad, self.clip_grad)
         if math.isfinite(norm):
@@ -178,7 +198,7 @@ class PlainDriver:
         found = [self.mesh.expert[name] for name in dict.fromkeys(names) if name is not None]
         return [*found, self.mesh.model] if self.mesh.model.size > 1 else found
 
-    def _clip_over_ranks(self, params: list[torch.nn.Parameter]) -> torch.Tensor:
+    def _clip_over_ranks(self, params: list[torch.nn.Parameter], apart: bool) -> torch.Tensor:
         # Averaged gradients are alike on the ranks that they were averaged over, so nothing is summed over those.
         alone = Axis.alone(self.mesh.world.ranks[self.mesh.world.rank])
         squares: dict[tuple[Axis, str | None], torch.Tensor] = {}
@@ -187,8 +207,12 @@ class PlainDriver:
             squares.setdefault(key, torch.zeros((), dtype=torch.float64, device=param.device))
             if param.grad is not None and not counted_elsewhere(param, self.mesh):
                 squares[key] += squared_norm(param.grad).to(param.device)
+        device = params[0].device if params else torch.device("cpu")
         norm = torch.tensor(whole_square(squares, self.mesh), dtype=torch.float64).sqrt().float()
-        norm = norm.to(params[0].device if params else "cpu")
+        if apart:
+            worst = largest_norm(norm.item(), self.mesh.sequence_data, device)
+            norm = torch.tensor(worst, dtype=torch.float32)
+        norm = norm.to(device)
         factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         for param in params:
             assert param.grad is not None
@@ -196,6 +220,7 @@ class PlainDriver:
         return norm
 
     def zero_grad(self) -> None:
+        self._summed = False
         for _, params in self.params:
             for param in params:
                 param.grad = None

@@ -260,7 +260,11 @@ def safe_get_local_optimizer_state(
 
 
 def safe_set_local_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Set this rank's shard of a parameter's master weight under ZeRO-3; nothing below."""
+    """Set this rank's shard of a parameter's master weight under ZeRO-3; nothing below.
+
+    A parameter that is whole at the time keeps its old values until it is gathered again, after the next step at the
+    latest: one rank's call cannot have the others gather.
+    """
     _of_stage3(param, "set_local_hp_param", value)
 
 

@@ -313,8 +313,8 @@ class ThroughputTimer:
         self.steps_per_output = steps_per_output
         self.monitor_memory = monitor_memory
         self.logging = logging_fn or logger.info
-        self.started = False
-        self.start_time = 0.0
+        self.initialized = self.started = False
+        self.start_time = self.end_time = 0.0
         self.epoch_count = 0
         self.micro_step_count = 0
         self.global_step_count = 0
@@ -330,7 +330,7 @@ class ThroughputTimer:
         """Begin a micro step."""
         if not self.config.enabled:
             return
-        self.started = True
+        self.initialized = self.started = True
         if self.global_step_count >= self.start_step:
             if self.config.synchronized:
                 _synchronize()
@@ -352,8 +352,8 @@ class ThroughputTimer:
             return
         if self.config.synchronized:
             _synchronize()
-        duration = time.perf_counter() - self.start_time
-        self.start_time = 0.0
+        self.end_time = time.perf_counter()
+        duration = self.end_time - self.start_time
         self.total_elapsed_time += duration
         self.step_elapsed_time += duration
         if global_step:

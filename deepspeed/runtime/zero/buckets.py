@@ -10,34 +10,11 @@ import torch
 from deepspeed.comm import flat
 from deepspeed.runtime.torch_autocast import get_comm_dtype
 
+from .blocks import Blocks
 from .plan import Plan
 from .quantized_sum import ErrorFeedback, QuantizedSum, RowCodec
 from .shard_group import ShardGroup
 from .sharded_param import shape_of
-
-
-class Buffers:
-    """Flat buffers that buckets fill in turn: new memory for each bucket would cost more than the copy into it."""
-
-    def __init__(self) -> None:
-        self._idle: list[torch.Tensor] = []
-
-    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A flat buffer of at least `numel` elements, its contents undefined."""
-        for place, buffer in enumerate(self._idle):
-            if (buffer.dtype, buffer.device) == (dtype, device) and buffer.numel() >= numel:
-                return self._idle.pop(place)
-        # One that is too small will be too small again.
-        self._idle = [b for b in self._idle if (b.dtype, b.device) != (dtype, device)]
-        return torch.empty(numel, dtype=dtype, device=device)
-
-    def give_back(self, buffer: torch.Tensor) -> None:
-        """The next bucket may have it."""
-        self._idle.append(buffer)
-
-    def clear(self) -> None:
-        """Free what is not in use."""
-        self._idle.clear()
 
 
 class Bucket:
@@ -50,7 +27,7 @@ class Bucket:
         arrived: which have.
         launched: whether the collective of this round has started.
         fresh: whether the shard's gradients are those of an earlier step, to be overwritten.
-        buffers: where buffers come from and go to; buckets of one reducer share them.
+        blocks: where buffers come from; buckets of one reducer share them, and fill the same ones in turn.
     """
 
     def __init__(self, group: ShardGroup, first: int, last: int, plan: Plan) -> None:
@@ -62,8 +39,7 @@ class Bucket:
         self.launched = False
         self.fresh = True
         self.buffer: torch.Tensor | None = None
-        self.buffers = Buffers()
-        self._whole: torch.Tensor | None = None
+        self.blocks = Blocks()
         ranks = group.shard_axis.size * group.replica_axis.size
         self.before, self.after = scale_factors(plan, ranks)
 
@@ -71,6 +47,13 @@ class Bucket:
         """Begin a round of collectives."""
         self.missing, self.launched = len(self.indices), False
         self.arrived.clear()
+
+    def begin_step(self) -> None:
+        """Gradients from now on are those of another step."""
+        self.fresh = True
+
+    def before_adding(self) -> None:
+        """Gradients are added to what is here, in this round or without one."""
 
     def collect(self, index: int, gradients: Sequence[torch.Tensor]) -> None:
         """Add a parameter's gradients to the round."""
@@ -103,18 +86,11 @@ class Bucket:
 
     def _buffer(self, numel: int) -> torch.Tensor:
         if self.buffer is None:
-            self._whole = self.buffers.take(numel, self.wire_dtype, self.group.device)
-            self.buffer = self._whole[:numel]
+            self.buffer = self.blocks.take(numel, self.wire_dtype, self.group.device)
         return self.buffer
 
     def forget_losses(self) -> None:
         """Nothing that codes lost is to be made up for; see `QuantizedSum.forget_losses`."""
-
-    def drop_buffer(self) -> None:
-        """The buffer's values are of no more use."""
-        if self._whole is not None:
-            self.buffers.give_back(self._whole)
-        self.buffer = self._whole = None
 
     def _over_replicas(self, values: torch.Tensor, pending: flat.Handle) -> flat.Handle:
         """What is summed over the shard axis is summed over the ranks that hold equal shards, too."""
@@ -125,9 +101,30 @@ class Bucket:
 
 
 class SlabBucket(Bucket):
-    """Gradients that every rank keeps whole: summed where they lie (stage 0)."""
+    """Gradients that every rank keeps whole: summed where they lie (stage 0).
+
+    Where a mean is taken, another sum leaves what was averaged before as it is. Any other sum would count it several
+    times, so its part of the next one is taken first.
+    """
+
+    def __init__(self, group: ShardGroup, first: int, last: int, plan: Plan) -> None:
+        super().__init__(group, first, last, plan)
+        self._repeats = repeats(plan, group.replica_axis.size)
+        self._summed = False
+
+    def begin_step(self) -> None:
+        """Gradients from now on are those of another step."""
+        super().begin_step()
+        self._summed = False
+
+    def before_adding(self) -> None:
+        """What is a sum becomes this rank's part of it."""
+        if self._summed and self._repeats != 1:
+            self._run().div_(self._repeats)
+        self._summed = False
 
     def _put(self, index: int, values: torch.Tensor, fresh: bool) -> None:
+        self.before_adding()
         self.group.add_param_grad(index, values)
 
     def lack(self, index: int) -> None:
@@ -136,6 +133,7 @@ class SlabBucket(Bucket):
 
     def launch(self) -> flat.Handle:
         """Start the sum over the replicas."""
+        self.before_adding()
         self.buffer = self._run().to(self.wire_dtype)
         if self.before != 1.0:
             self.buffer.mul_(self.before)
@@ -150,6 +148,7 @@ class SlabBucket(Bucket):
         run = self._run()
         if values.data_ptr() != run.data_ptr():
             run.copy_(values)
+        self._summed = True
 
     def _run(self) -> torch.Tensor:
         layout = self.group.layout
@@ -201,7 +200,7 @@ class RangeBucket(Bucket):
 
     def land(self) -> None:
         """Keep our own pieces."""
-        values = self.buffer
+        values, self.buffer = self.buffer, None
         assert values is not None
         rank, shard = self.group.shard_axis.rank, self.group.layout.shard_numel
         for owner, start, length in self.segments():
@@ -209,11 +208,8 @@ class RangeBucket(Bucket):
                 own = values.narrow(0, start, length)
                 if self.after != 1.0:
                     own.mul_(self.after)
-                if any(part.spilled_grad is not None for part in self.group.parts):
-                    own = own.clone()  # it is written to a file later than the buffer is used again
                 self.group.add_shard_grad(self.start + start - rank * shard, own, self.fresh)
         self._landed()
-        self.drop_buffer()
 
 
 class SliceBucket(Bucket):
@@ -270,14 +266,14 @@ class SliceBucket(Bucket):
         buffer, axis = self._buffer(self.group.shard_axis.size * self.row), self.group.shard_axis
         if self.before != 1.0:
             buffer.mul_(self.before)
-        self.sum = torch.empty(self.row, dtype=buffer.dtype, device=buffer.device)
+        self.sum = self.blocks.take(self.row, buffer.dtype, buffer.device)
         pending = self._reduce(self.sum, buffer, axis, async_op=True)
         return self._over_replicas(self.sum, pending)
 
     def land(self) -> None:
         """Keep our own row."""
         values, self.sum = self.sum, None
-        self.drop_buffer()
+        self.buffer = None
         assert values is not None
         if self.after != 1.0:
             values.mul_(self.after)
@@ -321,6 +317,11 @@ def scale_factors(plan: Plan, ranks: int) -> tuple[float, float]:
     if plan.prescale or (plan.stage > 0 and plan.predivide_factor == 1.0):
         return 1.0 / averaged, 1.0
     return 1.0 / plan.predivide_factor, plan.predivide_factor / averaged
+
+
+def repeats(plan: Plan, ranks: int) -> int:
+    """How many times another sum over `ranks` counts what was summed before."""
+    return ranks if plan.gradient_op == "sum" else plan.summed_ranks
 
 
 def store(target: torch.Tensor, values: torch.Tensor, fresh: bool) -> None:

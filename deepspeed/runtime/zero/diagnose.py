@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a forward pass failed at stage 3: sharded parameters that its code uses while only their slices are there."""
+"""Why a pass failed: sharded parameters that code uses while only their slices are there, and ones that nothing used."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
+
+from deepspeed.utils.errors import explain
 
 from .sharded_param import ZeroParamStatus
 from .utils import is_zero_param
@@ -17,6 +19,7 @@ from .utils import is_zero_param
 _KINDS = (RuntimeError, IndexError, ValueError, TypeError)
 # Frames that are searched, from the one that raised outwards.
 _FRAMES = 4
+_NAMES_SHOWN = 5
 _OWN = ("_parameters", "_modules", "_buffers", "_external_params")
 
 
@@ -63,3 +66,19 @@ def _released(name: str, value: Any) -> Iterator[str]:
         for key, item in list(value.items())[:100]:
             if isinstance(item, torch.Tensor):
                 yield from _released(f"{name}[{key!r}]", item)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are; empty where there are none."""
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join([*names[:_NAMES_SHOWN], *([f"{more} more"] if more > 0 else [])])
+
+
+def unused_message(names: Sequence[str]) -> str:
+    """What is wrong where every parameter is to have a gradient, and those of these names had none on this rank."""
+    return explain(
+        "parameters had no gradient, so the step was not taken and weights are as before",
+        got=some_of(names) or "a parameter that another rank did not use",
+        expected="a gradient for each, because ignore_unused_parameters is false",
+        fix="set 'zero_optimization.ignore_unused_parameters' to true, or freeze what is not used",
+    )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -56,6 +57,14 @@ def whole_square(squares: Mapping[tuple[Axis, str | None], torch.Tensor], mesh: 
         flat.all_reduce_(whole, mesh.model)
         total = whole.item()
     return total
+
+
+def largest_norm(norm: float, axis: Axis, device: torch.device) -> float:
+    """The largest of the norms of gradients that ranks keep apart; infinite where one is not finite. A collective."""
+    worst = torch.tensor(norm if math.isfinite(norm) else math.inf, dtype=torch.float64)
+    worst = worst.to(device)
+    flat.all_reduce_(worst, axis, "max")
+    return worst.item()
 
 
 def square_of_groups(groups: Sequence[ShardGroup], mesh: Mesh, device: torch.device) -> float:

@@ -204,8 +204,8 @@ def _drop_buffers(optimizer: Any) -> None:
     """Buckets make their buffers anew when the next gradients come."""
     for bucket in optimizer.reducer._buckets:
         if not bucket.arrived or bucket.launched:
-            bucket.drop_buffer()
-    optimizer.reducer.buffers.clear()
+            bucket.buffer = None
+    optimizer.reducer.blocks.clear()
 
 
 def _settle(non_blocking: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis, Mesh
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.fp16.loss_scaler import LossScalerBase, report_overflow
@@ -23,7 +24,8 @@ from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
 from . import offload_states, state
-from .grad_norm import expert_group_name, square_of_groups
+from .diagnose import some_of, unused_message
+from .grad_norm import expert_group_name, largest_norm, square_of_groups
 from .pieces import in_pieces
 from .plan import Placement, Plan, TierKind
 from .reducer import Reducer
@@ -32,7 +34,6 @@ from .spill import SpillFolder, stream, together
 from .whole_params import needs_whole, step_whole
 
 _CLIP_EPSILON = 1e-6
-_NAMES_SHOWN = 5
 
 
 class ZeroOptimizer(DeepSpeedOptimizer):
@@ -105,11 +106,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _build_groups(self) -> list[ShardGroup]:
         groups = []
         for index, param_group in enumerate(self.optimizer.param_groups):
-            kinds: dict[tuple[torch.dtype, str | None], list[torch.nn.Parameter]] = {}
+            kinds: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
             for param in param_group["params"]:
                 if param.requires_grad:
-                    kinds.setdefault((param.dtype, expert_group_name(param)), []).append(param)
-            for (_, expert), params in kinds.items():
+                    alone = id(param) if self._needs_params_apart() else None
+                    key = (param.dtype, expert_group_name(param), alone)
+                    kinds.setdefault(key, []).append(param)
+            for (_, expert, _), params in kinds.items():
                 shard_axis, replica_axis = self._axes(expert)
                 groups.append(
                     ShardGroup(
@@ -133,6 +136,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 )
             )
         return groups
+
+    def _needs_params_apart(self) -> bool:
+        """Whether the rule takes norms of parameters, which only whole states can give it."""
+        return self.plan.stage == 0 and getattr(self.optimizer, "per_param", False)
 
     def _axes(self, expert: str | None) -> tuple[Axis, Axis]:
         """The ranks that share a group's states, and those that hold copies of them."""
@@ -283,6 +290,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
         Raises:
             RuntimeError: for a closure, which sharded gradients cannot serve.
+            AssertionError: for a parameter without a gradient, where the plan wants all to have one.
             FloatingPointError: for non-finite gradients where no loss scaling explains them; weights stay as they were.
         """
         if closure is not None:
@@ -293,6 +301,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 )
             )
         self.reducer.reduce_left_over()
+        if self.plan.every_gradient:
+            self._refuse_unused()
         for group in self.groups:
             group.clear_unwritten()
         with self._files_together("write its gradients"):
@@ -310,10 +320,20 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if self.loss_scale != scale:
             self.reducer.forget_losses()
 
+    def _refuse_unused(self) -> None:
+        every = [param for group in self.groups for param in group.params]
+        unused = [param for param in every if id(param) not in self.reducer.seen]
+        if not flat.all_ok(not unused, self.mesh.world):
+            self._end_step()
+            raise AssertionError(unused_message([self.param_names.get(p, "?") for p in unused]))
+
     def _norm(self) -> float:
         """2-norm of all gradients, still multiplied by the loss scale; equal on all ranks."""
         total = square_of_groups(self.groups, self.mesh, self.device)
-        return math.sqrt(total) if total >= 0 else total
+        norm = math.sqrt(total) if total >= 0 else total
+        if self.reducer.keeps_apart:
+            return largest_norm(norm, self.mesh.sequence_data, self.device)
+        return norm
 
     def _combined_scale(self, norm: float, scale: float) -> float:
         """What gradients are divided by: the loss scale, and what brings their norm down to `clip_grad`."""
@@ -332,7 +352,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 explain(
                     "gradients are not finite, so the step was not taken and weights are as before",
                     got="inf or NaN in the gradient of "
-                    + (", ".join(broken) if broken else "a parameter held by another rank"),
+                    + (broken or "a parameter held by another rank"),
                     expected="finite gradients",
                     fix="look for NaN in the batch or a division by zero in the loss, or lower the learning rate",
                 )
@@ -344,7 +364,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             self._end_step()
         report_overflow(scale, self.loss_scaler, hysteresis)
 
-    def _non_finite_names(self) -> list[str]:
+    def _non_finite_names(self) -> str:
         names = []
         for group in self.groups:
             for segment in group.layout.segments(group.shard_axis.rank):
@@ -355,9 +375,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                                 group.params[segment.param], "an unnamed parameter"
                             )
                         )
-        names = list(dict.fromkeys(names))
-        more = len(names) - _NAMES_SHOWN
-        return names[:_NAMES_SHOWN] + ([f"{more} more"] if more > 0 else [])
+        return some_of(list(dict.fromkeys(names)))
 
     def _step_groups(self, grad_scale: float) -> None:
         with self._files_together("read or write its offloaded states, so this step is incomplete"):

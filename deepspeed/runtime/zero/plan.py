@@ -59,6 +59,7 @@ class Plan:
         gradient_bits: of the codes that gradients of sharded matrices travel as (qgZ); 0 sends them as they are.
         error_feedback: share of the old error that is kept, and after how many reductions it is forgotten (LoCo); None
             lets go of what codes lose.
+        every_gradient: a parameter without a gradient since the last step is an error.
         predivide_factor: with `prescale` off, divide by this before the reduction and by the rest after it.
     """
 
@@ -80,6 +81,7 @@ class Plan:
     predivide_factor: float = 1.0
     gradient_bits: int = 0
     error_feedback: tuple[float, int] | None = None
+    every_gradient: bool = False
 
     @classmethod
     def for_stage(cls, stage: int) -> Plan:

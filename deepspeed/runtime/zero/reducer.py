@@ -10,7 +10,8 @@ what has not arrived by the end of the backward pass counts as zero.
 [Note: Gradients that arrive twice]
 Reentrant activation checkpointing runs a backward pass inside the backward pass, so a parameter used in two
 checkpointed regions gets its gradient in two instalments, the second perhaps after its bucket has left. The first time
-that is seen, the rest goes in a second round, and from then on buckets wait for the end of the backward pass.
+that is seen, the rest goes in a second round, and from then on buckets wait for the end of the backward pass. As it may
+be seen on some ranks only, the ranks vote, after backward passes that had others inside.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
 from deepspeed.runtime.torch_autocast import get_comm_dtype
 
-from .buckets import Bucket, Buffers, cut_buckets, scale_factors
+from .blocks import Blocks
+from .buckets import Bucket, cut_buckets, scale_factors
 from .plan import Plan
 from .shard_group import ShardGroup
 
@@ -38,6 +40,7 @@ class Reducer:
 
     Attributes:
         before_first_grad: called when a gradient arrives outside `begin` … `finish` (a plain `loss.backward()`).
+        seen: identities of the parameters that had a gradient since the last step, where the plan wants all to have one.
         after_grad: called with a parameter whose gradient has been taken, so that nothing needs its values any more.
     """
 
@@ -46,9 +49,11 @@ class Reducer:
         self.before_first_grad: Callable[[], None] | None = None
         self.after_grad: Callable[[torch.nn.Parameter], None] | None = None
         self.active = False
+        self.seen: set[int] = set()
         self._sync = False
         self._wait_for_end = False
-        self._late = False
+        self._late = self._nested = False
+        self._task = -1
         self._unreduced = False
         self._next = 0
         self._flying: list[tuple[Bucket, flat.Handle]] = []
@@ -59,25 +64,38 @@ class Reducer:
             if group.shard_axis.size > 1 or group.replica_axis.size > 1
             for bucket in cut_buckets(group, plan)
         ]
-        self.buffers = Buffers()
+        self._apart: list[Bucket] = []
+        self.blocks = Blocks()
         for bucket in self._buckets:
-            bucket.buffers = self.buffers
-        self._bucket_of = {
-            (id(bucket.group), index): bucket
-            for bucket in self._buckets
-            for index in bucket.indices
-        }
+            bucket.blocks = self.blocks
+        self._bucket_of = self._index_buckets()
         self._hooks = [
             param.register_post_accumulate_grad_hook(partial(self._on_grad, group, index))
             for group in self.groups
             for index, param in enumerate(group.params)
         ]
 
+    def _index_buckets(self) -> dict[tuple[int, int], Bucket]:
+        return {(id(b.group), index): b for b in self._buckets for index in b.indices}
+
     # - one backward pass
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether gradients stay as each rank has them."""
+        return bool(self._apart)
+
+    def keep_apart(self, apart: bool) -> None:
+        """Leave gradients as each rank has them, or average them again (stage 0, where each has room for all)."""
+        if apart is bool(self._apart) or not (self._apart or self._buckets):
+            return
+        self._buckets, self._apart = self._apart, self._buckets
+        self._bucket_of = self._index_buckets()
 
     def begin(self, sync: bool) -> None:
         """Start a backward pass. `sync` says that it reduces over the ranks; otherwise gradients only add up here."""
         self.active = True
+        self._nested, self._task = False, -1
         self._sync = sync and bool(self._buckets)
         if self._sync:
             self._start_round()
@@ -91,10 +109,19 @@ class Reducer:
             self._unreduced = bool(self._buckets)
             return
         self._finish_round()
-        if self._late:
-            self._late, self._wait_for_end = False, True
+        if (self._late or self._nested) and not self._wait_for_end and self._late_anywhere():
+            self._wait_for_end = True
             self.reduce_now()
-        self._unreduced = False
+        self._late = self._unreduced = False
+
+    def _late_anywhere(self) -> bool:
+        """Whether a gradient came after its bucket had left, on any rank; a collective of all of them."""
+        groups = [bucket.group for bucket in self._buckets]
+        axes = dict.fromkeys(axis for g in groups for axis in (g.shard_axis, g.replica_axis))
+        on_time = not self._late
+        for axis in axes:
+            on_time = flat.all_ok(on_time, axis)
+        return not on_time
 
     def reduce_now(self) -> None:
         """Reduce all that earlier backward passes left unreduced; a collective of all ranks."""
@@ -114,8 +141,9 @@ class Reducer:
         for group in self.groups:
             group.forget_grads(release)
         for bucket in self._buckets:
-            bucket.fresh = True
-        self.buffers.clear()
+            bucket.begin_step()
+        self.blocks.clear()
+        self.seen.clear()
         flat.free_inboxes()
         self._held.clear()
         self._unreduced = False
@@ -147,7 +175,12 @@ class Reducer:
             return  # the module adds its gradient up in instalments and raises the flag with the last one
         if not self.active and self.before_first_grad is not None:
             self.before_first_grad()
+        if self.plan.every_gradient:
+            self.seen.add(id(param))
         bucket = self._bucket_of.get((id(group), index))
+        task = torch._C._current_graph_task_id()
+        self._nested = self._nested or self._task not in (-1, task)
+        self._task = task
         if bucket is None:
             self._keep_whole(group, index, param)
         elif not self._sync:
@@ -169,6 +202,7 @@ class Reducer:
     def _hold(self, group: ShardGroup, index: int, param: torch.nn.Parameter) -> None:
         """Keep an unreduced gradient: in `.grad` itself, unless it adds up in another dtype or has a slab of its own."""
         if group.shard_axis.size == 1:
+            self._bucket_of[id(group), index].before_adding()
             self._keep_whole(group, index, param)
             return
         if group.accumulate_dtype == param.dtype:

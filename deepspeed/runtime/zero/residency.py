@@ -33,6 +33,7 @@ import torch
 
 from deepspeed.runtime.compiler import disable
 
+from .blocks import Blocks
 from .diagnose import add_hint
 from .prefetch import Record
 from .saved_weights import SavedWeights
@@ -89,6 +90,7 @@ class Residency:
         self.access_kept_out = disable(self.access)
         self._live: dict[int, torch.nn.Parameter] = {}
         self._live_numel = 0
+        self._blocks = Blocks()
         self._saved = SavedWeights(disable(self._bring))
         self.hook(module)
         self.persistent = self._choose_persistent()
@@ -182,12 +184,13 @@ class Residency:
             self._saved.end(len(self._stack) + 1)
         params = self.needs(number)
         graph = False
-        if not torch.is_grad_enabled():
-            if self._all_stay(params):
-                params = []
+        if not torch.is_grad_enabled() and self._all_stay(params):
+            params = []
         else:
             for tensor in tensors_in(output):
-                if tensor.requires_grad:
+                if is_zero_param(tensor):
+                    self._hand_over(number, tensor)
+                elif tensor.requires_grad and torch.is_grad_enabled():
                     graph = True
                     if params:
                         tensor.register_hook(partial(self._enter_backward, number))
@@ -197,6 +200,15 @@ class Residency:
             self._leave(number, params)
         if not self._stack and not graph and not in_backward():
             self._end_pass()
+
+    def _hand_over(self, number: int, param: torch.nn.Parameter) -> None:
+        """A module returns a parameter: whoever called it is going to use it."""
+        unregister_external(self._modules[number], param)
+        if self._stack:
+            caller = self._stack[-1]
+            if all(param is not own for own in self._params[caller]):
+                register_external(self._modules[caller], param)
+            param.ds_active_sub_modules.add(caller)
 
     def _enter_backward(self, number: int, grad: torch.Tensor) -> None:
         self._enter(number)
@@ -252,6 +264,7 @@ class Residency:
         for param in self._live.values():
             param.ds_active_sub_modules.clear()
         self._let_go([p for p in self._live.values() if id(p) not in self._staying])
+        self._blocks.clear()
 
     def after_step(self) -> None:
         """The slices have changed: gathered copies are stale."""
@@ -313,7 +326,7 @@ class Residency:
             if id(param) not in self._live:
                 self._live[id(param)] = param
                 self._live_numel += self._weight_of(param)
-        start_gather(params)
+        start_gather(params, self._blocks)
 
     def _let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
         for param in params:
@@ -404,6 +417,7 @@ def _watch_access(module: torch.nn.Module, residency: Residency) -> None:
     watched = WatchedParams(module, module._parameters)
     watched.residency = residency
     module._parameters = watched
+    module.__dict__.setdefault("_external_params", {})
     module.ds_external_parameters = partial(external_of, module)
 
 

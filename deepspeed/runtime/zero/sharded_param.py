@@ -22,6 +22,7 @@ from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
 from deepspeed.utils.errors import explain
 
+from .blocks import Blocks
 from .codec import GroupCodec, SliceCodec
 from .second_copy import SecondCopy
 from .spill import SpilledSlice, SpillFolder, together
@@ -220,10 +221,11 @@ class Gathering:
 
     Args:
         params: parameters that are not available; they are marked as in flight.
+        blocks: where whole values go; None is new memory.
     """
 
-    def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
-        self._launched = False
+    def __init__(self, params: Sequence[torch.nn.Parameter], blocks: Blocks | None = None) -> None:
+        self._launched, self._take = False, torch.empty if blocks is None else blocks.take
         self._landing: list[tuple[flat.Handle, Callable[[], None]]] = []
         backward = in_backward()
         self._sources: list[tuple[torch.nn.Parameter, SecondCopy | None]] = []
@@ -279,7 +281,7 @@ class Gathering:
 
     def _start_one(self, travel: _Travel) -> None:
         shard = travel.shard
-        whole = shard.new_empty(travel.axis.size * shard.numel())
+        whole = self._take(travel.axis.size * shard.numel(), dtype=shard.dtype, device=shard.device)
         handle = flat.all_gather_into(whole, shard, travel.axis, async_op=True)
         self._landing.append((handle, partial(travel.land, whole)))
 
@@ -366,11 +368,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def start_gather(params: Iterable[torch.nn.Parameter]) -> None:
+def start_gather(params: Iterable[torch.nn.Parameter], blocks: Blocks | None = None) -> None:
     """Begin to gather those of `params` that are neither whole nor on their way; a collective of all their ranks."""
     missing = [p for p in params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
     if missing:
-        Gathering(list(dict.fromkeys(missing)))
+        Gathering(list(dict.fromkeys(missing)), blocks)
 
 
 def finish_gather(params: Iterable[torch.nn.Parameter]) -> None:
