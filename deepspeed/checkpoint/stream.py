@@ -50,7 +50,12 @@ class Settings:
 
 
 def write_archive(
-    path: Path, archive: Archive, settings: Settings | None = None, progress: Progress | None = None
+    path: Path,
+    archive: Archive,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    *,
+    flush: bool = True,
 ) -> Entry:
     """Write one file and flush it to the disk.
 
@@ -59,6 +64,7 @@ def write_archive(
         archive: what to write; its storages must stay as they are meanwhile.
         settings: how; the fast way if None.
         progress: is told of every byte.
+        flush: False leaves that to the caller (`atomic.flush_files`).
 
     Returns:
         The manifest's entry.
@@ -73,9 +79,9 @@ def write_archive(
         if settings.type == MOCK:
             entry = _mock(path, archive)
         elif settings.type == PYTHON or archive.size < BY_QUEUE:
-            entry = _in_a_row(path, archive, progress)
+            entry = _in_a_row(path, archive, progress, flush)
         else:
-            entry = _Parallel(path, archive, settings, progress).write()
+            entry = _Parallel(path, archive, settings, progress).write(flush)
     if settings.show_statistics:
         seconds = time.perf_counter() - start
         moved = archive.size * settings.io_multiplier
@@ -90,11 +96,11 @@ def _mock(path: Path, archive: Archive) -> Entry:
     return Entry(path.name, archive.size, text_of(0))
 
 
-def _in_a_row(path: Path, archive: Archive, progress: Progress) -> Entry:
+def _in_a_row(path: Path, archive: Archive, progress: Progress, flush: bool) -> Entry:
     for record in archive.records:
         record.crc = crc32(record_bytes(record)) if record.is_large else None
     pieces: list[Any] = [record for record in archive.records if record.is_large]
-    with HashedFile(path) as file:
+    with HashedFile(path, flush) as file:
         for start, gap in archive.gaps():
             progress.add(file.write(gap))
             if pieces and pieces[0].begin == start + len(gap):  # a long gap comes in parts
@@ -125,7 +131,7 @@ class _Parallel:
         self.flights: deque[_Flight] = deque()
         self.sums: dict[int, list[tuple[int, int]]] = {}
 
-    def write(self) -> Entry:
+    def write(self, flush: bool) -> Entry:
         """Write it all; see `write_archive`."""
         with atomic.disk.create(self.path) as file, ExitStack() as stack:
             workers = self.summers or threads()
@@ -141,7 +147,8 @@ class _Parallel:
                 if record.is_large:
                     record.crc = combine_all(self.sums[id(record)])
             gaps = [self._send_gap(start, gap) for start, gap in self.archive.gaps()]
-            atomic.disk.sync(file)
+            if flush:
+                atomic.disk.sync(file)
         return Entry(self.path.name, self.archive.size, text_of(self.archive.crc(gaps)))
 
     def _send_record(self, record: Record, summers: ThreadPoolExecutor) -> None:

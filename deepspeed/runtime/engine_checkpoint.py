@@ -137,7 +137,10 @@ def copy_export_script(folder: Path) -> None:
     """Put the stand-alone exporter beside the tags."""
     source = Path(__file__).parent.parent / "utils" / names.EXPORT_SCRIPT
     target = folder / names.EXPORT_SCRIPT
-    replace_file(target, source.read_bytes())
+    content = source.read_bytes()
+    if target.is_file() and target.read_bytes() == content:
+        return
+    replace_file(target, content, flush=False)
     if os.name != "nt":
         target.chmod(0o755)
 

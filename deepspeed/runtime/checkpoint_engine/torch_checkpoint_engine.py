@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.archive import Archive
-from ...checkpoint.atomic import Entry, Publication, disk
+from ...checkpoint.atomic import Entry, Publication, disk, flush_files
 from ...checkpoint.format import PARTIAL_SUFFIX
 from ...checkpoint.progress import Progress
 from ...checkpoint.reader import load_file
@@ -100,12 +100,15 @@ def total_size(archives: Mapping[str, Archive]) -> int:
 def write_all(
     folder: Path, archives: Mapping[str, Archive], settings: Settings, label: str | None = None
 ) -> list[Entry]:
-    """Write files one after the other, and show how far this is under `label`; returns their entries."""
+    """Write files one after the other and flush them, and show how far this is under `label`; returns their entries."""
     progress = Progress(total_size(archives) if label else 0, label or "")
     try:
-        return [
-            write_archive(folder / name, archive, settings, progress)
+        entries = [
+            write_archive(folder / name, archive, settings, progress, flush=False)
             for name, archive in archives.items()
         ]
+        if settings.type != MOCK:
+            flush_files([folder / name for name in archives])
+        return entries
     finally:
         progress.close()
