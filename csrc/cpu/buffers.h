@@ -97,6 +97,24 @@ inline const float *as_floats(const Kernels *k, const char *data, int32_t dtype,
     return scratch;
 }
 
+// Extents of groups in memory, see Kernels::extent; at most kExtents of 16 bits at a time.
+enum { kExtents = 1024 };
+inline void extents(const Kernels *k, const void *x, int32_t dtype, int64_t groups, int64_t size,
+                    float *low, float *high) {
+    if (dtype == DS_F32) return k->extent((const float *)x, groups, size, low, high);
+    uint16_t least[kExtents], most[kExtents];
+    const int infinity = dtype == DS_BF16 ? 0x7f80 : 0x7c00;
+    k->extent_halves((const uint16_t *)x, groups, size, infinity, low ? least : nullptr, most);
+    widen(k, most, dtype, high, groups);
+    if (low) widen(k, least, dtype, low, groups);
+}
+
+// Output that no cache would keep until it is read is written past them; then all runs have to be whole lines.
+const int64_t kLargeOutput = (int64_t)32 << 20;
+inline bool past_caches(const void *out, int64_t bytes, int64_t run_bytes) {
+    return bytes >= kLargeOutput && ((uintptr_t)out | (uintptr_t)run_bytes) % 64 == 0;
+}
+
 // The sum of what a kernel of squares left in its lanes, always in the same order; the lanes are used up.
 inline double fold(double *lanes) {
     for (int width = kNormLanes / 2; width > 0; width /= 2)

@@ -40,46 +40,36 @@ struct Pack {
         for (int64_t group = begin; group < end; ++group) p.one(group);
     }
 
-    const float *values(int64_t at, int64_t n, float *scratch) const {
-        return ds::as_floats(kernels, (const char *)a->x, a->x_dtype, at, n, scratch);
-    }
-
     void one(int64_t group) const {
-        alignas(64) float scratch[kTile];
         const int64_t size = format.group_size, at = group * size;
         float most = 0;
-        for (int64_t i = 0; i < size; i += kTile) {
-            const int64_t n = size - i < kTile ? size - i : (int64_t)kTile;
-            float found = 0;
-            kernels->extent(values(at + i, n, scratch), 1, n, nullptr, &found);
-            if (found > most || found != found) most = found;
-        }
+        ds::extents(kernels, place(at), a->x_dtype, 1, size, nullptr, &most);
         const float scale = most == 0 ? 1.0f : most / format.most();
         uint8_t *home = (uint8_t *)a->out + group * format.packed;
-        for (int64_t i = 0; i < size; i += kTile) {
-            const int64_t n = size - i < kTile ? size - i : (int64_t)kTile;
-            // a group of one tile is in scratch already
-            const float *x = size <= kTile && a->x_dtype != DS_F32 ? scratch
-                                                                   : values(at + i, n, scratch);
-            encode(x, at + i, n, scale, home + i * format.bits / 8);
-        }
+        for (int64_t i = 0; i < size; i += kTile)
+            encode(at + i, size - i < kTile ? size - i : (int64_t)kTile, scale,
+                   home + i * format.bits / 8);
         uint32_t bits;
         memcpy(&bits, &scale, 4);
         for (int k = 0; k < 4; ++k) home[format.packed - 4 + k] = (uint8_t)(bits >> (8 * k));
     }
 
-    void encode(const float *x, int64_t at, int64_t n, float scale, uint8_t *to) const {
+    const char *place(int64_t at) const {
+        return (const char *)a->x + at * ds::bytes_of(a->x_dtype);
+    }
+
+    void encode(int64_t at, int64_t n, float scale, uint8_t *to) const {
         alignas(64) uint32_t spare[kTile], random[kTile];
         alignas(64) uint16_t codes[kTile];
         if (a->stochastic) kernels->noise(a->seed, at, n, spare, random);
         const uint32_t *bits = a->stochastic ? random : nullptr;
         if (format.bits == 12) {
-            kernels->encode_wide(x, codes, n, scale, format.form, bits);
+            kernels->encode_wide[a->x_dtype](place(at), codes, n, scale, format.form, bits);
             kernels->pack_wide(codes, to, n);
         } else if (format.bits == 8) {
-            kernels->encode_narrow(x, to, n, scale, format.form, bits);
+            kernels->encode_narrow[a->x_dtype](place(at), to, n, scale, format.form, bits);
         } else {
-            kernels->encode_narrow(x, (uint8_t *)codes, n, scale, format.form, bits);
+            kernels->encode_narrow[a->x_dtype](place(at), codes, n, scale, format.form, bits);
             kernels->pack((uint8_t *)codes, to, n, format.bits, false);
         }
     }
@@ -89,16 +79,18 @@ struct Unpack {
     const Kernels *kernels;
     const ds_fp_dequantize_args *a;
     Format format;
+    bool streams;  // past the caches
 
     static void groups(void *context, int64_t index) {
         const Unpack &u = *(const Unpack *)context;
         const int64_t each = u.format.groups_each(), begin = index * each;
         const int64_t end = begin + each < u.a->groups ? begin + each : u.a->groups;
         for (int64_t group = begin; group < end; ++group) u.one(group);
+        if (u.streams) u.kernels->settle();
     }
 
     void one(int64_t group) const {
-        alignas(64) uint16_t codes[kTile];
+        alignas(64) char made[4 * kTile];
         const int64_t *rows = (const int64_t *)a->rows;
         const int64_t from =
             rows ? rows[group / a->row_groups] * a->row_groups + group % a->row_groups : group;
@@ -112,16 +104,22 @@ struct Unpack {
         for (int64_t i = 0; i < size; i += kTile) {
             const int64_t n = size - i < kTile ? size - i : (int64_t)kTile;
             const uint8_t *in = home + i * format.bits / 8;
-            char *to = (char *)a->out + (group * size + i) * out_bytes;
-            if (format.bits == 12) {
-                kernels->unpack_wide(in, codes, n);
-                kernels->decode_wide[a->out_dtype](codes, to, n, scale, format.form);
-                continue;
-            }
-            if (format.bits != 8) kernels->unpack(in, (uint8_t *)codes, n, format.bits, false);
-            kernels->decode_narrow[a->out_dtype](format.bits == 8 ? in : (uint8_t *)codes, to, n,
-                                                 scale, format.form);
+            char *home_of_values = (char *)a->out + (group * size + i) * out_bytes;
+            decode(in, n, scale, streams ? made : home_of_values);
+            if (streams) kernels->stream(made, home_of_values, n * out_bytes);
         }
+    }
+
+    void decode(const uint8_t *in, int64_t n, float scale, char *to) const {
+        alignas(64) uint16_t codes[kTile];
+        if (format.bits == 12) {
+            kernels->unpack_wide(in, codes, n);
+            kernels->decode_wide[a->out_dtype](codes, to, n, scale, format.form);
+            return;
+        }
+        if (format.bits != 8) kernels->unpack(in, (uint8_t *)codes, n, format.bits, false);
+        kernels->decode_narrow[a->out_dtype](format.bits == 8 ? in : (uint8_t *)codes, to, n, scale,
+                                             format.form);
     }
 };
 
@@ -164,7 +162,8 @@ extern "C" int ds_fp_dequantize(const ds_fp_dequantize_args *args) {
     if (int status = check_format(name, args->exponent, args->mantissa, args->groups,
                                   args->group_size))
         return status;
-    Unpack unpack = {ds::kernels(), args, Format(args->exponent, args->mantissa, args->group_size)};
+    Unpack unpack = {ds::kernels(), args, Format(args->exponent, args->mantissa, args->group_size),
+                     false};
     const int64_t *rows = (const int64_t *)args->rows;
     if (rows == nullptr ? args->groups != args->there
                         : args->row_groups < 1 || args->there % args->row_groups ||
@@ -179,6 +178,8 @@ extern "C" int ds_fp_dequantize(const ds_fp_dequantize_args *args) {
         {"rows", args->rows, wanted * 8, 8, false},
         {"out", args->out, args->groups * args->group_size * each, each, true}};
     if (int status = ds::check_spans(name, spans, 3)) return status;
+    const int64_t run = args->group_size * each;
+    unpack.streams = ds::past_caches(args->out, args->groups * run, run);
     for (int64_t i = 0; i < wanted; ++i)
         if (rows[i] < 0 || rows[i] >= args->there / args->row_groups)
             return ds::fail(DS_BAD_VALUE, "%s: row %lld of %lld", name, (long long)rows[i],

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels of quantization, written once over Vec: groups to small whole numbers, values to small floats, and how
-// codes of few bits are packed. Part of isa_unit.inl.
+// The kernels of quantization to whole numbers, written once over Vec. Part of isa_unit.inl.
 
 namespace {
 
@@ -10,49 +9,113 @@ const float kMagic = 12582912.0f;
 // ---------------------------------------------------------------------------------------------------------------------
 // groups of numbers
 
-// Accumulates least and greatest, or the greatest size; remembers whether there was a NaN.
+// Accumulates least and greatest; remembers whether there was a NaN.
 struct Extent {
     Vec low, high;
     Mask nan;
 
-    explicit Extent(float first, bool sizes)
-        : low(Vec::all(sizes ? 0 : first)), high(low), nan(unordered(Vec::all(first))) {}
+    explicit Extent(float first)
+        : low(Vec::all(first)), high(low), nan(unordered(Vec::all(first))) {}
 
-    inline void add(Vec x, bool sizes) {
+    inline void add(Vec x) {
         nan = nan | unordered(x);
-        if (sizes) {
-            high = larger(floats(bits(x) & Ints::all(0x7fffffff)), high);
-        } else {
-            low = smaller(x, low);
-            high = larger(x, high);
-        }
+        low = smaller(x, low);
+        high = larger(x, high);
+    }
+    inline void add(const Extent &o) {
+        nan = nan | o.nan;
+        low = smaller(low, o.low);
+        high = larger(high, o.high);
     }
 };
 
+// Accumulates the greatest size. Sizes are in order as whole numbers too, and all NaN are greater than infinity.
+struct Size {
+    Ints high;
+
+    explicit Size(float) : high(Ints::all(0)) {}
+
+    inline void add(Vec x) { high = larger(bits(x) & Ints::all(0x7fffffff), high); }
+    inline void add(const Size &o) { high = larger(high, o.high); }
+};
+
+template <class Found>
+inline Found extent_of(const float *x, int64_t size) {
+    Found even(x[0]), odd = even;
+    int64_t i = 0;
+    for (; i + 2 * Vec::width <= size; i += 2 * Vec::width) {
+        fetch(x + i);
+        fetch(x + i + Vec::width);
+        even.add(Vec::load(x + i));
+        odd.add(Vec::load(x + i + Vec::width));
+    }
+    for (; i < size; i += Vec::width) {
+        if (i + Vec::width <= size) {
+            even.add(Vec::load(x + i));
+            continue;
+        }
+        float last[Vec::width];
+        for (int64_t k = 0; k < Vec::width; ++k) last[k] = x[i + k < size ? i + k : i];
+        even.add(Vec::load(last));
+    }
+    even.add(odd);
+    return even;
+}
+
 void extent(const float *x, int64_t groups, int64_t size, float *low, float *high) {
-    const bool sizes = low == nullptr;
+    const float nothing = highest(floats(Ints::all(0x7fc00000)));
+    const Vec zero = Vec::all(0);
     for (int64_t group = 0; group < groups; ++group, x += size) {
-        Extent even(x[0], sizes), odd = even;
-        int64_t i = 0;
-        for (; i + 2 * Vec::width <= size; i += 2 * Vec::width) {
-            even.add(Vec::load(x + i), sizes);
-            odd.add(Vec::load(x + i + Vec::width), sizes);
+        if (low == nullptr) {
+            const Ints most = extent_of<Size>(x, size).high;
+            const bool spoilt = any(less(Ints::all(0x7f800000), most));
+            high[group] = spoilt ? nothing : highest(floats(most));
+            continue;
         }
-        for (; i < size; i += Vec::width) {
-            if (i + Vec::width <= size) {
-                even.add(Vec::load(x + i), sizes);
-                continue;
+        const Extent found = extent_of<Extent>(x, size);
+        const bool spoilt = any(found.nan);
+        high[group] = spoilt ? nothing : highest(found.high);
+        low[group] = spoilt ? nothing : -highest(zero - found.low);
+    }
+}
+
+// The bits of a 16-bit float as a whole number in the same order, and back.
+inline Halves in_order(Halves x) { return x ^ (right(x, 15) & Halves::all(0x7fff)); }
+inline uint16_t float_bits(int x) { return (uint16_t)(x < 0 ? x ^ 0x7fff : x); }
+
+void extent_halves(const uint16_t *x, int64_t groups, int64_t size, int infinity, uint16_t *low,
+                   uint16_t *high) {
+    enum { w = Halves::width };
+    const bool sizes = low == nullptr;
+    const Halves size_bits = Halves::all(0x7fff);
+    for (int64_t group = 0; group < groups; ++group, x += size) {
+        const Halves first = Halves::all(x[0]);
+        Halves most = sizes ? first & size_bits : in_order(first), least = most;
+        const auto add = [&](const uint16_t *at) {
+            const Halves bits = Halves::load(at);
+            if (sizes) {
+                most = larger(most, bits & size_bits);
+                return;
             }
-            float last[Vec::width];
-            for (int64_t k = 0; k < Vec::width; ++k) last[k] = x[i + k < size ? i + k : i];
-            even.add(Vec::load(last), sizes);
+            const Halves value = in_order(bits);
+            most = larger(most, value);
+            least = smaller(least, value);
+        };
+        int64_t i = 0;
+        for (; i + w <= size; i += w) {
+            fetch(x + i);
+            add(x + i);
         }
-        const bool spoilt = any(even.nan | odd.nan);
-        const float nothing = highest(floats(Ints::all(0x7fc00000)));
-        high[group] = spoilt ? nothing : highest(larger(even.high, odd.high));
-        if (sizes) continue;
-        const Vec zero = Vec::all(0);
-        low[group] = spoilt ? nothing : -highest(zero - smaller(even.low, odd.low));
+        if (i < size) {
+            uint16_t last[w];
+            for (int64_t k = 0; k < w; ++k) last[k] = x[i + k < size ? i + k : i];
+            add(last);
+        }
+        // Beyond infinity lie the NaN, of either sign.
+        const int top = highest(most), bottom = sizes ? top : lowest(least);
+        const bool spoilt = top > infinity || bottom < (infinity ^ -1);
+        high[group] = spoilt ? 0x7fff : float_bits(top);
+        if (!sizes) low[group] = spoilt ? 0x7fff : float_bits(bottom);
     }
 }
 
@@ -75,6 +138,26 @@ void extent_columns(const float *x, int64_t n, float *low, float *high) {
     copy_some(most, high + i, n - i);
 }
 
+// Vectors of groups side by side; what lies behind the last one has room and harms nothing.
+void scales(const Grid *grid, const float *low, const float *high, int64_t n, float *scale,
+            float *step, float *offset) {
+    const Vec levels = Vec::all(grid->levels), most = Vec::all(grid->most), one = Vec::all(1);
+    const Vec zero = Vec::all(0), middle = Vec::all(-grid->middle), times = Vec::all(grid->times);
+    for (int64_t i = 0; i < n; i += Vec::width) {
+        const Vec least = Vec::load(low + i), span = times * Vec::load(high + i) - least;
+        if (grid->weights) {
+            // Two roundings, as torch divides a number by a tensor: what was saved before stays the same. A constant
+            // group has no span.
+            smaller(most, one / span * levels).store(scale + i);
+            continue;
+        }
+        const Vec found = select(less(zero, span) | unordered(span), levels / span, one);
+        found.store(scale + i);
+        (one / found).store(step + i);
+        (grid->asym ? middle - least * found : zero).store(offset + i);
+    }
+}
+
 // One group's rounding. NaN becomes the least code.
 struct Rounder {
     Vec scale, shift, offset, least, most;
@@ -88,10 +171,14 @@ struct Rounder {
 
     inline Vec within(Vec x) const { return smaller(larger(x, least), most); }
 
-    // Nearest, still with kMagic in it.
-    inline Vec nearest(Vec x) const {
-        return within((x - shift) * scale + offset) + Vec::all(kMagic);
+    // Moved: groups have a shift or an offset.
+    template <bool Moved>
+    inline Vec exact(Vec x) const {
+        return within(Moved ? (x - shift) * scale + offset : x * scale);
     }
+
+    // Nearest, still with kMagic in it.
+    inline Vec nearest(Vec x) const { return exact<true>(x) + Vec::all(kMagic); }
 
     // The whole number below the sum with a number from [0, 1).
     inline Vec random(Vec x, const uint32_t *bits_at) const {
@@ -106,23 +193,47 @@ struct Rounder {
     }
 };
 
-void quantize(const float *x, int64_t groups, int64_t size, const Rounding *rule,
+// As many codes of a group, to nearest, as fill the widest stores; returns how many.
+template <class P, bool Moved>
+inline int64_t quantize_most(const typename P::Kept *x, int64_t size, const Rounder &round,
+                             const Rounding *rule, uint8_t *codes) {
+    enum { w = Vec::width };
+    const Halves bias = Halves::all(rule->bias), mask = Halves::all(rule->mask);
+    int64_t i = 0;
+    for (; i + 4 * w <= size; i += 4 * w) {
+        Vec a, b, c, d;
+        P::load_pair(x + i, a, b);
+        P::load_pair(x + i + 2 * w, c, d);
+        whole_bytes(round.exact<Moved>(a), round.exact<Moved>(b), round.exact<Moved>(c),
+                    round.exact<Moved>(d), bias, mask)
+            .store(codes + i);
+    }
+    return i;
+}
+
+template <class P>
+void quantize(const void *from, int64_t groups, int64_t size, const Rounding *rule,
               const uint32_t *random, uint8_t *codes) {
+    typedef typename P::Kept Kept;
     const Ints bias = Ints::all(rule->bias), mask = Ints::all(rule->mask);
+    const Kept *x = (const Kept *)from;
     for (int64_t group = 0; group < groups; ++group, x += size, codes += size) {
         const Rounder round(*rule, group);
         int64_t i = 0;
+        if (random == nullptr)
+            i = rule->moved ? quantize_most<P, true>(x, size, round, rule, codes)
+                            : quantize_most<P, false>(x, size, round, rule, codes);
         for (; i + Vec::width <= size; i += Vec::width) {
-            const Vec y = round(Vec::load(x + i), random ? random + i : nullptr);
+            const Vec y = round(P::load(x + i), random ? random + i : nullptr);
             ((bits(y) + bias) & mask).store_bytes(codes + i);
         }
         if (i < size) {
-            float last[Vec::width] = {0};
+            Kept last[Vec::width] = {0};
             uint32_t last_random[Vec::width] = {0};
             uint8_t last_codes[Vec::width];
             copy_some(x + i, last, size - i);
             if (random) copy_some(random + i, last_random, size - i);
-            const Vec y = round(Vec::load(last), random ? last_random : nullptr);
+            const Vec y = round(P::load(last), random ? last_random : nullptr);
             ((bits(y) + bias) & mask).store_bytes(last_codes);
             copy_some(last_codes, codes + i, size - i);
         }
@@ -175,23 +286,30 @@ void quantize_columns(const float *x, int64_t n, const Rounding *rule, uint8_t *
     copy_some(to, codes + i, n - i);
 }
 
-// A code as a float: with a sign, its top bit counts negative.
-template <bool Signed>
-inline Vec code_value(const uint8_t *codes, Ints half, Ints mask) {
-    const Ints code = Ints::bytes(codes);
-    return to_float(Signed ? ((code + half) & mask) - half : code);
-}
-
 // What the codes of one group stand for. Codes with a sign are multiplied by a step; weights, which have none, are
-// divided by their scale: both as their formats were made.
-template <bool Signed>
+// divided by their scale: both as their formats were made. Only codes with a sign and an offset, and weights without a
+// minimum, are shifted; only weights with one have a base.
+template <bool Signed, bool Asym>
 struct Decoder {
     Vec by, shift, base;
-    Ints half, mask;
+    Ints half;
 
-    inline Vec operator()(const uint8_t *codes) const {
-        const Vec x = code_value<Signed>(codes, half, mask) - shift;
-        return (Signed ? x * by : x / by) + base;
+    Decoder(float by_, float shift_, float base_, int width)
+        : by(Vec::all(by_)), shift(Vec::all(shift_)), base(Vec::all(base_)),
+          half(Ints::all(1 << (width - 1))) {}
+
+    // No result is NaN: numbers that end or leave the normal ones may make one.
+    static bool finite(float by, float shift, float base) {
+        const float size = by < 0 ? -by : by;
+        const bool ordinary = size > 1e-37f && size < 3e38f;
+        return ordinary && shift - shift == 0 && base - base == 0;
+    }
+
+    inline Vec operator()(Ints code) const {
+        Vec x = to_float(Signed ? (code ^ half) - half : code);
+        if (Signed == Asym) x = x - shift;
+        x = Signed ? x * by : x / by;
+        return !Signed && Asym ? x + base : x;
     }
 };
 
@@ -199,40 +317,83 @@ template <class P, class Value>
 inline void decode_run(const uint8_t *codes, typename P::Kept *to, int64_t n, const Value &value) {
     enum { w = Vec::width };
     int64_t i = 0;
-    for (; i + 2 * w <= n; i += 2 * w)
-        P::store_pair(value(codes + i), value(codes + i + w), to + i);
-    for (; i + w <= n; i += w) P::store(value(codes + i), to + i);
+    for (; i + 2 * w <= n; i += 2 * w) {
+        Ints a, b;
+        P::codes(codes + i, a, b);
+        P::store_pair(value(a), value(b), to + i);
+    }
+    for (; i + w <= n; i += w) P::store(value(Ints::bytes(codes + i)), to + i);
     if (i == n) return;
     uint8_t last[w] = {0};
     typename P::Kept made[w];
     copy_some(codes + i, last, n - i);
-    P::store(value(last), made);
+    P::store(value(Ints::bytes(last)), made);
     copy_some(made, to + i, n - i);
+}
+
+// The sixteen values that codes of four bits stand for.
+template <class P, class Value>
+inline void values_of_fours(const Value &value, typename P::Kept *table) {
+    uint8_t every[16];
+    for (int i = 0; i < 16; ++i) every[i] = (uint8_t)i;
+    for (int i = 0; i < 16; i += Vec::width) P::store(value(Ints::bytes(every + i)), table + i);
+}
+
+template <class P, bool Signed, bool Asym>
+inline void dequantize_as(const uint8_t *codes, typename P::Kept *to, int64_t groups, int64_t size,
+                          const float *by, const float *shifts, const float *bases, int width) {
+    typedef Decoder<Signed, Asym> Value;
+    for (int64_t group = 0; group < groups; ++group, codes += size, to += size) {
+        const Value value(by[group], shifts[group], bases[group], width);
+        if (width == 4) {
+            float table[16];
+            values_of_fours<F32>(value, table);
+            const Table values(table);
+            decode_run<Plain<P>>(codes, to, size, [&](Ints code) { return values[code]; });
+        } else if (Value::finite(by[group], shifts[group], bases[group])) {
+            decode_run<Finite<P>>(codes, to, size, value);
+        } else {
+            decode_run<Plain<P>>(codes, to, size, value);
+        }
+    }
 }
 
 template <class P, bool Signed>
 void dequantize(const uint8_t *codes, void *out, int64_t groups, int64_t size, const float *by,
-                const float *shifts, const float *bases, int width) {
+                const float *shifts, const float *bases, int width, int asym) {
     typename P::Kept *to = (typename P::Kept *)out;
-    uint8_t every[16];
-    for (int i = 0; i < 16; ++i) every[i] = (uint8_t)i;
-    for (int64_t group = 0; group < groups; ++group, codes += size, to += size) {
-        const Decoder<Signed> value = {Vec::all(by[group]), Vec::all(shifts[group]),
-                                       Vec::all(bases[group]), Ints::all(1 << (width - 1)),
-                                       Ints::all((1 << width) - 1)};
-        if (width != 4) {
-            decode_run<P>(codes, to, size, value);
-            continue;
-        }
-        // Sixteen values at most: each is found once.
-        float table[16];
-        for (int i = 0; i < 16; i += Vec::width) value(every + i).store(table + i);
-        const Table values(table);
-        decode_run<P>(codes, to, size, [&](const uint8_t *at) { return values[Ints::bytes(at)]; });
+    if (asym)
+        dequantize_as<P, Signed, true>(codes, to, groups, size, by, shifts, bases, width);
+    else
+        dequantize_as<P, Signed, false>(codes, to, groups, size, by, shifts, bases, width);
+}
+
+template <class P, bool Signed, bool Asym>
+inline void dequantize_fours_as(const uint8_t *packed, uint16_t *to, int64_t groups, int64_t size,
+                                const float *by, const float *shifts, const float *bases) {
+    for (int64_t group = 0; group < groups; ++group, packed += size / 2, to += size) {
+        const Decoder<Signed, Asym> value(by[group], shifts[group], bases[group], 4);
+        uint16_t table[16];
+        values_of_fours<P>(value, table);
+        const HalfTable values(table);
+        // Weights have the first code in the high half.
+        for (int64_t i = 0; i < size; i += HalfTable::codes)
+            values.spread(packed + i / 2, !Signed, to + i);
     }
 }
 
+template <class P, bool Signed>
+void dequantize_fours(const uint8_t *packed, void *out, int64_t groups, int64_t size,
+                      const float *by, const float *shifts, const float *bases, int asym) {
+    uint16_t *to = (uint16_t *)out;
+    if (asym)
+        dequantize_fours_as<P, Signed, true>(packed, to, groups, size, by, shifts, bases);
+    else
+        dequantize_fours_as<P, Signed, false>(packed, to, groups, size, by, shifts, bases);
+}
+
 #define DS_DEQUANTIZE(P) {dequantize<P, false>, dequantize<P, true>}
+#define DS_FOURS(P) {dequantize_fours<P, false>, dequantize_fours<P, true>}
 
 template <class P>
 void dequantize_columns(const uint8_t *codes, void *out, int64_t n, const float *scale,
@@ -260,194 +421,11 @@ void dequantize_columns(const uint8_t *codes, void *out, int64_t n, const float 
     copy_some(made, to + i, n - i);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// small floats
-
-// How codes of small floats lie before they are packed.
-struct Narrow {
-    typedef uint8_t Kept;
-    static inline Ints load(const uint8_t *p) { return Ints::bytes(p); }
-    static inline void store(Ints a, uint8_t *p) { a.store_bytes(p); }
-};
-struct Wide {
-    typedef uint16_t Kept;
-    static inline Ints load(const uint16_t *p) { return Ints::words(p); }
-    static inline void store(Ints a, uint16_t *p) { a.store_words(p); }
-};
-
-struct TinyCoder {
-    int mantissa, sign_at;  // bits; place of the sign
-    Ints least, greatest;   // bits of the smallest normal float's exponent; code of the greatest value
-
-    explicit TinyCoder(Tiny form)
-        : mantissa(form.mantissa),
-          sign_at(form.exponent + form.mantissa),
-          least(Ints::all((2 - (1 << (form.exponent - 1)) + 127) << 23)),
-          greatest(Ints::all((1 << (form.exponent + form.mantissa)) - 1)) {}
-
-    // Too large, infinite or NaN becomes the greatest value.
-    inline Ints finish(Ints code, Ints size, Ints x) const {
-        code = select(less(greatest, code), greatest, code);
-        code = select(less(size, Ints::all(0x7f800000)), code, greatest);
-        return code | left(right(x, 31), sign_at);
-    }
-
-    // To nearest even: a number as large as 2^23 units of the last place is added.
-    inline Ints nearest(Vec y) const {
-        const Ints x = bits(y), size = x & Ints::all(0x7fffffff);
-        const Ints own = size & Ints::all(0x7f800000);
-        const Ints power = select(less(own, least), least, own);
-        const Ints magic = power + Ints::all((23 - mantissa) << 23);
-        const Ints units = bits(floats(size) + floats(magic)) - magic;
-        return finish(right(power - least, 23 - mantissa) + units, size, x);
-    }
-
-    // Up with the probability of what is cut off.
-    inline Ints random(Vec y, Ints noise_bits) const {
-        const Ints x = bits(y), size = x & Ints::all(0x7fffffff), one = Ints::all(1);
-        const Ints own = right(size, 23), lowest = right(least, 23);
-        const Mask small = less(own, lowest);
-        const Ints below = select(small, lowest - own, Ints::all(0));
-        const Ints far = below + Ints::all(23 - mantissa);
-        const Ints drop = select(less(Ints::all(31), far), Ints::all(31), far);  // bits that go
-        const Ints whole = select(less(own, one), Ints::all(0),
-                                  (size & Ints::all(0x7fffff)) | Ints::all(0x800000));
-        const Ints cut = right_each(Ints::all(-1), Ints::all(32) - drop);
-        const Ints rounded = right_each(whole + (noise_bits & cut), drop);
-        const Ints normal = left(own - lowest, mantissa) + rounded;
-        return finish(select(small, rounded, normal), size, x);
-    }
-
-    inline Vec value(Ints code) const {
-        const Ints size = code & greatest;
-        const Ints home = least - Ints::all(1 << 23);  // the exponent of subnormals, as if they had one
-        const Vec plain = floats(left(size, 23 - mantissa) + home);
-        const Vec tiny = plain + (plain - floats(least));
-        const Ints found = bits(select(less(size, left(Ints::all(1), mantissa)), tiny, plain));
-        return floats(found | left(right(code, sign_at), 31));
-    }
-};
-
-template <class Codes>
-inline void encode(const float *x, typename Codes::Kept *codes, int64_t n, float scale, Tiny form,
-                   const uint32_t *random) {
-    const TinyCoder coder(form);
-    const Vec by = Vec::all(scale);
-    const auto one = [&](const float *in, const uint32_t *noise_at, typename Codes::Kept *to) {
-        const Vec y = Vec::load(in) / by;
-        Codes::store(random ? coder.random(y, Ints::load(noise_at)) : coder.nearest(y), to);
-    };
-    int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) one(x + i, random ? random + i : random, codes + i);
-    if (i == n) return;
-    float last[Vec::width] = {0};
-    uint32_t last_random[Vec::width] = {0};
-    typename Codes::Kept made[Vec::width];
-    copy_some(x + i, last, n - i);
-    if (random) copy_some(random + i, last_random, n - i);
-    one(last, last_random, made);
-    copy_some(made, codes + i, n - i);
+// Whole lines of 64 bytes past the caches: what is large would only drive out what is still wanted, and memory would be
+// read before it is written over.
+void stream(const void *from, void *to, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) stream_line((const char *)from + i, (char *)to + i);
 }
-
-void encode_narrow(const float *x, uint8_t *codes, int64_t n, float scale, Tiny form,
-                   const uint32_t *random) {
-    encode<Narrow>(x, codes, n, scale, form, random);
-}
-
-void encode_wide(const float *x, uint16_t *codes, int64_t n, float scale, Tiny form,
-                 const uint32_t *random) {
-    encode<Wide>(x, codes, n, scale, form, random);
-}
-
-template <class P, class Codes>
-void decode(const void *from, void *out, int64_t n, float scale, Tiny form) {
-    enum { w = Vec::width };
-    const TinyCoder coder(form);
-    const Vec by = Vec::all(scale);
-    const typename Codes::Kept *codes = (const typename Codes::Kept *)from;
-    typename P::Kept *to = (typename P::Kept *)out;
-    int64_t i = 0;
-    for (; i + 2 * w <= n; i += 2 * w)
-        P::store_pair(coder.value(Codes::load(codes + i)) * by,
-                      coder.value(Codes::load(codes + i + w)) * by, to + i);
-    for (; i + w <= n; i += w) P::store(coder.value(Codes::load(codes + i)) * by, to + i);
-    if (i == n) return;
-    typename Codes::Kept last[w] = {0};
-    typename P::Kept made[w];
-    copy_some(codes + i, last, n - i);
-    P::store(coder.value(Codes::load(last)) * by, made);
-    copy_some(made, to + i, n - i);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// codes of few bits in the bytes of memory; plain loops, for the compiler to widen
-
-inline uint64_t load_bytes(const uint8_t *p, int n) {
-    uint64_t x = 0;
-    for (int i = 0; i < n; ++i) x |= (uint64_t)p[i] << (8 * i);
-    return x;
-}
-
-inline void store_low(uint64_t x, uint8_t *p, int n) {
-    for (int i = 0; i < n; ++i) p[i] = (uint8_t)(x >> (8 * i));
-}
-
-// Eight codes of six bits in eight bytes: their 48 bits, and back, by halves.
-inline uint64_t join_sixes(uint64_t x) {
-    x = (x & 0x003f003f003f003full) | (x >> 2 & 0x0fc00fc00fc00fc0ull);
-    x = (x & 0x00000fff00000fffull) | (x >> 4 & 0x00fff00000fff000ull);
-    return (x & 0xffffffull) | (x >> 8 & 0xffffff000000ull);
-}
-
-inline uint64_t part_sixes(uint64_t x) {
-    x = (x & 0xffffffull) | (x << 8 & 0x00ffffff00000000ull);
-    x = (x & 0x00000fff00000fffull) | (x << 4 & 0x0fff00000fff0000ull);
-    return (x & 0x003f003f003f003full) | (x << 2 & 0x3f003f003f003f00ull);
-}
-
-void pack(const uint8_t *codes, uint8_t *out, int64_t n, int width, bool high_first) {
-    if (width == 4) {
-        if (high_first)
-            for (int64_t i = 0; i < n / 2; ++i)
-                out[i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
-        else
-            for (int64_t i = 0; i < n / 2; ++i)
-                out[i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
-        return;
-    }
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) store_low(join_sixes(load_bytes(codes + i, 8)), out + i / 4 * 3, 6);
-    if (i < n) store_low(join_sixes(load_bytes(codes + i, 4)), out + i / 4 * 3, 3);
-}
-
-void unpack(const uint8_t *in, uint8_t *codes, int64_t n, int width, bool high_first) {
-    if (width == 4) {
-        const int first = high_first ? 4 : 0, second = 4 - first;
-        for (int64_t i = 0; i < n / 2; ++i) {
-            codes[2 * i] = in[i] >> first & 15;
-            codes[2 * i + 1] = in[i] >> second & 15;
-        }
-        return;
-    }
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) store_low(part_sixes(load_bytes(in + i / 4 * 3, 6)), codes + i, 8);
-    if (i < n) store_low(part_sixes(load_bytes(in + i / 4 * 3, 3)), codes + i, 4);
-}
-
-void pack_wide(const uint16_t *codes, uint8_t *out, int64_t n) {
-    for (int64_t i = 0; i < n / 2; ++i) {
-        const uint32_t two = (uint32_t)codes[2 * i] | (uint32_t)codes[2 * i + 1] << 12;
-        out[3 * i] = (uint8_t)two;
-        out[3 * i + 1] = (uint8_t)(two >> 8);
-        out[3 * i + 2] = (uint8_t)(two >> 16);
-    }
-}
-
-void unpack_wide(const uint8_t *in, uint16_t *codes, int64_t n) {
-    for (int64_t i = 0; i < n / 2; ++i) {
-        codes[2 * i] = (uint16_t)(in[3 * i] | (in[3 * i + 1] & 15) << 8);
-        codes[2 * i + 1] = (uint16_t)(in[3 * i + 1] >> 4 | in[3 * i + 2] << 4);
-    }
-}
+void settle() { settle_streams(); }
 
 }  // namespace

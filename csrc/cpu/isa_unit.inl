@@ -67,6 +67,26 @@ struct F16 {
     }
 };
 
+// Codes that are loaded in pairs, for values that are stored in pairs.
+template <class P>
+struct Plain : P {
+    static inline void codes(const uint8_t *p, Ints &a, Ints &b) {
+        a = Ints::bytes(p);
+        b = Ints::bytes(p + Vec::width);
+    }
+    static inline Halves codes(const uint8_t *p) { return Halves::bytes(p); }
+    static inline Halves codes(const uint16_t *p) { return Halves::load(p); }
+};
+// The same where no value can be NaN: bf16 has a shorter way then.
+template <class P>
+struct Finite : Plain<P> {};
+template <>
+struct Finite<Bf16> : Bf16 {
+    static inline void codes(const uint8_t *p, Ints &a, Ints &b) { split_bytes(p, a, b); }
+    static inline Halves codes(const uint8_t *p) { return split_bytes(p); }
+    static inline void store_pair(Vec a, Vec b, uint16_t *p) { narrow_bf16_split(a, b, p); }
+};
+
 // a + weight * (b - a), as torch's lerp: from the nearer end.
 struct Lerp {
     const Vec weight;
@@ -325,69 +345,6 @@ void noise(int64_t seed, int64_t index, int64_t n, uint32_t *low, uint32_t *high
     }
 }
 
-// LAMB, in three loops over a tile in the first-level cache.
-void lamb_moments(float *first, float *second, const float *grad, int64_t n,
-                  const LambConstants *c) {
-    const Vec scale = Vec::all(c->grad_scale), beta2 = Vec::all(c->beta2);
-    const Vec rest2 = Vec::all(c->beta2_rest);
-    const Lerp toward(c->beta1_rest);
-    const auto one = [&](float *at_m, float *at_v, const float *at_g) {
-        const Vec g = Vec::load(at_g) * scale;
-        toward(Vec::load(at_m), g).store(at_m);
-        (Vec::load(at_v) * beta2 + rest2 * g * g).store(at_v);
-    };
-    int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) {
-        fetch(first + i);
-        fetch(second + i);
-        fetch(grad + i);
-        one(first + i, second + i, grad + i);
-    }
-    if (i == n) return;
-    float m[Vec::width] = {0}, v[Vec::width] = {0}, g[Vec::width] = {0};
-    copy_some(first + i, m, n - i);
-    copy_some(second + i, v, n - i);
-    copy_some(grad + i, g, n - i);
-    one(m, v, g);
-    copy_some(m, first + i, n - i);
-    copy_some(v, second + i, n - i);
-}
-
-// The update before it is scaled to the param's norm.
-void lamb_update(const float *param, const float *first, const float *second, float *out,
-                 int64_t n, const LambConstants *c) {
-    const Vec eps = Vec::all(c->eps), decay = Vec::all(c->decay);
-    const bool inside = c->eps_inside != 0;
-    const auto one = [&](const float *at_p, const float *at_m, const float *at_v, float *to) {
-        const Vec v = Vec::load(at_v);
-        const Vec spread = inside ? root(v + eps) : root(v) + eps;
-        (Vec::load(at_m) / spread + decay * Vec::load(at_p)).store(to);
-    };
-    int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) {
-        fetch(param + i);
-        fetch(first + i);
-        fetch(second + i);
-        one(param + i, first + i, second + i, out + i);
-    }
-    if (i == n) return;
-    float p[Vec::width] = {0}, m[Vec::width] = {0}, v[Vec::width] = {0}, u[Vec::width];
-    copy_some(param + i, p, n - i);
-    copy_some(first + i, m, n - i);
-    copy_some(second + i, v, n - i);
-    one(p, m, v, u);
-    copy_some(u, out + i, n - i);
-}
-
-// param - update * size
-void lamb_apply(float *param, const float *update, int64_t n, float size) {
-    const Vec by = Vec::all(size);
-    int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width)
-        (Vec::load(param + i) - Vec::load(update + i) * by).store(param + i);
-    for (; i < n; ++i) param[i] = param[i] - update[i] * size;
-}
-
 void squares(const float *x, int64_t n, double *lanes) {
     Squares sums = Squares::zero();
     int64_t i = 0;
@@ -495,7 +452,9 @@ DS_CONVERSION(to_e5m2, float, uint8_t, one_to_e5m2)
 
 }  // namespace
 
+#include "isa_lamb.inl"
 #include "isa_quant.inl"
+#include "isa_tiny.inl"
 
 #define DS_BY_GRAD(R, P, S) {sweep<R, P, S, F32>, sweep<R, P, S, Bf16>, sweep<R, P, S, F16>}
 #define DS_BY_STATE(R, P) {DS_BY_GRAD(R, P, F32), DS_BY_GRAD(R, P, Bf16), DS_BY_GRAD(R, P, F16)}
@@ -511,9 +470,9 @@ DS_CONVERSION(to_e5m2, float, uint8_t, one_to_e5m2)
         {DS_BY_PARAM(Adam), DS_BY_PARAM(Adagrad), DS_BY_PARAM(Lion), DS_BY_PARAM(Sgd), DS_PLAIN}, \
         {DS_RANDOM(F32), DS_RANDOM(Bf16)},                                                  \
         noise,                                                                              \
-        lamb_moments,                                                                       \
+        {lamb_first<F32>, lamb_first<Bf16>, lamb_first<F16>},                               \
+        {lamb_second<F32>, lamb_second<Bf16>, lamb_second<F16>},                            \
         lamb_update,                                                                        \
-        lamb_apply,                                                                         \
         squares,                                                                            \
         squares_f64,                                                                        \
         from_bf16,                                                                          \
@@ -526,16 +485,21 @@ DS_CONVERSION(to_e5m2, float, uint8_t, one_to_e5m2)
         to_e5m2,                                                                            \
         extent,                                                                             \
         extent_columns,                                                                     \
-        quantize,                                                                           \
+        extent_halves,                                                                      \
+        scales,                                                                             \
+        {quantize<F32>, quantize<Bf16>, quantize<F16>},                                     \
         quantize_columns,                                                                   \
         round_trip,                                                                         \
         {DS_DEQUANTIZE(F32), DS_DEQUANTIZE(Bf16), DS_DEQUANTIZE(F16)},                      \
+        {DS_FOURS(Bf16), DS_FOURS(F16)},                                                    \
         {dequantize_columns<F32>, dequantize_columns<Bf16>, dequantize_columns<F16>},       \
-        encode_narrow,                                                                      \
-        encode_wide,                                                                        \
+        {encode<F32, Narrow>, encode<Bf16, Narrow>, encode<F16, Narrow>},                   \
+        {encode<F32, Wide>, encode<Bf16, Wide>, encode<F16, Wide>},                         \
         {decode<F32, Narrow>, decode<Bf16, Narrow>, decode<F16, Narrow>},                   \
         {decode<F32, Wide>, decode<Bf16, Wide>, decode<F16, Wide>},                         \
         pack,                                                                               \
         unpack,                                                                             \
         pack_wide,                                                                          \
-        unpack_wide};
+        unpack_wide,                                                                        \
+        stream,                                                                             \
+        settle};

@@ -54,12 +54,20 @@ struct LambConstants {
     int32_t eps_inside;
 };
 
+// What a group's least and greatest lead to: levels / (times * high - low), of weights at most `most`; where numbers are
+// kept with an offset, -middle - low * scale.
+struct Grid {
+    float levels, times, middle, most;
+    int32_t weights, asym;
+};
+
 // How groups are rounded to whole numbers: (x - shift) * scale + offset, kept within [least, most], then + bias.
 // One number a group (a column for *_columns).
 struct Rounding {
     const float *scale, *shift, *offset, *step;
     float least, most;
     int32_t bias, mask;
+    int32_t moved;  // 0: all of shift and offset are 0
 };
 
 // A float of few bits: of its exponent and of its mantissa.
@@ -80,12 +88,26 @@ typedef void (*Sweep)(void *param, void *first, void *second, const void *grad, 
 typedef void (*RandomSweep)(uint16_t *param, void *first, void *second, const void *grad,
                             const uint32_t *low, const uint32_t *high, int64_t n,
                             const void *constants);
+typedef void (*LambFirst)(const void *param, void *first, void *second, const void *grad,
+                          int64_t n, const LambConstants *c, float *wide, float *update);
+typedef void (*LambSecond)(void *param, const void *first, const void *second, int64_t n,
+                           const LambConstants *c, float size);
 // Groups of `size` codes, one a byte, to values: (code - shift) * by + base of each group, or / by for codes without a
 // sign and for columns.
 typedef void (*DequantizeGroups)(const uint8_t *codes, void *out, int64_t groups, int64_t size,
-                           const float *by, const float *shift, const float *base, int bits);
+                                 const float *by, const float *shift, const float *base, int bits,
+                                 int asym);
 typedef void (*DequantizeColumns)(const uint8_t *codes, void *out, int64_t n, const float *scale,
                                   const float *shift, const float *base);
+// Packed codes of four bits to 16-bit values; a group is a multiple of kTableRun.
+enum { kTableRun = 64 };
+typedef void (*DequantizeFours)(const uint8_t *packed, void *out, int64_t groups, int64_t size,
+                                const float *by, const float *shift, const float *base, int asym);
+// Values of a dtype to codes, one a byte; by random bits (null: to nearest even).
+typedef void (*QuantizeGroups)(const void *x, int64_t groups, int64_t size, const Rounding *rule,
+                               const uint32_t *random, uint8_t *codes);
+typedef void (*Encode)(const void *x, void *codes, int64_t n, float scale, Tiny form,
+                       const uint32_t *random);
 typedef void (*Decode)(const void *codes, void *out, int64_t n, float scale, Tiny form);
 
 struct Kernels {
@@ -96,11 +118,12 @@ struct Kernels {
     RandomSweep random_adam[2][3];
     // 64 random bits each of elements index, index + 1, ...
     void (*noise)(int64_t seed, int64_t index, int64_t n, uint32_t *low, uint32_t *high);
-    void (*lamb_moments)(float *first, float *second, const float *grad, int64_t n,
-                         const LambConstants *c);
-    void (*lamb_update)(const float *param, const float *first, const float *second, float *out,
+    // All buffers of one dtype, by its code. The first walk makes the moments, and of the param and the update floats;
+    // the second makes the update again and takes `size` times it off the param.
+    LambFirst lamb_first[3];
+    LambSecond lamb_second[3];
+    void (*lamb_update)(const float *param, const float *first, const float *second, float *update,
                         int64_t n, const LambConstants *c);
-    void (*lamb_apply)(float *param, const float *update, int64_t n, float size);
     // lanes[i % kNormLanes] is the sum of these x[i]^2
     void (*squares)(const float *x, int64_t n, double *lanes);
     void (*squares_f64)(const double *x, int64_t n, double *lanes);
@@ -117,19 +140,24 @@ struct Kernels {
     // the other; _columns takes a row of all columns into account.
     void (*extent)(const float *x, int64_t groups, int64_t size, float *low, float *high);
     void (*extent_columns)(const float *x, int64_t n, float *low, float *high);
-    // To codes, one a byte; by random bits (null: to nearest even). round_trip writes what codes stand for, in place.
-    void (*quantize)(const float *x, int64_t groups, int64_t size, const Rounding *rule,
-                     const uint32_t *random, uint8_t *codes);
+    // The same of 16-bit floats, from their bits alone; `infinity` has those of the format's.
+    void (*extent_halves)(const uint16_t *x, int64_t groups, int64_t size, int infinity,
+                          uint16_t *low, uint16_t *high);
+    // Of n groups; all have room for whole vectors.
+    void (*scales)(const Grid *grid, const float *low, const float *high, int64_t n, float *scale,
+                   float *step, float *offset);
+    QuantizeGroups quantize[3];  // by dtype code
     void (*quantize_columns)(const float *x, int64_t n, const Rounding *rule, uint8_t *codes);
+    // What codes stand for, in place.
     void (*round_trip)(float *x, int64_t groups, int64_t size, const Rounding *rule,
                        const uint32_t *random);
     DequantizeGroups dequantize[3][2];  // by dtype code, and whether codes have a sign
+    DequantizeFours dequantize_fours[2][2];  // bf16 and fp16, and whether codes have a sign
     DequantizeColumns dequantize_columns[3];
-    // x / scale to small floats, one a byte or (12 bits) one a word, and back by dtype code
-    void (*encode_narrow)(const float *x, uint8_t *codes, int64_t n, float scale, Tiny form,
-                          const uint32_t *random);
-    void (*encode_wide)(const float *x, uint16_t *codes, int64_t n, float scale, Tiny form,
-                        const uint32_t *random);
+    // x / scale to small floats, one a byte or (12 bits) one a word, and back; by dtype code. Beyond the greatest value
+    // may lie only infinity, NaN and what rounding makes of the greatest.
+    Encode encode_narrow[3];
+    Encode encode_wide[3];
     Decode decode_narrow[3];
     Decode decode_wide[3];
     // n codes of 4 or 6 bits, one a byte, into n * bits / 8 bytes; 6 bits: n is a multiple of 4
@@ -138,6 +166,10 @@ struct Kernels {
     // 12 bits; n is even
     void (*pack_wide)(const uint16_t *codes, uint8_t *out, int64_t n);
     void (*unpack_wide)(const uint8_t *in, uint16_t *codes, int64_t n);
+    // Copies past the caches; addresses and bytes are multiples of 64. What was streamed is there for other threads
+    // once it has settled.
+    void (*stream)(const void *from, void *to, int64_t bytes);
+    void (*settle)();
 };
 
 extern "C" {

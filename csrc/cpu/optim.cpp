@@ -220,19 +220,48 @@ struct Lamb {
     float size;    // lr, bias correction and ratio
     double *sums;  // two a chunk: squares of the param and of the update
 
-    // A tile of each buffer as fp32, in place where it is that already.
+    // A tile of each buffer; where their dtypes differ, or a copy of the param is wanted, they pass through fp32.
     struct Tile {
         alignas(64) float p[kTile], m[kTile], v[kTile], g[kTile], update[kTile];
     };
 
-    float *floats(void *data, int32_t dtype, int64_t at, int64_t n, float *scratch) const {
-        return (float *)ds::as_floats(kernels, (const char *)data, dtype, at, n, scratch);
+    bool mixed() const {
+        const ds_lamb_args &a = *args;
+        return a.param_dtype != a.state_dtype || a.param_dtype != a.grad_dtype || a.low;
     }
 
-    void update(Tile &t, const float *p, int64_t at, int64_t n) const {
-        const float *m = floats(args->exp_avg, args->state_dtype, at, n, t.m);
-        const float *v = floats(args->exp_avg_sq, args->state_dtype, at, n, t.v);
-        kernels->lamb_update(p, m, v, t.update, n, &constants);
+    void widen(const void *data, int32_t dtype, int64_t at, int64_t n, float *to) const {
+        ds::widen(kernels, (const char *)data + at * ds::bytes_of(dtype), dtype, to, n);
+    }
+    void narrow(const float *from, void *data, int32_t dtype, int64_t at, int64_t n) const {
+        ds::narrow(kernels, from, (char *)data + at * ds::bytes_of(dtype), dtype, n);
+    }
+
+    // Moments of a tile, and its param and update in t.p and t.update.
+    void first_tile(Tile &t, int64_t at, int64_t n) const {
+        const ds_lamb_args &a = *args;
+        const int64_t each = ds::bytes_of(a.param_dtype) * at;
+        if (!mixed()) {
+            kernels->lamb_first[a.param_dtype]((const char *)a.param + each,
+                                               (char *)a.exp_avg + each,
+                                               (char *)a.exp_avg_sq + each,
+                                               (const char *)a.grad + each, n, &constants, t.p,
+                                               t.update);
+            return;
+        }
+        alignas(64) float param[kTile];
+        widen(a.param, a.param_dtype, at, n, param);
+        widen(a.exp_avg, a.state_dtype, at, n, t.m);
+        widen(a.exp_avg_sq, a.state_dtype, at, n, t.v);
+        widen(a.grad, a.grad_dtype, at, n, t.g);
+        kernels->lamb_first[DS_F32](param, t.m, t.v, t.g, n, &constants, t.p, t.update);
+        narrow(t.m, a.exp_avg, a.state_dtype, at, n);
+        narrow(t.v, a.exp_avg_sq, a.state_dtype, at, n);
+        if (a.state_dtype == DS_F32) return;
+        // The update again, of the moments as they are stored.
+        widen(a.exp_avg, a.state_dtype, at, n, t.m);
+        widen(a.exp_avg_sq, a.state_dtype, at, n, t.v);
+        kernels->lamb_update(t.p, t.m, t.v, t.update, n, &constants);
     }
 
     static void first(void *context, int64_t index) {
@@ -243,10 +272,8 @@ struct Lamb {
         Tile t;
         for (int64_t at = begin; at < end; at += kTile) {
             const int64_t n = end - at < kTile ? end - at : (int64_t)kTile;
-            l.moments(t, at, n);
-            const float *p = l.floats(l.args->param, l.args->param_dtype, at, n, t.p);
-            l.update(t, p, at, n);
-            l.kernels->squares(p, n, lanes);
+            l.first_tile(t, at, n);
+            l.kernels->squares(t.p, n, lanes);
             ours += ds::fold(lanes);
             l.kernels->squares(t.update, n, lanes);
             its += ds::fold(lanes);
@@ -255,34 +282,31 @@ struct Lamb {
         l.sums[2 * index + 1] = its;
     }
 
-    void moments(Tile &t, int64_t at, int64_t n) const {
-        const int32_t dtype = args->state_dtype;
-        float *m = floats(args->exp_avg, dtype, at, n, t.m);
-        float *v = floats(args->exp_avg_sq, dtype, at, n, t.v);
-        const float *g = floats((void *)args->grad, args->grad_dtype, at, n, t.g);
-        kernels->lamb_moments(m, v, g, n, &constants);
-        if (dtype == DS_F32) return;
-        ds::narrow(kernels, m, (char *)args->exp_avg + at * 2, dtype, n);
-        ds::narrow(kernels, v, (char *)args->exp_avg_sq + at * 2, dtype, n);
+    void second_tile(Tile &t, int64_t at, int64_t n) const {
+        const ds_lamb_args &a = *args;
+        const int64_t each = ds::bytes_of(a.param_dtype) * at;
+        if (!mixed()) {
+            kernels->lamb_second[a.param_dtype]((char *)a.param + each,
+                                                (const char *)a.exp_avg + each,
+                                                (const char *)a.exp_avg_sq + each, n, &constants,
+                                                size);
+            return;
+        }
+        widen(a.param, a.param_dtype, at, n, t.p);
+        widen(a.exp_avg, a.state_dtype, at, n, t.m);
+        widen(a.exp_avg_sq, a.state_dtype, at, n, t.v);
+        kernels->lamb_second[DS_F32](t.p, t.m, t.v, n, &constants, size);
+        narrow(t.p, a.param, a.param_dtype, at, n);
+        if (a.low) narrow(t.p, a.low, a.low_dtype, at, n);
     }
 
     static void second(void *context, int64_t index) {
         const Lamb &l = *(const Lamb *)context;
-        const ds_lamb_args &a = *l.args;
         const int64_t begin = index * kChunk;
-        const int64_t end = begin + kChunk < a.numel ? begin + kChunk : a.numel;
+        const int64_t end = begin + kChunk < l.args->numel ? begin + kChunk : l.args->numel;
         Tile t;
-        for (int64_t at = begin; at < end; at += kTile) {
-            const int64_t n = end - at < kTile ? end - at : (int64_t)kTile;
-            float *p = l.floats(a.param, a.param_dtype, at, n, t.p);
-            l.update(t, p, at, n);
-            l.kernels->lamb_apply(p, t.update, n, l.size);
-            if (a.param_dtype != DS_F32)
-                ds::narrow(l.kernels, p, (char *)a.param + at * 2, a.param_dtype, n);
-            if (a.low)
-                ds::narrow(l.kernels, p, (char *)a.low + at * ds::bytes_of(a.low_dtype),
-                           a.low_dtype, n);
-        }
+        for (int64_t at = begin; at < end; at += kTile)
+            l.second_tile(t, at, end - at < kTile ? end - at : (int64_t)kTile);
     }
 };
 

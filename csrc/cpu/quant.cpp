@@ -9,11 +9,11 @@
 
 namespace {
 
-enum { kTile = 1024, kChunk = 32 * kTile };
+enum { kTile = ds::kExtents, kChunk = 32 * kTile, kWidest = 16 };
 
-// Numbers of some groups. `step` is 1 / scale.
+// Numbers of some groups, with room for the widest vectors. `step` is 1 / scale.
 struct Sides {
-    float scale[kTile], shift[kTile], offset[kTile], step[kTile];
+    alignas(64) float scale[kTile], shift[kTile], offset[kTile], step[kTile];
     float low[kTile], high[kTile];
 };
 
@@ -46,45 +46,51 @@ struct Quantize {
 
     float half() const { return (float)(1 << (a->bits - 1)); }
 
+    Grid grid() const {
+        const float levels = 2 * half();
+        if (a->weights)
+            return {a->asym ? levels - 1 : half() - 1, 1, 0, greatest_of(a->x_dtype), 1, a->asym};
+        return {levels, a->asym ? 1.0f : 2.0f, half(), 0, 0, a->asym};
+    }
+
     // What the extents of `n` groups lead to; the numbers kept beside the codes are written from group `first` on.
     void resolve(Sides &s, int64_t first, int64_t n, bool keep = true) const {
-        float kept[2 * kTile];
-        alignas(64) char stored[4 * kTile];
-        for (int64_t i = 0; i < n; ++i) {
-            const float low_i = a->asym ? s.low[i] : 0.0f, high_i = s.high[i];
-            s.shift[i] = s.offset[i] = 0;
-            if (a->weights) {
-                const float levels = a->asym ? 2 * half() - 1 : half() - 1;
-                // Two roundings, as torch divides a number by a tensor: what was saved before stays the same.
-                const float found = 1 / (high_i - low_i) * levels, most = greatest_of(a->x_dtype);
-                s.scale[i] = found > most ? most : found;  // a constant group has no span
-                s.shift[i] = low_i;
-            } else {
-                const float span = a->asym ? high_i - low_i : 2 * high_i;
-                s.scale[i] = span == 0 ? 1.0f : 2 * half() / span;
-                s.step[i] = 1 / s.scale[i];
-                if (a->asym) s.offset[i] = -half() - low_i * s.scale[i];
-                kept[a->asym ? 2 * i : i] = s.step[i];
-                if (a->asym) kept[2 * i + 1] = s.offset[i];
-            }
+        const Grid to = grid();
+        const int64_t whole = (n + kWidest - 1) / kWidest * kWidest;
+        for (int64_t i = n; i < whole; ++i) s.high[i] = s.low[i] = 0;
+        if (!a->asym) memset(s.low, 0, (size_t)whole * sizeof(float));
+        kernels->scales(&to, s.low, s.high, n, s.scale, s.step, s.offset);
+        const int64_t each = ds::bytes_of(a->x_dtype);
+        if (!a->weights) {
+            memset(s.shift, 0, (size_t)n * sizeof(float));
+            if (a->codes && keep) keep_values(s, (float *)a->scale + first * (a->asym ? 2 : 1), n);
+            return;
         }
-        if (a->weights) {
-            // Codes are found with the scale as it is stored.
-            const int64_t each = ds::bytes_of(a->x_dtype);
-            ds::narrow(kernels, s.scale, stored, a->x_dtype, n);
-            ds::widen(kernels, stored, a->x_dtype, s.scale, n);
-            if (!keep) return;
-            memcpy((char *)a->scale + first * each, stored, (size_t)(n * each));
-            if (a->asym)
-                ds::narrow(kernels, s.low, (char *)a->least + first * each, a->x_dtype, n);
-        } else if (a->codes && keep) {
-            const int64_t columns = a->asym ? 2 : 1;
-            memcpy((float *)a->scale + first * columns, kept, (size_t)(n * columns) * sizeof(float));
+        memcpy(s.shift, s.low, (size_t)n * sizeof(float));
+        memset(s.offset, 0, (size_t)n * sizeof(float));
+        // Codes are found with the scale as it is stored.
+        alignas(64) char stored[4 * kTile];
+        ds::narrow(kernels, s.scale, stored, a->x_dtype, n);
+        ds::widen(kernels, stored, a->x_dtype, s.scale, n);
+        if (!keep) return;
+        memcpy((char *)a->scale + first * each, stored, (size_t)(n * each));
+        if (a->asym) ds::narrow(kernels, s.low, (char *)a->least + first * each, a->x_dtype, n);
+    }
+
+    void keep_values(const Sides &s, float *kept, int64_t n) const {
+        if (!a->asym) {
+            memcpy(kept, s.step, (size_t)n * sizeof(float));
+            return;
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            kept[2 * i] = s.step[i];
+            kept[2 * i + 1] = s.offset[i];
         }
     }
 
     Rounding rounding(const Sides &s) const {
-        Rounding r = {s.scale, s.shift, s.offset, s.step, -half(), half() - 1, 0, (1 << a->bits) - 1};
+        Rounding r = {s.scale, s.shift, s.offset, s.step, -half(), half() - 1,
+                      0,       (1 << a->bits) - 1, a->asym};
         if (a->weights) {
             r.bias = a->asym ? 0 : (int32_t)half() - 1;
             r.least = (float)-r.bias;
@@ -103,8 +109,12 @@ struct Quantize {
         kernels->pack(codes, (uint8_t *)place_of_codes(at), n, a->bits, a->weights != 0);
     }
 
-    // Some whole groups, or a part of one, that fill no more than a tile; `x` holds them.
-    void round(const float *x, const Sides &s, int64_t at, int64_t groups, int64_t size) const {
+    const char *place(int64_t at) const {
+        return (const char *)a->x + at * ds::bytes_of(a->x_dtype);
+    }
+
+    // Some whole groups, or a part of one, that fill no more than a tile.
+    void round(const Sides &s, int64_t at, int64_t groups, int64_t size) const {
         alignas(64) uint8_t codes[kTile];
         alignas(64) uint32_t spare[kTile], random[kTile];
         const int64_t n = groups * size;
@@ -112,36 +122,36 @@ struct Quantize {
         if (a->stochastic) kernels->noise(a->seed, at, n, spare, random);
         const uint32_t *bits = a->stochastic ? random : nullptr;
         if (a->codes == nullptr) {
-            kernels->round_trip((float *)x, groups, size, &rule, bits);
-            if (a->x_dtype != DS_F32)
-                ds::narrow(kernels, x, (char *)a->x + at * 2, a->x_dtype, n);
+            round_trip(rule, at, groups, size, bits);
         } else if (a->bits == 8) {
-            kernels->quantize(x, groups, size, &rule, bits, (uint8_t *)place_of_codes(at));
+            kernels->quantize[a->x_dtype](place(at), groups, size, &rule, bits,
+                                          (uint8_t *)place_of_codes(at));
         } else {
-            kernels->quantize(x, groups, size, &rule, bits, codes);
+            kernels->quantize[a->x_dtype](place(at), groups, size, &rule, bits, codes);
             put(codes, at, n);
         }
     }
 
-    // Groups that are smaller than a tile, as many as fit.
-    void small(Sides &s, int64_t group, int64_t n) const {
+    void round_trip(const Rounding &rule, int64_t at, int64_t groups, int64_t size,
+                    const uint32_t *bits) const {
         alignas(64) float scratch[kTile];
-        const int64_t size = pieces.size, at = group * size;
-        const float *x = values(at, n * size, scratch);
-        kernels->extent(x, n, size, a->asym ? s.low : nullptr, s.high);
-        resolve(s, group, n);
-        round(x, s, at, n, size);
+        const int64_t n = groups * size;
+        float *x = (float *)values(at, n, scratch);
+        kernels->round_trip(x, groups, size, &rule, bits);
+        if (a->x_dtype != DS_F32) ds::narrow(kernels, x, (char *)a->x + at * 2, a->x_dtype, n);
     }
 
-    // Extent of part of a group, over many tiles.
+    // Groups that are smaller than a tile, as many as fit.
+    void small(Sides &s, int64_t group, int64_t n) const {
+        const int64_t size = pieces.size, at = group * size;
+        ds::extents(kernels, place(at), a->x_dtype, n, size, a->asym ? s.low : nullptr, s.high);
+        resolve(s, group, n);
+        round(s, at, n, size);
+    }
+
+    // Extent of part of a group.
     void extent(int64_t at, int64_t n, float *low_out, float *high_out) const {
-        alignas(64) float scratch[kTile];
-        for (int64_t i = 0; i < n; i += kTile) {
-            const int64_t some = n - i < kTile ? n - i : (int64_t)kTile;
-            float least = 0, most = 0;
-            kernels->extent(values(at + i, some, scratch), 1, some, a->asym ? &least : nullptr, &most);
-            join(i == 0, least, most, low_out, high_out);
-        }
+        ds::extents(kernels, place(at), a->x_dtype, 1, n, a->asym ? low_out : nullptr, high_out);
     }
 
     // A NaN stays.
@@ -151,11 +161,8 @@ struct Quantize {
     }
 
     void round_part(const Sides &s, int64_t at, int64_t n) const {
-        alignas(64) float scratch[kTile];
-        for (int64_t i = 0; i < n; i += kTile) {
-            const int64_t some = n - i < kTile ? n - i : (int64_t)kTile;
-            round(values(at + i, some, scratch), s, at + i, 1, some);
-        }
+        for (int64_t i = 0; i < n; i += kTile)
+            round(s, at + i, 1, n - i < kTile ? n - i : (int64_t)kTile);
     }
 
     static void groups(void *context, int64_t index) {
@@ -245,6 +252,7 @@ struct Dequantize {
     const ds_dequantize_args *a;
     Pieces pieces;
     int64_t out_bytes;
+    bool streams;  // past the caches
 
     const uint8_t *unpacked(int64_t at, int64_t n, uint8_t *codes) const {
         const uint8_t *home = (const uint8_t *)a->codes + at * a->bits / 8;
@@ -279,14 +287,32 @@ struct Dequantize {
     char *place(int64_t at) const { return (char *)a->out + at * out_bytes; }
 
     void part(const Sides &s, int64_t at, int64_t groups, int64_t size) const {
+        alignas(64) char made[4 * kTile];
+        decode(s, at, groups, size, streams ? made : place(at));
+        if (streams) kernels->stream(made, place(at), groups * size * out_bytes);
+    }
+
+    void decode(const Sides &s, int64_t at, int64_t groups, int64_t size, char *to) const {
         alignas(64) uint8_t codes[kTile];
-        kernels->dequantize[a->out_dtype][a->weights ? 0 : 1](
-            unpacked(at, groups * size, codes), place(at), groups, size, s.step, s.shift, s.low,
-            a->bits);
+        const int sign = a->weights ? 0 : 1;
+        if (a->bits == 4 && a->out_dtype != DS_F32 && size % kTableRun == 0) {
+            kernels->dequantize_fours[a->out_dtype - DS_BF16][sign](
+                (const uint8_t *)a->codes + at / 2, to, groups, size, s.step, s.shift, s.low,
+                a->asym);
+            return;
+        }
+        kernels->dequantize[a->out_dtype][sign](unpacked(at, groups * size, codes), to, groups,
+                                                size, s.step, s.shift, s.low, a->bits, a->asym);
     }
 
     static void groups(void *context, int64_t index) {
         const Dequantize &d = *(const Dequantize *)context;
+        d.piece(index);
+        if (d.streams) d.kernels->settle();
+    }
+
+    void piece(int64_t index) const {
+        const Dequantize &d = *this;
         const int64_t size = d.pieces.size;
         Sides s;
         if (size > kTile) {
@@ -415,7 +441,8 @@ extern "C" int ds_dequantize(const ds_dequantize_args *args) {
         {"least", args->least, args->weights && args->asym ? sides * side : 0, side, false},
         {"out", args->out, ds::size_product(numel, each), each, true}};
     if (int status = ds::check_spans(name, spans, 4)) return status;
-    Dequantize d = {ds::kernels(), args, Pieces(args->groups, args->group_size), each};
+    Dequantize d = {ds::kernels(), args, Pieces(args->groups, args->group_size), each,
+                    ds::past_caches(args->out, numel * each, args->group_size * each)};
     if (args->columns > 1)
         ds::parallel_for(Dequantize::columns, &d, column_tasks(args->groups, args->columns),
                          args->threads);

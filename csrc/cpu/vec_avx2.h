@@ -115,11 +115,14 @@ inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline Ints operator^(Ints a, Ints b) { return {_mm256_xor_si256(a.v, b.v)}; }
 inline Ints left(Ints a, int n) { return {_mm256_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 inline Ints right(Ints a, int n) { return {_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 inline Ints right_each(Ints a, Ints n) { return {_mm256_srlv_epi32(a.v, n.v)}; }
 inline Ints bits(Vec a) { return {_mm256_castps_si256(a.v)}; }
 inline Vec floats(Ints a) { return {_mm256_castsi256_ps(a.v)}; }
+inline Ints larger(Ints a, Ints b) { return {_mm256_max_epi32(a.v, b.v)}; }
+inline Ints smaller(Ints a, Ints b) { return {_mm256_min_epi32(a.v, b.v)}; }
 inline Vec to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
 
 // The second where one is NaN.
@@ -141,6 +144,148 @@ inline float highest(Vec a) {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
+
+// Twice as many 16-bit integers, with a sign where it matters.
+struct Halves {
+    enum { width = 2 * Vec::width };
+    __m256i v;
+
+    static Halves all(int x) { return {_mm256_set1_epi16((short)x)}; }
+    static Halves load(const uint16_t *p) { return {_mm256_loadu_si256((const __m256i *)p)}; }
+    static Halves bytes(const uint8_t *p) {
+        return {_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p))};
+    }
+};
+
+inline Halves operator&(Halves a, Halves b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Halves operator^(Halves a, Halves b) { return {_mm256_xor_si256(a.v, b.v)}; }
+inline Halves left(Halves a, int n) { return {_mm256_sll_epi16(a.v, _mm_cvtsi32_si128(n))}; }
+// The sign moves in.
+inline Halves right(Halves a, int n) { return {_mm256_sra_epi16(a.v, _mm_cvtsi32_si128(n))}; }
+inline Halves larger(Halves a, Halves b) { return {_mm256_max_epi16(a.v, b.v)}; }
+inline Halves smaller(Halves a, Halves b) { return {_mm256_min_epi16(a.v, b.v)}; }
+
+// The least lane after a change of all that turns the order wanted into that of numbers without a sign.
+inline int least_lane(Halves a, int change) {
+    const __m256i x = _mm256_xor_si256(a.v, _mm256_set1_epi16((short)change));
+    const __m128i half = _mm_min_epu16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    return (int16_t)(_mm_cvtsi128_si32(_mm_minpos_epu16(half)) ^ change);
+}
+inline int highest(Halves a) { return least_lane(a, 0x7fff); }
+inline int lowest(Halves a) { return least_lane(a, 0x8000); }
+
+inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
+    a = {_mm256_cvtph_ps(_mm256_castsi256_si128(h.v))};
+    b = {_mm256_cvtph_ps(_mm256_extracti128_si256(h.v, 1))};
+}
+
+// [Note: split pairs]
+// Putting neighbours from two vectors together as 16 bits is cheapest where one holds the elements of even places and
+// the other those of odd places: no lane is crossed. Who makes both vectors himself asks for them so.
+inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
+    const __m256i two = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    a = {_mm256_and_si256(two, _mm256_set1_epi32(0xff))};
+    b = {_mm256_srli_epi32(two, 8)};
+}
+// Those of even places, then those of odd ones.
+inline Halves split_bytes(const uint8_t *p) {
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    return {_mm256_cvtepu8_epi16(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)p), order))};
+}
+// A split pair without NaN to bf16; see narrow_bf16_pair.
+inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) {
+    const __m256i x = _mm256_castps_si256(a.v), y = _mm256_castps_si256(b.v);
+    const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(x, 16), y, 0xaa);
+    const __m256i low = _mm256_blend_epi16(x, _mm256_slli_epi32(y, 16), 0xaa);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi16(1));
+    const __m256i half = _mm256_add_epi16(odd, _mm256_set1_epi16(0x7ffe));
+    const __m256i carry = _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15);
+    _mm256_storeu_si256((__m256i *)p, _mm256_add_epi16(high, carry));
+}
+
+// Four vectors of integers as bytes, in an order of their own until they are stored.
+struct Bytes {
+    enum { width = 4 * Vec::width };
+    __m256i v;
+
+    static Bytes all(int x) { return {_mm256_set1_epi8((char)x)}; }
+    void store(uint8_t *p) const {
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm256_storeu_si256((__m256i *)p, _mm256_permutevar8x32_epi32(v, order));
+    }
+};
+
+inline Bytes operator&(Bytes a, Bytes b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Bytes operator|(Bytes a, Bytes b) { return {_mm256_or_si256(a.v, b.v)}; }
+// Bits of the neighbours move in.
+inline Bytes right(Bytes a, int n) { return {_mm256_srl_epi16(a.v, _mm_cvtsi32_si128(n))}; }
+
+// Integers from 0 to 255.
+inline Bytes to_bytes(Ints a, Ints b, Ints c, Ints d) {
+    return {_mm256_packus_epi16(_mm256_packs_epi32(a.v, b.v), _mm256_packs_epi32(c.v, d.v))};
+}
+
+// The sign of each in the top bit of its byte; the other bits mean nothing.
+inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
+    return {_mm256_packs_epi16(_mm256_packs_epi32(a.v, b.v), _mm256_packs_epi32(c.v, d.v))};
+}
+
+// Floats within 2^15 to the nearest whole numbers, which get `bias` and keep the bits of `mask`.
+inline Bytes whole_bytes(Vec a, Vec b, Vec c, Vec d, Halves bias, Halves mask) {
+    const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v));
+    const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(c.v), _mm256_cvtps_epi32(d.v));
+    return {_mm256_packus_epi16(_mm256_and_si256(_mm256_add_epi16(low, bias.v), mask.v),
+                                _mm256_and_si256(_mm256_add_epi16(high, bias.v), mask.v))};
+}
+
+// kFours codes of four bits, one a byte, into half as many bytes.
+enum { kFours = 64 };
+inline void join_fours(const uint8_t *codes, uint8_t *out, bool high_first) {
+    const __m256i factors = _mm256_set1_epi16(high_first ? 0x0110 : 0x1001);
+    const __m256i *in = (const __m256i *)codes;
+    const __m256i low = _mm256_maddubs_epi16(_mm256_loadu_si256(in), factors);
+    const __m256i high = _mm256_maddubs_epi16(_mm256_loadu_si256(in + 1), factors);
+    _mm256_storeu_si256((__m256i *)out,
+                        _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
+}
+
+// Sixteen 16-bit values: what packed codes of four bits stand for. Low and high bytes are looked up apart.
+struct HalfTable {
+    enum { codes = 32 };
+    __m256i low, high;
+
+    explicit HalfTable(const uint16_t *sixteen) {
+        const __m128i *in = (const __m128i *)sixteen;
+        const __m128i a = _mm_loadu_si128(in), b = _mm_loadu_si128(in + 1);
+        const __m128i whole = _mm_set1_epi16(0xff);
+        low = _mm256_broadcastsi128_si256(
+            _mm_packus_epi16(_mm_and_si128(a, whole), _mm_and_si128(b, whole)));
+        high = _mm256_broadcastsi128_si256(
+            _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+    }
+    void spread(const uint8_t *packed, bool high_first, uint16_t *to) const {
+        // The four-byte parts lie so that unpacking within lanes leaves all in order.
+        const __m128i in = _mm_shuffle_epi32(_mm_loadu_si128((const __m128i *)packed), 0xd8);
+        const __m256i wide = _mm256_cvtepu8_epi16(in);
+        const __m256i pairs = high_first ? _mm256_or_si256(_mm256_srli_epi16(wide, 4),
+                                                           _mm256_slli_epi16(wide, 8))
+                                         : _mm256_or_si256(wide, _mm256_slli_epi16(wide, 4));
+        const __m256i each = _mm256_and_si256(pairs, _mm256_set1_epi8(15));
+        const __m256i bottom = _mm256_shuffle_epi8(low, each);
+        const __m256i top = _mm256_shuffle_epi8(high, each);
+        _mm256_storeu_si256((__m256i *)to, _mm256_unpacklo_epi8(bottom, top));
+        _mm256_storeu_si256((__m256i *)(to + 16), _mm256_unpackhi_epi8(bottom, top));
+    }
+};
+
+// 64 bytes past the caches; both addresses are multiples of 64.
+inline void stream_line(const char *from, char *to) {
+    const __m256i *in = (const __m256i *)from;
+    const __m256i a = _mm256_load_si256(in), b = _mm256_load_si256(in + 1);
+    _mm256_stream_si256((__m256i *)to, a);
+    _mm256_stream_si256((__m256i *)to + 1, b);
+}
+inline void settle_streams() { _mm_sfence(); }
 
 // The values of codes 0 to 15.
 struct Table {

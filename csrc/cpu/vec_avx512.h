@@ -103,11 +103,14 @@ inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
 inline Ints left(Ints a, int n) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 inline Ints right(Ints a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 inline Ints right_each(Ints a, Ints n) { return {_mm512_srlv_epi32(a.v, n.v)}; }
 inline Ints bits(Vec a) { return {_mm512_castps_si512(a.v)}; }
 inline Vec floats(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
+inline Ints larger(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline Ints smaller(Ints a, Ints b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
 // The second where one is NaN.
@@ -123,6 +126,139 @@ inline Ints select(Mask m, Ints a, Ints b) { return {_mm512_mask_blend_epi32(m.v
 
 // The largest lane of a vector without NaN.
 inline float highest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+// Twice as many 16-bit integers, with a sign where it matters.
+struct Halves {
+    enum { width = 2 * Vec::width };
+    __m512i v;
+
+    static Halves all(int x) { return {_mm512_set1_epi16((short)x)}; }
+    static Halves load(const uint16_t *p) { return {_mm512_loadu_si512((const void *)p)}; }
+    static Halves bytes(const uint8_t *p) {
+        return {_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p))};
+    }
+};
+
+inline Halves operator&(Halves a, Halves b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Halves operator^(Halves a, Halves b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline Halves left(Halves a, int n) { return {_mm512_sll_epi16(a.v, _mm_cvtsi32_si128(n))}; }
+// The sign moves in.
+inline Halves right(Halves a, int n) { return {_mm512_sra_epi16(a.v, _mm_cvtsi32_si128(n))}; }
+inline Halves larger(Halves a, Halves b) { return {_mm512_max_epi16(a.v, b.v)}; }
+inline Halves smaller(Halves a, Halves b) { return {_mm512_min_epi16(a.v, b.v)}; }
+
+// The least lane after a change of all that turns the order wanted into that of numbers without a sign.
+inline int least_lane(Halves a, int change) {
+    const __m512i x = _mm512_xor_si512(a.v, _mm512_set1_epi16((short)change));
+    const __m256i half =
+        _mm256_min_epu16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    const __m128i few =
+        _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return (int16_t)(_mm_cvtsi128_si32(_mm_minpos_epu16(few)) ^ change);
+}
+inline int highest(Halves a) { return least_lane(a, 0x7fff); }
+inline int lowest(Halves a) { return least_lane(a, 0x8000); }
+
+inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
+    a = {_mm512_cvtph_ps(_mm512_castsi512_si256(h.v))};
+    b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h.v, 1))};
+}
+
+// Pairs need not be split here, see vec_avx2.h: all keep their order.
+inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
+    a = Ints::bytes(p);
+    b = Ints::bytes(p + Vec::width);
+}
+inline Halves split_bytes(const uint8_t *p) { return Halves::bytes(p); }
+// A pair without NaN to bf16.
+inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) {
+    const __m512i x = _mm512_castps_si512(a.v), y = _mm512_castps_si512(b.v);
+    const __m512i even = _mm512_set_epi16(
+        62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18,
+        16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i one = _mm512_set1_epi16(1);
+    const __m512i low = _mm512_permutex2var_epi16(x, even, y);
+    const __m512i high = _mm512_permutex2var_epi16(x, _mm512_or_si512(even, one), y);
+    const __m512i half = _mm512_add_epi16(_mm512_and_si512(high, one), _mm512_set1_epi16(0x7ffe));
+    const __m512i carry = _mm512_srli_epi16(_mm512_avg_epu16(low, half), 15);
+    _mm512_storeu_si512((void *)p, _mm512_add_epi16(high, carry));
+}
+
+// Four vectors of integers as bytes, in an order of their own until they are stored.
+struct Bytes {
+    enum { width = 4 * Vec::width };
+    __m512i v;
+
+    static Bytes all(int x) { return {_mm512_set1_epi8((char)x)}; }
+    void store(uint8_t *p) const {
+        const __m512i order =
+            _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        _mm512_storeu_si512((void *)p, _mm512_permutexvar_epi32(order, v));
+    }
+};
+
+inline Bytes operator&(Bytes a, Bytes b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Bytes operator|(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+// Bits of the neighbours move in.
+inline Bytes right(Bytes a, int n) { return {_mm512_srl_epi16(a.v, _mm_cvtsi32_si128(n))}; }
+
+// Integers from 0 to 255.
+inline Bytes to_bytes(Ints a, Ints b, Ints c, Ints d) {
+    return {_mm512_packus_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v))};
+}
+
+// The sign of each in the top bit of its byte; the other bits mean nothing.
+inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
+    return {_mm512_packs_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v))};
+}
+
+// Floats within 2^15 to the nearest whole numbers, which get `bias` and keep the bits of `mask`.
+inline Bytes whole_bytes(Vec a, Vec b, Vec c, Vec d, Halves bias, Halves mask) {
+    const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
+    const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
+    return {_mm512_packus_epi16(_mm512_and_si512(_mm512_add_epi16(low, bias.v), mask.v),
+                                _mm512_and_si512(_mm512_add_epi16(high, bias.v), mask.v))};
+}
+
+// kFours codes of four bits, one a byte, into half as many bytes.
+enum { kFours = 128 };
+inline void join_fours(const uint8_t *codes, uint8_t *out, bool high_first) {
+    const __m512i factors = _mm512_set1_epi16(high_first ? 0x0110 : 0x1001);
+    const __m512i low = _mm512_maddubs_epi16(_mm512_loadu_si512((const void *)codes), factors);
+    const __m512i high =
+        _mm512_maddubs_epi16(_mm512_loadu_si512((const void *)(codes + 64)), factors);
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512((void *)out,
+                        _mm512_permutexvar_epi64(order, _mm512_packus_epi16(low, high)));
+}
+
+// Sixteen 16-bit values: what packed codes of four bits stand for.
+struct HalfTable {
+    enum { codes = 64 };
+    __m512i values;
+
+    explicit HalfTable(const uint16_t *sixteen)
+        : values(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)sixteen))) {}
+    void spread(const uint8_t *packed, bool high_first, uint16_t *to) const {
+        // The four-byte parts lie so that unpacking within lanes leaves all in order.
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i in =
+            _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *)packed), order);
+        const __m512i wide = _mm512_cvtepu8_epi16(in);
+        const __m512i low =
+            _mm512_permutexvar_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(15)), values);
+        const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(wide, 4), values);
+        const __m512i first = high_first ? high : low, second = high_first ? low : high;
+        _mm512_storeu_si512((void *)to, _mm512_unpacklo_epi16(first, second));
+        _mm512_storeu_si512((void *)(to + 32), _mm512_unpackhi_epi16(first, second));
+    }
+};
+
+// 64 bytes past the caches; both addresses are multiples of 64.
+inline void stream_line(const char *from, char *to) {
+    _mm512_stream_si512((__m512i *)to, _mm512_load_si512((const void *)from));
+}
+inline void settle_streams() { _mm_sfence(); }
 
 // The values of codes 0 to 15.
 struct Table {

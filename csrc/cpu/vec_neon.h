@@ -95,10 +95,19 @@ inline Ints operator+(Ints a, Ints b) { return {vaddq_u32(a.v, b.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {vsubq_u32(a.v, b.v)}; }
 inline Ints operator&(Ints a, Ints b) { return {vandq_u32(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {vorrq_u32(a.v, b.v)}; }
+inline Ints operator^(Ints a, Ints b) { return {veorq_u32(a.v, b.v)}; }
 inline Ints left(Ints a, int n) { return {vshlq_u32(a.v, vdupq_n_s32(n))}; }
 inline Ints right(Ints a, int n) { return {vshlq_u32(a.v, vdupq_n_s32(-n))}; }
 inline Ints right_each(Ints a, Ints n) {
     return {vshlq_u32(a.v, vnegq_s32(vreinterpretq_s32_u32(n.v)))};
+}
+inline Ints larger(Ints a, Ints b) {
+    return {vreinterpretq_u32_s32(
+        vmaxq_s32(vreinterpretq_s32_u32(a.v), vreinterpretq_s32_u32(b.v)))};
+}
+inline Ints smaller(Ints a, Ints b) {
+    return {vreinterpretq_u32_s32(
+        vminq_s32(vreinterpretq_s32_u32(a.v), vreinterpretq_s32_u32(b.v)))};
 }
 inline Ints bits(Vec a) { return {vreinterpretq_u32_f32(a.v)}; }
 inline Vec floats(Ints a) { return {vreinterpretq_f32_u32(a.v)}; }
@@ -119,6 +128,116 @@ inline Ints select(Mask m, Ints a, Ints b) { return {vbslq_u32(m.v, a.v, b.v)}; 
 
 // The largest lane of a vector without NaN.
 inline float highest(Vec a) { return vmaxvq_f32(a.v); }
+
+// Twice as many 16-bit integers, with a sign where it matters.
+struct Halves {
+    enum { width = 2 * Vec::width };
+    int16x8_t v;
+
+    static Halves all(int x) { return {vdupq_n_s16((int16_t)x)}; }
+    static Halves load(const uint16_t *p) { return {vreinterpretq_s16_u16(vld1q_u16(p))}; }
+    static Halves bytes(const uint8_t *p) {
+        return {vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p)))};
+    }
+};
+
+inline Halves operator&(Halves a, Halves b) { return {vandq_s16(a.v, b.v)}; }
+inline Halves operator^(Halves a, Halves b) { return {veorq_s16(a.v, b.v)}; }
+inline Halves left(Halves a, int n) { return {vshlq_s16(a.v, vdupq_n_s16((int16_t)n))}; }
+// The sign moves in.
+inline Halves right(Halves a, int n) { return {vshlq_s16(a.v, vdupq_n_s16((int16_t)-n))}; }
+inline Halves larger(Halves a, Halves b) { return {vmaxq_s16(a.v, b.v)}; }
+inline Halves smaller(Halves a, Halves b) { return {vminq_s16(a.v, b.v)}; }
+inline int highest(Halves a) { return vmaxvq_s16(a.v); }
+inline int lowest(Halves a) { return vminvq_s16(a.v); }
+
+inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
+    a = {vcvt_f32_f16(vreinterpret_f16_s16(vget_low_s16(h.v)))};
+    b = {vcvt_f32_f16(vreinterpret_f16_s16(vget_high_s16(h.v)))};
+}
+
+// Pairs need not be split here, see vec_avx2.h: all keep their order.
+inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
+    a = Ints::bytes(p);
+    b = Ints::bytes(p + Vec::width);
+}
+inline Halves split_bytes(const uint8_t *p) { return Halves::bytes(p); }
+// A pair without NaN to bf16.
+inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) { narrow_bf16_pair(a, b, p); }
+
+// Four vectors of integers as bytes.
+struct Bytes {
+    enum { width = 4 * Vec::width };
+    uint8x16_t v;
+
+    static Bytes all(int x) { return {vdupq_n_u8((uint8_t)x)}; }
+    void store(uint8_t *p) const { vst1q_u8(p, v); }
+};
+
+inline Bytes operator&(Bytes a, Bytes b) { return {vandq_u8(a.v, b.v)}; }
+inline Bytes operator|(Bytes a, Bytes b) { return {vorrq_u8(a.v, b.v)}; }
+// Elsewhere bits of the neighbours move in.
+inline Bytes right(Bytes a, int n) { return {vshlq_u8(a.v, vdupq_n_s8((int8_t)-n))}; }
+
+// Integers from 0 to 255.
+inline Bytes to_bytes(Ints a, Ints b, Ints c, Ints d) {
+    const uint16x8_t low = vcombine_u16(vmovn_u32(a.v), vmovn_u32(b.v));
+    const uint16x8_t high = vcombine_u16(vmovn_u32(c.v), vmovn_u32(d.v));
+    return {vcombine_u8(vmovn_u16(low), vmovn_u16(high))};
+}
+
+// The sign of each in the top bit of its byte; the other bits mean nothing.
+inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
+    return to_bytes({vshrq_n_u32(a.v, 24)}, {vshrq_n_u32(b.v, 24)}, {vshrq_n_u32(c.v, 24)},
+                    {vshrq_n_u32(d.v, 24)});
+}
+
+// Floats within 2^15 to the nearest whole numbers, which get `bias` and keep the bits of `mask`.
+inline Bytes whole_bytes(Vec a, Vec b, Vec c, Vec d, Halves bias, Halves mask) {
+    const int16x8_t low =
+        vcombine_s16(vmovn_s32(vcvtnq_s32_f32(a.v)), vmovn_s32(vcvtnq_s32_f32(b.v)));
+    const int16x8_t high =
+        vcombine_s16(vmovn_s32(vcvtnq_s32_f32(c.v)), vmovn_s32(vcvtnq_s32_f32(d.v)));
+    const int16x8_t x = vandq_s16(vaddq_s16(low, bias.v), mask.v);
+    const int16x8_t y = vandq_s16(vaddq_s16(high, bias.v), mask.v);
+    return {vcombine_u8(vmovn_u16(vreinterpretq_u16_s16(x)), vmovn_u16(vreinterpretq_u16_s16(y)))};
+}
+
+// kFours codes of four bits, one a byte, into half as many bytes.
+enum { kFours = 32 };
+inline void join_fours(const uint8_t *codes, uint8_t *out, bool high_first) {
+    const uint8x16x2_t two = vld2q_u8(codes);
+    const uint8x16_t high = high_first ? two.val[0] : two.val[1];
+    vst1q_u8(out, vorrq_u8(vshlq_n_u8(high, 4), high_first ? two.val[1] : two.val[0]));
+}
+
+// Sixteen 16-bit values: what packed codes of four bits stand for. Low and high bytes are looked up apart.
+struct HalfTable {
+    enum { codes = 32 };
+    uint8x16_t low, high;
+
+    explicit HalfTable(const uint16_t *sixteen) {
+        const uint16x8_t a = vld1q_u16(sixteen), b = vld1q_u16(sixteen + 8);
+        low = vcombine_u8(vmovn_u16(a), vmovn_u16(b));
+        high = vcombine_u8(vshrn_n_u16(a, 8), vshrn_n_u16(b, 8));
+    }
+    void spread(const uint8_t *packed, bool high_first, uint16_t *to) const {
+        const uint8x16_t in = vld1q_u8(packed);
+        const uint8x16_t bottom = vandq_u8(in, vdupq_n_u8(15)), top = vshrq_n_u8(in, 4);
+        const uint8x16x2_t each = vzipq_u8(high_first ? top : bottom, high_first ? bottom : top);
+        for (int i = 0; i < 2; ++i) {
+            const uint8x16_t a = vqtbl1q_u8(low, each.val[i]), b = vqtbl1q_u8(high, each.val[i]);
+            vst1q_u16(to + 16 * i, vreinterpretq_u16_u8(vzip1q_u8(a, b)));
+            vst1q_u16(to + 16 * i + 8, vreinterpretq_u16_u8(vzip2q_u8(a, b)));
+        }
+    }
+};
+
+// 64 bytes; both addresses are multiples of 64.
+inline void stream_line(const char *from, char *to) {
+    for (int i = 0; i < 64; i += 16) vst1q_u8((uint8_t *)to + i, vld1q_u8((const uint8_t *)from + i));
+}
+inline void settle_streams() {}
 
 // The values of codes 0 to 15.
 struct Table {

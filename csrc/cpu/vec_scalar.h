@@ -122,9 +122,13 @@ inline Ints operator+(Ints a, Ints b) { return {(int32_t)((uint32_t)a.v + (uint3
 inline Ints operator-(Ints a, Ints b) { return {(int32_t)((uint32_t)a.v - (uint32_t)b.v)}; }
 inline Ints operator&(Ints a, Ints b) { return {a.v & b.v}; }
 inline Ints operator|(Ints a, Ints b) { return {a.v | b.v}; }
+inline Ints operator^(Ints a, Ints b) { return {a.v ^ b.v}; }
 inline Ints left(Ints a, int n) { return {(int32_t)((uint32_t)a.v << n)}; }
 inline Ints right(Ints a, int n) { return {(int32_t)((uint32_t)a.v >> n)}; }
 inline Ints right_each(Ints a, Ints n) { return {(int32_t)((uint32_t)a.v >> n.v)}; }  // n < 32
+
+inline Ints larger(Ints a, Ints b) { return a.v > b.v ? a : b; }
+inline Ints smaller(Ints a, Ints b) { return a.v < b.v ? a : b; }
 
 inline Ints bits(Vec a) {
     FloatBits x;
@@ -151,6 +155,114 @@ inline Ints select(Mask m, Ints a, Ints b) { return m.v ? a : b; }
 
 // The largest lane of a vector without NaN.
 inline float highest(Vec a) { return a.v; }
+
+// Twice as many 16-bit integers, with a sign where it matters.
+struct Halves {
+    enum { width = 2 * Vec::width };
+    int16_t v[2];
+
+    static Halves of(int a, int b) { return {{(int16_t)a, (int16_t)b}}; }
+    static Halves all(int x) { return of(x, x); }
+    static Halves load(const uint16_t *p) { return of(p[0], p[1]); }
+    static Halves bytes(const uint8_t *p) { return of(p[0], p[1]); }
+};
+
+inline Halves operator&(Halves a, Halves b) { return Halves::of(a.v[0] & b.v[0], a.v[1] & b.v[1]); }
+inline Halves operator^(Halves a, Halves b) { return Halves::of(a.v[0] ^ b.v[0], a.v[1] ^ b.v[1]); }
+inline Halves left(Halves a, int n) {
+    return Halves::of((uint16_t)a.v[0] << n, (uint16_t)a.v[1] << n);
+}
+// The sign moves in.
+inline Halves right(Halves a, int n) { return Halves::of(a.v[0] >> n, a.v[1] >> n); }
+inline int highest(Halves a) { return a.v[0] > a.v[1] ? a.v[0] : a.v[1]; }
+inline int lowest(Halves a) { return a.v[0] < a.v[1] ? a.v[0] : a.v[1]; }
+inline Halves larger(Halves a, Halves b) {
+    return Halves::of(a.v[0] > b.v[0] ? a.v[0] : b.v[0], a.v[1] > b.v[1] ? a.v[1] : b.v[1]);
+}
+inline Halves smaller(Halves a, Halves b) {
+    return Halves::of(a.v[0] < b.v[0] ? a.v[0] : b.v[0], a.v[1] < b.v[1] ? a.v[1] : b.v[1]);
+}
+
+inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
+    a = {f16_to_float((uint16_t)h.v[0])};
+    b = {f16_to_float((uint16_t)h.v[1])};
+}
+
+// Pairs need not be split here, see vec_avx2.h: all keep their order.
+inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
+    a = Ints::bytes(p);
+    b = Ints::bytes(p + Vec::width);
+}
+inline Halves split_bytes(const uint8_t *p) { return Halves::bytes(p); }
+// A pair without NaN to bf16.
+inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) { narrow_bf16_pair(a, b, p); }
+
+// Four vectors of integers as bytes.
+struct Bytes {
+    enum { width = 4 * Vec::width };
+    uint8_t v[4];
+
+    static Bytes of(int a, int b, int c, int d) {
+        return {{(uint8_t)a, (uint8_t)b, (uint8_t)c, (uint8_t)d}};
+    }
+    static Bytes all(int x) { return of(x, x, x, x); }
+    void store(uint8_t *p) const {
+        for (int i = 0; i < 4; ++i) p[i] = v[i];
+    }
+};
+
+inline Bytes operator&(Bytes a, Bytes b) {
+    return Bytes::of(a.v[0] & b.v[0], a.v[1] & b.v[1], a.v[2] & b.v[2], a.v[3] & b.v[3]);
+}
+inline Bytes operator|(Bytes a, Bytes b) {
+    return Bytes::of(a.v[0] | b.v[0], a.v[1] | b.v[1], a.v[2] | b.v[2], a.v[3] | b.v[3]);
+}
+// Elsewhere bits of the neighbours move in.
+inline Bytes right(Bytes a, int n) {
+    return Bytes::of(a.v[0] >> n, a.v[1] >> n, a.v[2] >> n, a.v[3] >> n);
+}
+
+// Integers from 0 to 255.
+inline Bytes to_bytes(Ints a, Ints b, Ints c, Ints d) { return Bytes::of(a.v, b.v, c.v, d.v); }
+
+// The sign of each in the top bit of its byte; the other bits mean nothing.
+inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
+    return Bytes::of(a.v < 0 ? 128 : 0, b.v < 0 ? 128 : 0, c.v < 0 ? 128 : 0, d.v < 0 ? 128 : 0);
+}
+
+// A float within 2^15 to the nearest whole number. 2^23 + 2^22 is added: the low bits of the sum are that number.
+inline int whole(Vec a) { return bits(Vec{a.v + 12582912.0f}).v - 0x4b400000; }
+
+// Floats within 2^15 to the nearest whole numbers, which get `bias` and keep the bits of `mask`.
+inline Bytes whole_bytes(Vec a, Vec b, Vec c, Vec d, Halves bias, Halves mask) {
+    const int more = bias.v[0], kept = mask.v[0];
+    return Bytes::of((whole(a) + more) & kept, (whole(b) + more) & kept, (whole(c) + more) & kept,
+                     (whole(d) + more) & kept);
+}
+
+// kFours codes of four bits, one a byte, into half as many bytes.
+enum { kFours = 2 };
+inline void join_fours(const uint8_t *codes, uint8_t *out, bool high_first) {
+    *out = (uint8_t)(high_first ? codes[0] << 4 | codes[1] : codes[0] | codes[1] << 4);
+}
+
+// Sixteen 16-bit values: what packed codes of four bits stand for.
+struct HalfTable {
+    enum { codes = 2 };
+    const uint16_t *values;
+
+    explicit HalfTable(const uint16_t *sixteen) : values(sixteen) {}
+    void spread(const uint8_t *packed, bool high_first, uint16_t *to) const {
+        to[high_first ? 1 : 0] = values[*packed & 15];
+        to[high_first ? 0 : 1] = values[*packed >> 4];
+    }
+};
+
+// 64 bytes past the caches, where the processor can; both addresses are multiples of 64.
+inline void stream_line(const char *from, char *to) {
+    for (int i = 0; i < 64; ++i) to[i] = from[i];
+}
+inline void settle_streams() {}
 
 // The values of codes 0 to 15.
 struct Table {

@@ -132,3 +132,48 @@ def test_ds_quantizer_rounds_in_place_group_by_group():
             assert (y - x)[:64].abs().max() <= within / 8 + 1e-6
             assert (y - x)[64:].abs().max() <= within * 100 / 8 + 1e-4
             assert len(y[:64].unique()) <= 16
+
+
+def test_small_floats_on_and_beside_a_border_between_codes_are_those_of_division(isa):
+    op = registry.ops()["fp_quantize"]
+    for exponent, mantissa in FORMS:
+        codes = torch.arange(1 << (exponent + mantissa), dtype=torch.int32).to(torch.int16)
+        width = 1 + exponent + mantissa
+        bias, most = (1 << (exponent - 1)) - 1, codes[-1]
+        size = codes.double()
+        fraction = size % (1 << mantissa) / (1 << mantissa)
+        power = (size / (1 << mantissa)).floor()
+        values = torch.where(
+            power == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (power - bias)
+        )
+        assert width in (4, 6, 8, 12) and float(values[most]) == float(values.max())
+        borders = (values[1:] + values[:-1]) / 2
+        top = float(values.max())
+        for greatest in (top, 1.0, 0.7, 3e-5):  # the scale is a power of two, or it rounds
+            exact = torch.cat([borders, values]).mul(greatest / top).float()
+            steps = [exact]
+            for _ in range(5):
+                steps.append(torch.nextafter(steps[-1], torch.tensor(math.inf)))
+            x = torch.cat([*steps, -exact]).clamp(-greatest, greatest)
+            x = torch.cat([x, x.new_zeros(-x.numel() % 64)])
+            x[-1] = greatest
+            for dtype in (F32, BF16):
+                row = x.to(dtype).view(1, -1)
+                got = op(row, row.numel(), exponent, mantissa, -1)
+                plain = op.reference(row, row.numel(), exponent, mantissa, -1)
+                assert same(got, plain), (exponent, mantissa, greatest, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_large_outputs_that_go_past_the_caches_hold_what_small_ones_do(isa, dtype):
+    ops, size = registry.ops(), 64
+    groups = (32 << 20) // dtype.itemsize // size  # from this on; one group less stays below
+    codes = torch.randint(-128, 128, (groups * size,), dtype=torch.int8)
+    params = torch.rand(groups, 1)
+    whole = ops["dequantize_groups"](codes, params, groups, 8, False, dtype)
+    less = ops["dequantize_groups"](codes[size:], params[1:], groups - 1, 8, False, dtype)
+    assert torch.equal(whole[size:], less)
+    packed = ops["fp_quantize"](whole[: groups * size].view(-1, size), size, 4, 3, -1)
+    whole = ops["fp_dequantize"](packed, size, 4, 3, dtype, None, 1)
+    less = ops["fp_dequantize"](packed[1:], size, 4, 3, dtype, None, 1)
+    assert torch.equal(whole.view(-1)[size:], less.view(-1))
