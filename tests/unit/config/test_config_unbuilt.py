@@ -23,6 +23,10 @@ def zero(stage, **keys):
     return {"zero_optimization": {"stage": stage, **keys}}
 
 
+def divided(**section):
+    return {"tensor_parallel": {"autotp_size": 2, **section}}
+
+
 GROUP = {"g": {"params": {"start_bits": 8, "target_bits": 4}}}
 QUANTIZED = {"weight_quantization": {"quantized_initialization": {"num_bits": 4, "group_size": 64}}}
 # key -> a configuration that asks for it
@@ -36,9 +40,15 @@ ASKING = {
     "sparse_gradients": {"sparse_gradients": True},
     "graph_harvesting": {"graph_harvesting": True},
     "data_types.keep_in_fp32_modules": {"data_types": {"keep_in_fp32_modules": ["norm"]}},
-    "tensor_parallel.autotp_size": {"tensor_parallel": {"autotp_size": 2}},
     "expert_parallel.enabled": {"expert_parallel": {"enabled": True}},
-    "sequence_parallel_size": {"sequence_parallel_size": 2},
+    "sequence_parallel_size": {
+        "sequence_parallel_size": 2,
+        "tensor_parallel": {"autotp_size": 2},
+    },
+    "tensor_parallel.vocab_parallel_lm_head": divided(vocab_parallel_lm_head=True),
+    "tensor_parallel.injection_policy_tuple": divided(injection_policy_tuple=("out_proj",)),
+    "tensor_parallel.keep_module_on_host": divided(keep_module_on_host=True),
+    "tensor_parallel.replace_with_kernel_inject": divided(replace_with_kernel_inject=True),
     "hybrid_engine.inference_tp_size": {"hybrid_engine": {"enabled": True, "inference_tp_size": 2}},
     "hybrid_engine.enable_cuda_graph": {
         "hybrid_engine": {"enabled": True, "enable_cuda_graph": True}
@@ -114,6 +124,7 @@ HARMLESS = {
         "wandb": {"enabled": True},
         "comet": {"enabled": True},
     },
+    "layers over ranks": divided(tp_overlap_comm=True, preset_model="llama"),
     "sizes of one": {"tensor_parallel": {"autotp_size": 1}, "sequence_parallel_size": 1},
     "techniques, off": {
         "amp": {"enabled": False},

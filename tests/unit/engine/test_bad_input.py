@@ -146,7 +146,7 @@ def test_a_missing_local_rank(monkeypatch):
 @pytest.mark.parametrize(
     ("section", "key"),
     [
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+        ({"amp": {"enabled": True}}, "amp.enabled"),
         ({"nebula": {"enabled": True}}, "nebula"),
     ],
 )
