@@ -22,6 +22,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "rowwise_rep": {"partition_type": PartitionType.ROW, "split_input": True},
     "rowwise_split_input": {"partition_type": PartitionType.ROW, "split_input": True},
     "replicate": {"partition_type": PartitionType.SKIP},
+    # its result is whole on every rank, and so it is where every rank has all words
+    "embedding_rowwise": {"partition_type": PartitionType.SKIP},
     "replicated_with_grad_allreduce": {
         "partition_type": PartitionType.SKIP,
         "grad_allreduce": True,
