@@ -98,6 +98,7 @@ def build_plan(config: Any, sequence_ranks: int = 1) -> Plan:
         overlap_reduce=bool(zero.overlap_comm),
         round_robin=zero.round_robin_gradients,
         gradient_op=config.gradient_allreduce_op,
+        every_gradient=not config.zero_config.ignore_unused_parameters,
         prescale=config.prescale_gradients,
         predivide_factor=config.gradient_predivide_factor,
     )
@@ -223,7 +224,10 @@ def wrap_optimizer(engine: Any) -> tuple[Any, Driver]:
     Raises:
         NotImplementedError: stage 0 with gradients that add up in another dtype than the model's.
     """
+    from .optimizers import join_ranks
+
     basic, config, plan = engine.basic_optimizer, engine._config, engine.plan
+    join_ranks(basic, engine.mesh)
     if basic is None:
         if engine.residency is None:
             return None, NoDriver()

@@ -127,6 +127,9 @@ class PlainDriver:
             self.reduce_now()
 
     def reduce_now(self) -> None:
+        if _reduces_itself(self.optimizer):
+            self._unreduced = False
+            return
         self._before_adding()
         for axis, params in self.params:
             average_grads(params, axis, self.plan, self.reduce_dtype)

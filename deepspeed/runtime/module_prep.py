@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Mesh
-from deepspeed.utils import env
+from deepspeed.utils import env, groups
 from deepspeed.utils.errors import explain
 
 from .precision import Precision
@@ -110,9 +110,11 @@ def cast_module(
                 buffer.data = buffer.data.to(buffers)
 
 
-def prepare_moe(model: torch.nn.Module, config: Any) -> tuple[bool, list[int]]:
+def prepare_moe(model: torch.nn.Module, config: Any, mpu: Any = None) -> tuple[bool, list[int]]:
     """Make the expert-parallel groups of MoE layers; returns whether there are any, and their expert counts."""
     layers = [m for m in model.modules() if hasattr(m, "set_deepspeed_parallelism")]
+    if any(getattr(layer, "enable_expert_tensor_parallelism", False) for layer in layers):
+        groups.mpu = groups.mpu if mpu is None else mpu
     for layer in layers:
         layer.set_deepspeed_parallelism(config.use_data_before_expert_parallel_)
     counts = [layer.num_experts for layer in layers if hasattr(layer, "num_experts")]

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from deepspeed.comm.mesh import Mesh
 from deepspeed.utils.errors import explain
+from deepspeed.utils.logging import logger
 
 from .zero.sharded_param import shape_of
 from .zero.utils import ZeRORuntimeException, is_zero_supported_optimizer
@@ -19,7 +21,12 @@ DeepSpeedOptimizerCallable = Callable[
 ]
 DeepSpeedSchedulerCallable = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
-NATIVE_NAMES = ("adam", "adamw", "adagrad", "lamb", "lion", "muon")
+NATIVE_NAMES = (
+    *("adam", "adamw", "adagrad", "lamb", "lion", "muon"),
+    *("onebitadam", "onebitlamb", "zerooneadam"),
+)
+# Types that reduce by themselves.
+COMPRESSING = {"onebitadam": "OnebitAdam", "onebitlamb": "OnebitLamb", "zerooneadam": "ZeroOneAdam"}
 # What the native SGD takes; with anything else (maximize, …) torch's serves.
 _CPU_SGD_OPTIONS = {"lr", "momentum", "dampening", "weight_decay", "nesterov"}
 
@@ -73,6 +80,8 @@ def _resolve(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict
         from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 
         return (DeepSpeedCPULion if on_host else FusedLion), options
+    if lowered in COMPRESSING:
+        return _compressing(config, lowered), options
     if lowered == "lamb":
         from deepspeed.ops.lamb import FusedLamb
 
@@ -126,6 +135,49 @@ def _adam(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict[st
             "fp32_optimizer_states": fp32_states,
         }
     return FusedAdam, {**options, "adam_w_mode": decoupled}
+
+
+def _compressing(config: Any, name: str) -> Any:
+    """The class of an optimizer that exchanges compressed momentum.
+
+    Raises:
+        AssertionError: states are sharded, which leaves no rank a momentum of its own.
+    """
+    if config.zero_optimization_stage > 0:
+        raise AssertionError(
+            explain(
+                f"{COMPRESSING[name]} is not compatible with ZeRO",
+                got=f"zero_optimization.stage {int(config.zero_optimization_stage)}",
+                expected="0",
+                fix="remove section zero_optimization, or choose Adam",
+            )
+        )
+    if not config.float16_config.enabled:
+        logger.warning(f"{COMPRESSING[name]} is usually used with fp16")
+    from .fp16 import onebit
+
+    return getattr(onebit, COMPRESSING[name])
+
+
+def join_ranks(optimizer: Any, mesh: Mesh) -> None:
+    """Tell an optimizer that reduces by itself whom it averages with.
+
+    Raises:
+        NotImplementedError: its params are experts, whose ranks are others.
+    """
+    join = getattr(optimizer, "join", None)
+    if join is None or not hasattr(optimizer, "reduces_itself"):
+        return
+    if any(not getattr(p, "allreduce", True) for g in optimizer.param_groups for p in g["params"]):
+        raise NotImplementedError(
+            explain(
+                f"{type(optimizer).__name__} does not serve mixtures of experts",
+                got="params of experts",
+                expected="params that all data-parallel ranks share",
+                fix="choose Adam",
+            )
+        )
+    join(mesh.sequence_data)
 
 
 def _offload_device(config: Any) -> Any:

@@ -170,6 +170,9 @@ BUILT = {
     "deepspeed.runtime.compiler": (
         "is_compile_supported disable enable is_compiling compiled_autograd"
     ),
+    "deepspeed.runtime.fp16.onebit.adam": "OnebitAdam",
+    "deepspeed.runtime.fp16.onebit.lamb": "OnebitLamb",
+    "deepspeed.runtime.fp16.onebit.zoadam": "ZeroOneAdam",
     "deepspeed.runtime.hybrid_engine": "DeepSpeedHybridEngine",
     "deepspeed.runtime.rollout": (
         "RolloutConfig SamplingConfig RolloutRequest RolloutBatch RolloutEngine HybridEngineRollout"
@@ -312,9 +315,6 @@ LATER = {
         "MMapIndexedDataset MMapIndexedDatasetBuilder IndexedDataset"
     ),
     "deepspeed.runtime.domino.transformer": "DominoTransformer DominoTransformerLayer",
-    "deepspeed.runtime.fp16.onebit.adam": "OnebitAdam",
-    "deepspeed.runtime.fp16.onebit.lamb": "OnebitLamb",
-    "deepspeed.runtime.fp16.onebit.zoadam": "ZeroOneAdam",
     "deepspeed.runtime.quantize": "Quantizer",
     "deepspeed.runtime.sequence_parallel.ulysses_sp": "TiledLoss UlyssesSPFwdLossBwdWithLogits",
     "deepspeed.runtime.state_dict_factory": "SDLoaderFactory",

@@ -32,6 +32,9 @@ class FusedLamb(torch.optim.Optimizer):
         RuntimeError: ``amsgrad`` is asked for; at the step, a gradient is sparse.
     """
 
+    per_param = True
+    """Norms are of parameters: the engine keeps each in a flat tensor of its own."""
+
     def __init__(
         self,
         params: Iterable[Any],
