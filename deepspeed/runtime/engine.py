@@ -255,6 +255,9 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         """Reduce gradients now (for loops that turn `enable_backward_allreduce` off)."""
         self.driver.reduce_now()
 
+    def _backward_epilogue(self) -> None:
+        """Kept for callers: the end of a plain `loss.backward()` is noticed as it happens."""
+
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside only add gradients up on this rank; legal at every ZeRO stage."""

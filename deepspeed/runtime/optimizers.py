@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ NATIVE_NAMES = (
 )
 # Types that reduce by themselves.
 COMPRESSING = {"onebitadam": "OnebitAdam", "onebitlamb": "OnebitLamb", "zerooneadam": "ZeroOneAdam"}
+# Those of the package mup (tensor programs V, arXiv:2203.03466): each makes an optimizer of torch with rates by width.
+MUP_NAMES = {"muadam": "MuAdam", "muadamw": "MuAdamW", "musgd": "MuSGD"}
 # What the native SGD takes; with anything else (maximize, …) torch's serves.
 _CPU_SGD_OPTIONS = {"lr", "momentum", "dampening", "weight_decay", "nesterov"}
 
@@ -82,6 +85,8 @@ def _resolve(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict
         return (DeepSpeedCPULion if on_host else FusedLion), options
     if lowered in COMPRESSING:
         return _compressing(config, lowered), options
+    if lowered in MUP_NAMES:
+        return getattr(importlib.import_module("mup"), MUP_NAMES[lowered]), options
     if lowered == "lamb":
         from deepspeed.ops.lamb import FusedLamb
 

@@ -328,3 +328,19 @@ def memory_status(msg: str, print_rank: int = -1, reset_max: bool = False) -> No
 def get_ma_status() -> int:
     """Return the bytes in use on rank 0, 0 elsewhere."""
     return get_accelerator().memory_allocated() if _speaks() else 0
+
+
+def count_used_parameters_in_backward(parameters: Iterable[torch.Tensor]) -> int:
+    """How many of the parameters the backward pass that is under way will reach, or has reached.
+
+    Raises:
+        RuntimeError: no backward pass is under way: call it from a hook.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        raise RuntimeError(
+            "parameters in use are counted inside a backward pass: call it from a hook"
+        )
+    wanted = [param for param in parameters if param.requires_grad]
+    with torch.enable_grad():  # hooks run without; the node of a leaf is found through a view of it
+        nodes = [torch.autograd.graph._get_grad_fn_or_grad_acc(param) for param in wanted]
+    return sum(bool(torch._C._will_engine_execute_node(node)) for node in nodes)

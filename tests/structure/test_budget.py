@@ -23,7 +23,7 @@ BUDGET = {
     "deepspeed/git_version_info.py": 30,
     "deepspeed/env_report.py": 420,  # ten sections, each as text and as JSON, none able to break the rest
     # more than the design named: the communication logger, debug names, the stand-alone converter's readers, leaf modules
-    "deepspeed/utils": 3000,
+    "deepspeed/utils": 3200,
     "deepspeed/accelerator -deepspeed/accelerator/*product*": 800,
     # 16-bit products through fp32: the design counted on torch's own
     "deepspeed/accelerator/*product*": 800,
@@ -50,7 +50,7 @@ BUDGET = {
     "deepspeed/runtime/dataloader.py": 305,
     "deepspeed/runtime/base_optimizer.py deepspeed/runtime/utils.py": 350,
     # both ways of running a block again, saved inputs in parts, random streams, and inputs that wait on the host
-    "deepspeed/runtime/activation_checkpointing": 960,
+    "deepspeed/runtime/activation_checkpointing": 1040,
     # with the memory plan, packed weights, states that go and come back, files on disk, smaller groups and fewer bits;
     # one norm over experts and tensor-parallel shares; names of upstream's that callers import;
     # whole matrices for Muon, memory that is used again or lent by a checkpoint
@@ -77,7 +77,7 @@ BUDGET = {
     # ends a job everywhere; the design counted one machine
     "deepspeed/launcher": 2700,
     # tables of facts for every key, rule and op; the design counted the first wave only
-    "tests": 30000,
+    "tests": 34000,
 }
 HEADROOM = 1.2
 SUFFIXES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".c", ".toml", ".md", ".bat", ""}

@@ -9,8 +9,10 @@ keep the block's inputs as `configure` says, and both draw the same random numbe
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -138,7 +140,7 @@ def _check(settings: _Settings) -> None:
     if settings.contiguous and settings.num_checkpoints is None:
         raise AssertionError(
             explain(
-                "contiguous checkpointing needs the number of checkpointed blocks",
+                "contiguous checkpointing needs the number of layers that are checkpointed",
                 got="num_checkpoints=None",
                 fix="Set num_checkpoints (activation_checkpointing.number_checkpoints).",
             )
@@ -423,3 +425,37 @@ def _autocast(states: list[tuple[str, bool, torch.dtype, bool]]) -> Iterator[Non
                 torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=cache)
             )
         yield
+
+
+# - settings as the module's own variables
+
+# the variables that programs of upstream read and set -> ours
+_VARIABLES = {
+    "deepspeed_checkpointing_enabled": "configured",
+    "mpu": "mpu",
+    "PARTITION_ACTIVATIONS": "partition",
+    "CONTIGUOUS_CHECKPOINTING": "contiguous",
+    "num_layers": "num_checkpoints",
+    "CPU_CHECKPOINT": "on_host",
+    "SYNCHRONIZE": "synchronize",
+    "PROFILE_TIME": "profile",
+}
+
+
+class _WithVariables(ModuleType):
+    """This module, whose variables are the fields of `_settings`."""
+
+
+def _variable(field: str) -> property:
+    def read(_: ModuleType) -> Any:
+        return getattr(_settings, field)
+
+    def write(_: ModuleType, value: Any) -> None:
+        setattr(_settings, field, value)
+
+    return property(read, write)
+
+
+for _name, _field in _VARIABLES.items():
+    setattr(_WithVariables, _name, _variable(_field))
+sys.modules[__name__].__class__ = _WithVariables

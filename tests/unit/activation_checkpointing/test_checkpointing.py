@@ -418,3 +418,15 @@ def test_rows_are_used_again_and_more_blocks_than_rows_still_work():
     third = Kept(torch.arange(4.0) + 20, policy, 0)
     assert third.values.data_ptr() == address
     assert third.restore().tolist() == [20, 21, 22, 23]
+
+
+def test_settings_are_variables_of_the_module():
+    before = checkpointing._settings
+    try:
+        checkpointing.configure(None, checkpoint_in_cpu=True, num_checkpoints=3)
+        seen = checkpointing.CPU_CHECKPOINT, checkpointing.num_layers, checkpointing.mpu
+        assert seen == (True, 3, None)
+        checkpointing.CPU_CHECKPOINT = False
+        assert not checkpointing._policy().on_host
+    finally:
+        checkpointing._settings = before

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -214,3 +218,16 @@ def test_memory_is_the_papers_formula_on_one_rank(stage, section, per_param, off
         engine.backward(engine(torch.randn(2, 128, dtype=dtype)).float().square().mean())
         engine.step()
     assert held_bytes(engine) == pytest.approx(per_param * numel, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("MuAdamW", "AdamW"), ("musgd", "SGD")])
+def test_optimizers_by_width_come_from_mup(monkeypatch, name, kind):
+    def of_mup(params, decoupled_wd=False, **options):
+        return getattr(torch.optim, kind)([{"params": list(params), "lr": 0.5}], **options)
+
+    fake = SimpleNamespace(MuAdamW=of_mup, MuSGD=of_mup, __spec__=ModuleSpec("mup", None))
+    monkeypatch.setitem(sys.modules, "mup", fake)
+    section = {"type": name, "params": {"lr": 0.1}}
+    engine = start(Odd(), 2, optimizer=section, zero_allow_untested_optimizer=True)
+    assert type(engine.optimizer.optimizer).__name__ == kind
+    assert engine.get_lr() == [0.5]

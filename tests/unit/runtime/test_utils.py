@@ -270,3 +270,15 @@ def test_compiled_autograd_can_be_off():
         x = torch.ones(1, requires_grad=True)
         (x * 2).backward()
     assert x.grad == 2
+
+
+def test_used_parameters_are_counted_inside_a_backward_pass():
+    used, other = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    counts = []
+    used.register_hook(
+        lambda grad: counts.append(utils.count_used_parameters_in_backward([used, other]))
+    )
+    (used * 2 + other.detach()).sum().backward()
+    assert counts == [1]
+    with pytest.raises(RuntimeError, match="inside a backward pass"):
+        utils.count_used_parameters_in_backward([used])
