@@ -29,6 +29,7 @@ from ...checkpoint.snapshot import Snapshot, can_all_copy
 from ...checkpoint.stream import MOCK, Settings
 from ...comm.flat import all_ok
 from ...utils.logging import logger
+from ...utils.thread_priority import step_back
 from .checkpoint_engine import CheckpointCommitInfo
 from .torch_checkpoint_engine import FastCheckpointEngine, lay_out, total_size, write_all
 
@@ -47,6 +48,7 @@ class _Pending:
         self._failure: Exception | None = None
 
         def write() -> None:
+            step_back()  # a core that this takes from one thread of an operator holds up all of them
             try:
                 self._entries = write_all(publication.partial, archives, settings)
                 publication.note_done(self._entries)
