@@ -13,16 +13,13 @@ class SparseTensor:
     """Rows of a mostly empty matrix.
 
     Args:
-        dense_tensor: a torch sparse tensor (the gradient of `torch.nn.Embedding(sparse=True)`), or
-            None for an empty shell whose fields are set afterwards.
+        dense_tensor: a torch sparse tensor (the gradient of `torch.nn.Embedding(sparse=True)`), a dense matrix of
+            which the rows are taken that are not zero, or None for an empty shell whose fields are set afterwards.
 
     Attributes:
         indices: [n] int64, which rows; a row may be there more than once, then they add up.
         values: [n, ...], the rows.
         dense_size: shape of the matrix.
-
-    Raises:
-        AssertionError: the tensor is not sparse.
     """
 
     def __init__(self, dense_tensor: Tensor | None = None) -> None:
@@ -32,20 +29,15 @@ class SparseTensor:
         self.dense_size: list[int] | None = None
         if dense_tensor is None:
             return
-        if not dense_tensor.is_sparse:
-            raise AssertionError(
-                explain(
-                    "SparseTensor is only built from a natively sparse gradient",
-                    got=f"layout {dense_tensor.layout}",
-                    fix="Build the embedding with sparse=True.",
-                )
-            )
-        summed = dense_tensor.coalesce()
         self.is_sparse = True
-        self.dtype = summed.dtype
-        self.indices = summed.indices().flatten()
-        self.values = summed.values()
-        self.dense_size = list(summed.size())
+        self.dtype = dense_tensor.dtype
+        if dense_tensor.is_sparse:
+            summed = dense_tensor.coalesce()
+            self.indices, self.values = summed.indices().flatten(), summed.values()
+        else:
+            self.indices = dense_tensor.flatten(1).any(dim=1).nonzero().flatten()
+            self.values = dense_tensor[self.indices]
+        self.dense_size = list(dense_tensor.size())
 
     @staticmethod
     def type() -> str:

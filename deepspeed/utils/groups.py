@@ -359,6 +359,36 @@ def _get_max_expert_parallel_group() -> Any:
     return _get_expert_parallel_group(_get_max_expert_size_name())
 
 
+def _get_expert_parallel_ranks(
+    world_size: int,
+    tensor_parallel_size_: int,
+    expert_parallel_size_: int,
+    pipeline_parallel_size_: int = 1,
+    use_data_before_expert_parallel_: bool = False,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The global ranks of each expert-parallel and each expert-data-parallel group, in a job of any shape.
+
+    Neighbours in a data-parallel group share experts; with the last argument, neighbours hold the same ones.
+    """
+    spread, copies = [], []
+    stage = world_size // pipeline_parallel_size_
+    for start in range(0, world_size, stage):
+        for tensor in range(tensor_parallel_size_):
+            data = list(range(start + tensor, start + stage, tensor_parallel_size_))
+            rows = [
+                data[at : at + expert_parallel_size_]
+                for at in range(0, len(data), expert_parallel_size_)
+            ]
+            columns = [data[at::expert_parallel_size_] for at in range(expert_parallel_size_)]
+            if use_data_before_expert_parallel_:
+                held = len(data) // expert_parallel_size_
+                rows = [data[at::held] for at in range(held)]
+                columns = [data[at : at + held] for at in range(0, len(data), held)]
+            spread += rows
+            copies += columns
+    return spread, copies
+
+
 def _get_expert_parallel_group(group_name: str) -> Any:
     return group_of(_expert(group_name))
 

@@ -39,9 +39,14 @@ def test_an_empty_shell_can_be_filled():
     assert "deepspeed.SparseTensor" in str(shell)
 
 
-def test_dense_gradients_and_other_shapes_are_refused():
-    with pytest.raises(AssertionError, match="natively sparse gradient"):
-        SparseTensor(torch.zeros(6, 3))
+def test_rows_that_are_not_zero_are_taken_of_a_dense_matrix():
+    dense = torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.0, 2.0]])
+    sparse = SparseTensor(dense)
+    assert sparse.indices.tolist() == [1, 2]
+    assert torch.equal(sparse.to_dense(), dense)
+
+
+def test_other_shapes_are_refused():
     other = SparseTensor(torch.zeros(5, 3).to_sparse(1))
     with pytest.raises(ValueError, match="two shapes"):
         SparseTensor(gradient([1])).add(other)

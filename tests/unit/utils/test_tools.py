@@ -185,3 +185,14 @@ def test_ranges_open_and_close_only_while_cuda_is_in_use(monkeypatch):
         work(True)
     assert [entry.rpartition(".")[2] for entry in seen] == ["work", "pop", "work", "pop"]
     assert work.__name__ == "work"
+
+
+def test_expert_groups_of_a_job_of_any_shape():
+    spread, copies = groups._get_expert_parallel_ranks(8, 1, 2, pipeline_parallel_size_=2)
+    assert spread == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert copies == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    spread, copies = groups._get_expert_parallel_ranks(
+        8, 2, 2, use_data_before_expert_parallel_=True
+    )
+    assert spread == [[0, 4], [2, 6], [1, 5], [3, 7]]
+    assert copies == [[0, 2], [4, 6], [1, 3], [5, 7]]
