@@ -136,8 +136,8 @@ class DeepSpeedInferenceConfig(DeepSpeedConfigModel):
         default_factory=DeepSpeedZeroConfig, description="ZeRO settings of a sharded model."
     )
     triangular_masking: bool = Field(default=True, alias="tm", description="Causal attention.")
-    moe: bool | DeepSpeedMoEConfig = Field(
-        default_factory=DeepSpeedMoEConfig, description="MoE layers."
+    moe: DeepSpeedMoEConfig = Field(
+        default_factory=DeepSpeedMoEConfig, description="MoE layers; a bool sets `enabled`."
     )
     keep_module_on_host: bool = Field(default=False, description="Leave the model in host memory.")
     quant: QuantizationConfig = Field(

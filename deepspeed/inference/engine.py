@@ -228,7 +228,7 @@ def _requests(config: DeepSpeedInferenceConfig) -> Iterator[tuple[str, str]]:
         yield "enable_cuda_graph without a CUDA device", "Set it to false."
     if config.use_triton:
         yield "use_triton", "Set it to false."
-    if not isinstance(config.moe, bool) and config.moe.ep_size > 1:
+    if config.moe.ep_size > 1:
         yield f"moe.ep_size={config.moe.ep_size}", "Set it to 1."
     if config.zero.stage > 0:
         yield "zero", "Use deepspeed.initialize with stage 3, which does ZeRO-Inference."

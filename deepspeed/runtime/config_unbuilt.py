@@ -209,13 +209,8 @@ UNBUILT: tuple[Unbuilt, ...] = (
     ),
 )
 
-# optimizer.type -> module that will hold it; the row goes by itself when the module comes
+# optimizer.type -> the other package that holds it
 UNBUILT_OPTIMIZERS: dict[str, str] = {
-    "lamb": "deepspeed.ops.lamb",
-    "muon": "deepspeed.runtime.zero.muon",
-    "onebitadam": "deepspeed.runtime.fp16.onebit",
-    "onebitlamb": "deepspeed.runtime.fp16.onebit",
-    "zerooneadam": "deepspeed.runtime.fp16.onebit",
     "muadam": "mup",
     "muadamw": "mup",
     "musgd": "mup",
@@ -242,7 +237,7 @@ def find_unbuilt(config: DeepSpeedConfig, client_optimizer: bool = False) -> lis
     if not client_optimizer and _missing_optimizer(config.optimizer_name):
         messages.append(
             f"'optimizer.type' asks for {config.optimizer_name}, which is not available in this "
-            "version. Use Adam, AdamW, Lion, Adagrad or the name of a torch.optim class."
+            "version. Use Adam, AdamW, Lion, Adagrad, Muon or the name of a torch.optim class."
         )
     return messages
 

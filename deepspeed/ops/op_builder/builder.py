@@ -166,6 +166,16 @@ class OpBuilder:
         return torch.version.cuda is not None
 
     @staticmethod
+    def installed_rocm_version() -> tuple[int, int]:
+        """Return major and minor number of the ROCm that torch was built for; (0, 0) for none."""
+        import torch
+
+        if not torch.version.hip:
+            return 0, 0
+        major, minor = torch.version.hip.split(".")[:2]
+        return int(major), int(minor)
+
+    @staticmethod
     def is_rocm_pytorch() -> bool:
         """Say whether torch was built with ROCm."""
         return torch.version.hip is not None

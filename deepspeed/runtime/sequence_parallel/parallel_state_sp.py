@@ -74,5 +74,6 @@ def get_model_parallel_world_size() -> int:
 
 
 def get_model_parallel_rank() -> int:
-    """This rank's place among those that share each layer's weights."""
-    return groups.current_mesh().tensor.rank
+    """This rank's place among those that share one model's work: a sequence's ranks, which all hold whole weights."""
+    mesh = groups.current_mesh()
+    return mesh.sequence.rank if mesh.tensor.size == 1 else mesh.tensor.rank
