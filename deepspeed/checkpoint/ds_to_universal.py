@@ -138,7 +138,15 @@ def _shard(folder: Folder, rank: int, mp_rank: int) -> Mapping[str, Any]:
                 expected=names.optim_file(rank, mp_rank),
             )
         )
-    return folder.load(name)[Optim.STATE]
+    state = folder.load(name)[Optim.STATE]
+    if Zero.PARTITION_COUNT in state or Zero.FP32_FLAT_GROUPS not in state:
+        return state
+    # hand-made shards: how many there are is what lies there, and their states may be listed
+    ranks = len(folder.glob(f"*zero_pp_rank_*_mp_rank_{mp_rank:02d}_optim_states.pt"))
+    inner = dict(state.get(Zero.INNER) or {})
+    if isinstance(inner.get("state"), list):
+        inner["state"] = dict(enumerate(inner["state"]))
+    return {**state, Zero.PARTITION_COUNT: ranks, Zero.INNER: inner}
 
 
 def _open_grid(folder: Folder) -> list[list[_Part]]:

@@ -17,6 +17,7 @@ from deepspeed.utils.errors import explain
 from ..config_utils import DtypeEnum
 
 _ON_MODEL = "_ds_tp_request"
+_NOT_IN_GROUP = -1  # torch's size of a group that this process is not in
 _made_mesh: Any = None
 
 
@@ -43,12 +44,11 @@ def record(model: torch.nn.Module, tp_size: int, dtype: Any, tp_group: Any = Non
     """
     if not isinstance(tp_size, int) or tp_size < 1:
         raise ValueError(explain("tp_size is a number of ranks", got=repr(tp_size), expected="1 …"))
-    if tp_group is not None and dist.get_world_size(group=tp_group) != tp_size:
+    members = tp_size if tp_group is None else dist.get_world_size(group=tp_group)
+    if members not in (tp_size, _NOT_IN_GROUP):
         raise ValueError(
             explain(
-                "tp_size is not the size of tp_group",
-                got=f"tp_size {tp_size}",
-                expected=f"{dist.get_world_size(group=tp_group)}",
+                "tp_size is not the size of tp_group", got=f"tp_size {tp_size}", expected=members
             )
         )
     asked = DtypeEnum.parse(dtype, "tp_model_init's dtype") if dtype is not None else None
