@@ -70,6 +70,9 @@ def mark_autocast(engine: Any) -> None:
 
 
 def _scaler_factory(fp16: Any, sharded: bool) -> Callable[[], LossScalerBase]:
+    if not fp16.enabled:
+        # What torch.amp.GradScaler does, which scales where states are not sharded.
+        return partial(UnguardedLossScaler, 2.0**16, 2000, 2.0**-24)
     if fp16.loss_scale != 0:
         return partial(LossScaler, fp16.loss_scale)
     if not sharded:

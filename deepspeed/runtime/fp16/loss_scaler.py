@@ -6,6 +6,7 @@ Micikevicius et al. 2018, arXiv:1710.03740 §3.2. The attribute names are those 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,13 +78,13 @@ class DynamicLossScaler(LossScalerBase):
 
     Args:
         init_scale: first scale.
-        scale_factor: what it is divided or multiplied by.
-        scale_window: clean steps before it grows.
+        scale_window: clean steps after which the next one makes it grow.
         min_scale: never below this.
         delayed_shift: overflows tolerated before the scale is lowered (hysteresis).
         consecutive_hysteresis: whether every clean step refills that tolerance.
         raise_error_at_min_scale: raise when an overflow comes at `min_scale`.
         dtype: dtype of the gradients, for messages.
+        scale_factor: what it is divided or multiplied by.
     """
 
     dynamic = True
@@ -91,13 +92,13 @@ class DynamicLossScaler(LossScalerBase):
     def __init__(
         self,
         init_scale: float = 2.0**32,
-        scale_factor: float = 2.0,
         scale_window: int = 1000,
         min_scale: float = 1,
         delayed_shift: int = 1,
         consecutive_hysteresis: bool = False,
         raise_error_at_min_scale: bool = True,
         dtype: torch.dtype = torch.half,
+        scale_factor: float = 2.0,
     ) -> None:
         super().__init__(init_scale)
         self.cur_iter = 0
@@ -123,7 +124,8 @@ class DynamicLossScaler(LossScalerBase):
         else:
             if self.consecutive_hysteresis:
                 self.cur_hysteresis = self.delayed_shift
-            if (self.cur_iter - self.last_overflow_iter) % self.scale_window == 0:
+            clean = self.cur_iter - self.last_overflow_iter - 1
+            if clean > 0 and clean % self.scale_window == 0:
                 self.cur_hysteresis = self.delayed_shift
                 self.cur_scale *= self.scale_factor
         self.cur_iter += 1
@@ -153,6 +155,47 @@ class UnguardedLossScaler(DynamicLossScaler):
             scale_window=scale_window,
             min_scale=min_scale,
             raise_error_at_min_scale=False,
+        )
+
+
+@dataclass(frozen=True)
+class LossScaleConfig:
+    """A scaler as stage 0 shows it.
+
+    Attributes:
+        use_grad_scaling: whether losses are scaled at all.
+        dynamic_loss_scale: whether the scale changes; what is None below belongs to one that does.
+        cur_iter: steps so far, skipped ones included.
+        cur_scale: the scale in force.
+        last_overflow_iter: the step that overflowed last; -1 for none.
+        scale_factor: what the scale is divided or multiplied by.
+        scale_window: clean steps after which the next one makes it grow.
+        min_loss_scale: never below this.
+    """
+
+    use_grad_scaling: bool
+    dynamic_loss_scale: bool
+    cur_iter: int
+    cur_scale: float
+    last_overflow_iter: int | None = None
+    scale_factor: float | None = None
+    scale_window: int | None = None
+    min_loss_scale: float | None = None
+
+    @classmethod
+    def of(cls, scaler: LossScalerBase) -> LossScaleConfig:
+        """How `scaler` stands now."""
+        if not isinstance(scaler, DynamicLossScaler):
+            return cls(scaler.cur_scale != 1.0, False, 0, scaler.cur_scale)
+        return cls(
+            True,
+            True,
+            scaler.cur_iter,
+            scaler.cur_scale,
+            scaler.last_overflow_iter,
+            scaler.scale_factor,
+            scaler.scale_window,
+            scaler.min_scale,
         )
 
 

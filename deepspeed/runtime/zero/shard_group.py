@@ -255,6 +255,11 @@ class ShardGroup:
             self._store(part, start, values.narrow(0, param_start, length), fresh)
         self._written[index] = 1
 
+    def set_param_grad(self, index: int, grad: torch.Tensor) -> None:
+        """Put a gradient in place of what added up of a parameter's (shard axis of one rank)."""
+        self._written[index] = 0
+        self.add_param_grad(index, grad)
+
     def add_shard_grad(self, shard_start: int, values: torch.Tensor, fresh: bool) -> None:
         """Add reduced gradients to this rank's shard, or overwrite what an earlier step left there."""
         for part, offset, start, length in self.runs(shard_start, values.numel()):

@@ -67,12 +67,42 @@ def test_overflow_skips_the_step_halves_the_scale_and_holds_the_scheduler(stage)
     assert not engine.optimizer.overflow and engine.was_step_applied() and engine.skipped_steps == 1
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_clean_steps_double_the_scale(stage):
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_step_after_a_window_of_clean_ones_doubles_the_scale(stage):
     engine = start(stage, fp16=FP16)
-    for micro in range(4):
-        one_step(engine, torch.float16, micro=micro)
-    assert engine.optimizer.cur_scale == 16.0 * 4
+    scales = []
+    for poison in (None, None, None, None, None, float("inf"), None, None, None):
+        one_step(engine, torch.float16, poison=poison)
+        scales.append(engine.optimizer.cur_scale / 16)
+    assert scales == [1, 1, 2, 2, 4, 2, 2, 2, 4]
+
+
+@pytest.mark.parametrize("client", [None, "SGD"])
+def test_stage_0_steps_with_gradients_that_the_caller_assigned(client):
+    net = model().half()
+    rule = None if client is None else torch.optim.SGD(net.parameters(), lr=1.0)
+    engine = start(0, net, rule, fp16={**FP16, "loss_scale": 4.0})
+    first, *others = engine.module.parameters()
+    before = [p.detach().clone() for p in (first, *others)]
+    x, y = batch(0, 0, 0, torch.float16)
+    engine.backward(loss_of(engine, x, y) * 0.0)
+    first.grad = torch.full_like(first, 2.0)
+    engine.step()
+    assert first.grad is None and not torch.equal(first, before[0])
+    if client is not None:
+        torch.testing.assert_close(first, before[0] - 0.5)
+        assert all(torch.equal(a, b) for a, b in zip(others, before[1:], strict=True))
+
+
+def test_stage_0_shows_how_it_scales():
+    engine = start(0, fp16={**FP16, "min_loss_scale": 4})
+    for poison in (None, float("inf"), float("inf"), float("inf")):
+        one_step(engine, torch.float16, poison=poison)
+    shown = engine.optimizer.loss_scale_config
+    assert (shown.dynamic_loss_scale, shown.cur_scale, shown.cur_iter) == (True, 4.0, 4)
+    assert (shown.scale_window, shown.min_loss_scale, shown.last_overflow_iter) == (2, 4, 3)
+    fixed = start(0, fp16={"enabled": True, "loss_scale": 8.0}).optimizer.loss_scale_config
+    assert (fixed.dynamic_loss_scale, fixed.cur_scale) == (False, 8.0)
 
 
 def test_hysteresis_is_spent_before_the_scale_falls():
