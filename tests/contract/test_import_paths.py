@@ -173,6 +173,7 @@ BUILT = {
     "deepspeed.runtime.fp16.onebit.adam": "OnebitAdam",
     "deepspeed.runtime.fp16.onebit.lamb": "OnebitLamb",
     "deepspeed.runtime.fp16.onebit.zoadam": "ZeroOneAdam",
+    "deepspeed.sequence.auto_sp": "auto_wrap_model_for_sp",
     "deepspeed.runtime.hybrid_engine": "DeepSpeedHybridEngine",
     "deepspeed.runtime.rollout": (
         "RolloutConfig SamplingConfig RolloutRequest RolloutBatch RolloutEngine HybridEngineRollout"
@@ -320,7 +321,6 @@ LATER = {
     "deepspeed.runtime.state_dict_factory": "SDLoaderFactory",
     "deepspeed.runtime.superoffload": "",
     "deepspeed.runtime.weight_quantizer": "WeightQuantization",
-    "deepspeed.sequence.auto_sp": "auto_wrap_model_for_sp",
     "deepspeed.sequence.fpdt_layer": (
         "FPDT_InputConstruct FPDT_Attention FPDT_FFN FPDT_LogitsLoss SequenceChunk"
     ),
