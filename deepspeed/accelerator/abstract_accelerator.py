@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from deepspeed.utils import env
 from deepspeed.utils.errors import explain
 
 Index: TypeAlias = "int | str | torch.device | None"
@@ -317,6 +318,10 @@ class DeepSpeedAccelerator(abc.ABC):
                     expected="a CPU tensor",
                 )
             )
+        native = self._native_pins()
+        if native is not None:
+            pinned: torch.Tensor = native.pin(tensor, make_copy, match_shape)
+            return pinned
         if make_copy:
             return tensor.pin_memory() if self._pins_host_memory() else tensor
         shape: Sequence[int] = tensor.shape if match_shape else (tensor.numel(),)
@@ -339,10 +344,23 @@ class DeepSpeedAccelerator(abc.ABC):
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Say whether the tensor is in page-locked memory."""
+        native = self._native_pins()
+        if native is not None and native.is_pinned(tensor):
+            return True
         return self._pins_host_memory() and tensor.is_pinned()
 
-    def unpin_memory(self, tensor: torch.Tensor) -> None:  # noqa: B027
-        """Do nothing: torch unlocks the pages when the tensor dies."""
+    def unpin_memory(self, tensor: torch.Tensor) -> None:
+        """Unlock what the native backend locked; torch unlocks the pages when the tensor dies."""
+        native = self._native_pins()
+        if native is not None:
+            native.unpin(tensor)
+
+    def _native_pins(self) -> Any:
+        """Return the pages of DS_PIN_MEMORY_BACKEND=native, or None for torch's."""
+        if not env.DS_PIN_MEMORY_BACKEND.get():
+            return None
+        pins = importlib.import_module("deepspeed.utils.pin_memory")
+        return pins.get_active_native_pinned_memory()
 
     @abc.abstractmethod
     def on_accelerator(self, tensor: torch.Tensor) -> bool:

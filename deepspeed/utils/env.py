@@ -191,6 +191,9 @@ DS_NATIVE_LIBRARY = _text("DS_NATIVE_LIBRARY", "Path of the native library to lo
 DS_AIO_BACKEND = _text(
     "DS_AIO_BACKEND", "File I/O by io_uring, iocp, threads or python; unset picks."
 )
+DS_PIN_MEMORY_BACKEND = _text(
+    "DS_PIN_MEMORY_BACKEND", "Who page-locks host memory: torch (the default) or native."
+)
 DS_DISABLE_NATIVE = _switch("DS_DISABLE_NATIVE", "1 runs every op by its torch reference.")
 DS_KERNEL_SOURCE = _switch("DS_KERNEL_SOURCE", "1 compiles CUDA kernels from source at load.")
 DS_KERNEL_PACK = _text("DS_KERNEL_PACK", "Path of the pack of CUDA kernels to load instead.")

@@ -120,6 +120,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.ops.native": 2,
     "deepspeed.runtime.zero.estimate": 2,
     "deepspeed.utils.groups": 2,
+    "deepspeed.utils.pin_memory": 2,
     # L1: the machine, and what was asked for
     "deepspeed.accelerator": 1,
     "deepspeed.elasticity.elasticity": 1,  # arithmetic on batch sizes, which the configuration is checked by

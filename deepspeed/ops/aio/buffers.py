@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,12 +49,29 @@ def aligned_tensor(numel: int, dtype: torch.dtype) -> Tensor:
     return _allocate(numel, dtype, lock=False)
 
 
+def host_tensor(numel: int, dtype: torch.dtype, gone: Callable[[int], None]) -> Tensor:
+    """Return a 1-D tensor of locked memory, beside a CUDA device too; `gone` is told its address when it is freed.
+
+    Raises:
+        ValueError: a negative number of elements.
+        MemoryError: there is not so much memory.
+    """
+    return _allocate(numel, dtype, lock=True, gone=gone)
+
+
+def can_lock() -> bool:
+    """Say whether the native library, which locks memory, is there."""
+    return functions() is not None
+
+
 def _check_count(numel: int) -> None:
     if numel < 0:
         raise ValueError(explain("a buffer cannot have so many elements", got=numel))
 
 
-def _allocate(numel: int, dtype: torch.dtype, lock: bool) -> Tensor:
+def _allocate(
+    numel: int, dtype: torch.dtype, lock: bool, gone: Callable[[int], None] | None = None
+) -> Tensor:
     _check_count(numel)
     bound = functions()
     nbytes = numel * dtype.itemsize
@@ -68,12 +86,18 @@ def _allocate(numel: int, dtype: torch.dtype, lock: bool) -> Tensor:
         logger.info("%d bytes for file I/O stay unlocked: the system's limit is lower", nbytes)
     memory = (ctypes.c_char * nbytes).from_address(args.memory)
     weakref.finalize(memory, _free, args.memory).atexit = False
+    if gone is not None:
+        weakref.finalize(memory, gone, args.memory).atexit = False
     return torch.frombuffer(memory, dtype=dtype)
 
 
 def unlock(tensor: Tensor) -> bool:
     """Let the system move a buffer's memory again; returns whether it was locked by `locked_tensor`."""
-    address = tensor.untyped_storage().data_ptr() if tensor.device.type == "cpu" else 0
+    return unlock_address(tensor.untyped_storage().data_ptr() if tensor.device.type == "cpu" else 0)
+
+
+def unlock_address(address: int) -> bool:
+    """`unlock` for the buffer that starts at an address."""
     nbytes = _locked.pop(address, 0)
     bound = functions()
     if nbytes and bound is not None:

@@ -78,7 +78,7 @@ ROWS = (
     Row("InferenceCore", "inference_core_ops", f"{_V2}inference_core_ops"),
     Row("InferenceCutlass", "cutlass_ops", f"{_V2}.cutlass_ops.cutlass_ops"),
     Row("Inference", "transformer_inference", "ops.transformer.inference.transformer_inference_op"),
-    Row("PinMemory", "pin_memory", "ops.pin_memory.pin_memory_op"),
+    Row("PinMemory", "pin_memory", "ops.pin_memory.pin_memory_op", namespaces.pin_memory),
     Row("Quantizer", "quantizer", "ops.quantizer.quantizer_op", cuda_namespaces.quantizer),
     Row("RaggedOps", "ragged_device_ops", f"{_V2}.ragged_ops.ragged_device_ops"),
     Row("RaggedUtils", "ragged_ops", "inference.v2.ragged_ops"),

@@ -200,6 +200,11 @@ def async_io() -> ModuleType:
     return importlib.import_module("deepspeed.ops.aio.async_io_op")
 
 
+def pin_memory() -> ModuleType:
+    """Return the module with pin_handle."""
+    return importlib.import_module("deepspeed.ops.pin_memory.pin_memory_op")
+
+
 def utils() -> SimpleNamespace:
     """Return cast_to_byte_tensor."""
 

@@ -31,6 +31,7 @@ from .plan import Placement, Plan, TierKind
 from .reducer import Reducer
 from .shard_group import ShardGroup, ShardPart
 from .spill import SpillFolder, stream, together
+from .tiers import unpin
 from .whole_params import needs_whole, step_whole
 
 _CLIP_EPSILON = 1e-6
@@ -479,7 +480,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         offload_states.reload_states(self, non_blocking)
 
     def destroy(self) -> None:
-        """Remove the hooks on the parameters, and the files of offloaded states."""
+        """Remove the hooks on the parameters, and the files of offloaded states; unlock what was page-locked for them."""
         self.reducer.remove_hooks()
+        for group in self.groups:
+            for part in group.parts:
+                unpin(part.master)
+                unpin(part.held_grad)
         if self.folder is not None:
             self.folder.close()

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 
 from deepspeed.ops import pages
+from deepspeed.utils import env
+from deepspeed.utils.pin_memory import get_active_native_pinned_memory
 
 
 class Tier(Protocol):
@@ -39,9 +41,13 @@ class DeviceTier:
 
 @dataclass(frozen=True)
 class HostTier:
-    """CPU memory, page-locked where that makes copies to a GPU asynchronous."""
+    """CPU memory, page-locked where that makes copies to a GPU asynchronous.
+
+    `native`: the pages of DS_PIN_MEMORY_BACKEND=native, which are locked beside any device.
+    """
 
     pinned: bool = False
+    native: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -50,6 +56,9 @@ class HostTier:
 
     def alloc(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A 1-D buffer of zeros, page-locked if asked for and possible."""
+        pins = get_active_native_pinned_memory() if self.native else None
+        if pins is not None:
+            return pins.empty(numel, dtype).zero_()
         if not self.pinned:
             return pages.zeros(numel, dtype)
         try:
@@ -60,7 +69,15 @@ class HostTier:
 
 
 def tier_for(device: torch.device, on_host: bool, pin_memory: bool) -> Tier:
-    """The tier that holds state for a model on `device`; pinning only means something beside a GPU."""
+    """The tier that holds state for a model on `device`; pinning by torch only means something beside a GPU."""
     if not on_host:
         return DeviceTier(device)
-    return HostTier(pinned=pin_memory and device.type == "cuda")
+    native = pin_memory and env.DS_PIN_MEMORY_BACKEND.get() is not None
+    return HostTier(pinned=pin_memory and device.type == "cuda", native=native)
+
+
+def unpin(tensor: torch.Tensor | None) -> None:
+    """Unlock the pages of a buffer of `HostTier` that is not needed any more, if it has any of its own."""
+    pins = get_active_native_pinned_memory()
+    if tensor is not None and pins is not None:
+        pins.unpin(tensor)
