@@ -32,7 +32,8 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
 
     Raises:
         AssertionError: ZeRO 1 or 2 without an optimizer, or with an odd allgather_bucket_size; overlap_comm below
-            stage 2 with unmanaged accumulation; a scheduler object of torch's older base class without an optimizer.
+            stage 2 with unmanaged accumulation; fp32 states where bf16 ones are asked for; a scheduler
+            object of torch's older base class without an optimizer.
         ValueError: nothing to train.
     """
     if config.log_level is not None:
@@ -47,7 +48,7 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
                 fix="add one, or set zero_optimization.stage to 0",
             )
         )
-    _check_zero(config)
+    _check_zero(config, optimizer)
     _check_scheduler(optimizer, lr_scheduler)
     if has_optimizer and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
@@ -60,8 +61,18 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
         )
 
 
-def _check_zero(config: Any) -> None:
+def _check_zero(config: Any, optimizer: Any) -> None:
     zero, stage = config.zero_config, config.zero_optimization_stage
+    wide = getattr(optimizer, "fp32_optimizer_states", False)
+    if wide and config.bfloat16_config.bf16_optimizer_states and zero.offload_optimizer is not None:
+        raise AssertionError(
+            explain(
+                "bf16_optimizer_states needs an optimizer that keeps its states in bf16",
+                got=f"{type(optimizer).__name__}, which keeps them in fp32",
+                expected=f"{type(optimizer).__name__}(..., fp32_optimizer_states=False)",
+                fix="construct it so, or leave bf16_optimizer_states out",
+            )
+        )
     if stage in (1, 2) and zero.allgather_bucket_size % 2:
         raise AssertionError(
             explain(

@@ -35,6 +35,10 @@ class Blocks:
         self._fullest = 0
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[Blocks], tuple[()]]:
+        # A copy of a module copies its hooks, and with them this; a lock cannot be copied, nor need the memory be.
+        return Blocks, ()
+
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A flat tensor, its contents undefined."""
         nbytes = numel * dtype.itemsize

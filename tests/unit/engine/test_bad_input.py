@@ -169,3 +169,21 @@ def test_what_cannot_fit_is_refused_with_the_table_before_anything_is_allocated(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=10_000))
     with pytest.raises(MemoryError, match=r"(?s)does not fit.*optimizer.*at most"):
         start(torch.nn.Linear(1000, 100))
+
+
+def test_wide_states_where_narrow_ones_are_configured():
+    net = torch.nn.Linear(4, 4)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {
+            "enabled": True,
+            "bf16_master_weights_and_grads": True,
+            "bf16_optimizer_states": True,
+        },
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+    }
+    wide = deepspeed.ops.adam.DeepSpeedCPUAdam(net.parameters())
+    with pytest.raises(AssertionError, match="fp32_optimizer_states=False"):
+        deepspeed.initialize(model=net, optimizer=wide, config=config)
+    narrow = deepspeed.ops.adam.DeepSpeedCPUAdam(net.parameters(), fp32_optimizer_states=False)
+    deepspeed.initialize(model=net, optimizer=narrow, config=config)
