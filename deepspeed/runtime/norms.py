@@ -241,13 +241,14 @@ class CheckOverflow:
     ) -> bool:
         """Say whether any gradient overflowed on any rank that shares the model. Collective."""
         found = self.has_overflow_serial(params)
-        everybody = self.zero_reduce_scatter or bool(has_moe_params)
-        everybody = everybody or any(not getattr(param, "allreduce", True) for param in params)
+        everybody = self.zero_reduce_scatter or bool(has_moe_params) or _has_experts(params)
         return self._vote(found, everybody)
 
     def check_using_norm(self, norm_group: Sequence[float], reduce_overflow: bool = True) -> bool:
-        """Say whether any of the norms stands for an overflow. Collective with ``reduce_overflow``."""
-        return self._vote(any(map(is_invalid_grad_norm, norm_group)), reduce_overflow)
+        """Say whether any of the norms stands for an overflow. Collective of the ranks that share the model, and of
+        all ranks with ``reduce_overflow`` or experts."""
+        everybody = reduce_overflow or _has_experts(self.params)
+        return self._vote(any(map(is_invalid_grad_norm, norm_group)), everybody)
 
     def _vote(self, found: bool, everybody: bool) -> bool:
         if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -262,3 +263,7 @@ class CheckOverflow:
     @staticmethod
     def _has_inf_or_nan(x: torch.Tensor, i: Any = None) -> torch.Tensor:
         return has_inf_or_nan(x)
+
+
+def _has_experts(params: Iterable[torch.Tensor]) -> bool:
+    return any(not getattr(param, "allreduce", True) for param in params)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from .config_utils import DeepSpeedConfigModel, DtypeEnum, PlainSection, section_of
 
@@ -50,11 +50,20 @@ class DeepSpeedFP16Config(DeepSpeedConfigModel):
         try:
             scale = float(value)
         except (TypeError, ValueError):
-            return value  # pydantic's own message says what a float is
+            raise ValueError(f"fp16.loss_scale must be a number; got {value!r}") from None
         if not math.isfinite(scale):
             raise ValueError(f"fp16.loss_scale must be finite; got {value}")
         if scale < 0:
             raise ValueError(f"fp16.loss_scale must be >= 0 (0 scales dynamically); got {value}")
+        return value
+
+    @field_validator("loss_scale_window", "min_loss_scale", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(
+                f"fp16.{info.field_name} must be a whole number, not bool; got {value}"
+            )
         return value
 
     @model_validator(mode="after")

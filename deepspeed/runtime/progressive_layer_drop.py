@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+import numpy as np
 
 
 class ProgressiveLayerDrop:
@@ -30,5 +31,5 @@ class ProgressiveLayerDrop:
 
     def update_state(self, global_step: int) -> None:
         """Set the keep probability of a step."""
-        fallen = math.exp(-self.gamma * global_step)
+        fallen = float(np.exp(-self.gamma * global_step))
         self.current_theta = (1.0 - self.theta) * fallen + self.theta

@@ -184,3 +184,15 @@ def test_amp_without_its_switch_is_a_key_error():
         parse(amp={"opt_level": "O2"})
     assert isinstance(caught.value, DeepSpeedConfigError)
     assert not str(caught.value).startswith('"')
+
+
+@pytest.mark.parametrize("section", [{"loss_scale": []}, {"loss_scale": {}}])
+def test_a_loss_scale_of_another_type(section):
+    with pytest.raises(ValidationError, match="must be a number"):
+        parse(fp16=section)
+
+
+@pytest.mark.parametrize("key", ["loss_scale_window", "min_loss_scale"])
+def test_true_is_no_number_of_steps_or_scale(key):
+    with pytest.raises(ValidationError, match=f"fp16.{key} must be a whole number"):
+        parse(fp16={"enabled": True, key: True})
