@@ -147,18 +147,17 @@ def initialize(
         >>> config = {"train_batch_size": 4, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2}}
         >>> engine, *_ = deepspeed.initialize(model=torch.nn.Linear(8, 8), config=config)
     """
-    global dist, _TP_MODEL_INIT_ARGS
+    global dist
     from deepspeed import comm as dist
     from deepspeed.runtime import initialize as door
 
-    tp_request, _TP_MODEL_INIT_ARGS = _TP_MODEL_INIT_ARGS, None
     return door.initialize(
         args,
         model,
         config=config if config is not None else config_params,
         distributed_port=distributed_port,
         mesh_param=mesh_param,
-        tp_request=tp_request,
+        tp_request=_take_tp_request(),
         optimizer=optimizer,
         model_parameters=model_parameters,
         training_data=training_data,
@@ -220,6 +219,13 @@ def tp_model_init(
         raise TypeError(f"tp_model_init got unexpected keyword arguments: {', '.join(kwargs)}")
     _TP_MODEL_INIT_ARGS = request.record(model, tp_size, dtype, tp_group)
     return model
+
+
+def _take_tp_request() -> Any:
+    """The last request of `tp_model_init`, which no later `initialize` gets."""
+    global _TP_MODEL_INIT_ARGS
+    request, _TP_MODEL_INIT_ARGS = _TP_MODEL_INIT_ARGS, None
+    return request
 
 
 def default_inference_config() -> dict[str, Any]:
