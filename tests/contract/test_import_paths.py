@@ -141,7 +141,7 @@ BUILT = {
     "deepspeed.ops.adagrad": "DeepSpeedCPUAdagrad",
     "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam",
     "deepspeed.ops.aio": "AsyncIOBuilder",
-    "deepspeed.ops.fp_quantizer": "FP_Quantize Quantizer",
+    "deepspeed.ops.fp_quantizer": "FP_Quantize Quantizer matmul_fp8",
     "deepspeed.ops.quantizer": "ds_quantizer",
     "deepspeed.ops.lamb": "FusedLamb",
     "deepspeed.ops.lion": "DeepSpeedCPULion FusedLion",

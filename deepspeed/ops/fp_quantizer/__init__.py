@@ -3,4 +3,6 @@
 
 from deepspeed.utils.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(__name__, {".quantize": ["FP_Quantize", "Quantizer"]})
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__, {".quantize": ["FP_Quantize", "Quantizer"], ".fp8_gemm": ["matmul_fp8"]}
+)

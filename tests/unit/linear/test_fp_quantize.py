@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepspeed.linear import QuantizationConfig
-from deepspeed.ops.fp_quantizer import FP_Quantize
+from deepspeed.ops.fp_quantizer import FP_Quantize, matmul_fp8
 
 FORMATS = {8: (4, 3), 6: (3, 2), 12: (4, 7), 4: (2, 1)}
 
@@ -112,3 +112,14 @@ def test_misuse_is_told():
         quantizer.get_scales()
     with pytest.raises(ValueError, match="floating"):
         quantizer.quantize(torch.arange(16))
+
+
+def test_a_product_with_a_weight_in_fp8_is_that_with_its_values():
+    quantizer = FP_Quantize(QuantizationConfig(group_size=32))
+    x, weight = torch.randn(3, 16, dtype=torch.bfloat16), torch.randn(16, 64, dtype=torch.bfloat16)
+    codes, _ = quantizer.quantize(weight, q_bits=8, return_meta_tensor=True)
+    product = matmul_fp8(x, codes, quantizer.get_scales(), 32, quantizer)
+    assert product.dtype == torch.bfloat16
+    assert torch.equal(product, x @ quantizer.dequantize(codes, scale=quantizer.scale))
+    with pytest.raises(ValueError, match="groups of 64"):
+        matmul_fp8(x, codes, quantizer.get_scales(), 64, quantizer)

@@ -10,6 +10,7 @@ import deepspeed.ops
 from deepspeed.ops import op_builder
 from deepspeed.ops.op_builder.all_ops import ALL_OPS, ROWS
 from deepspeed.ops.rules import adagrad_step, adam_step, lion_step
+from deepspeed.ops.transformer.inference.bias_add import nhwc_bias_add
 
 OURS = ["cpu_adagrad", "cpu_adam", "cpu_lion", "fused_adam", "fused_lamb", "fused_lion", "utils"]
 
@@ -119,3 +120,14 @@ def test_the_version_module_has_the_legacy_tables():
     assert git_version_info.compatible_ops == deepspeed.ops.__compatible_ops__
     assert git_version_info.torch_info["version"] == ".".join(torch.__version__.split(".")[:2])
     assert git_version_info.accelerator_name in ("cpu", "cuda")
+
+
+def test_the_bias_of_a_convolution_is_added_with_its_neighbours():
+    shape, image = (2, 3, 4, 5), torch.channels_last
+    x, other = (torch.randn(shape).to(memory_format=image) for _ in range(2))
+    bias, more = torch.randn(3), torch.randn(3)
+    column = (1, -1, 1, 1)
+    assert torch.equal(nhwc_bias_add(x, bias), x + bias.view(column))
+    assert torch.equal(nhwc_bias_add(x, bias, other=other), x + bias.view(column) + other)
+    both = nhwc_bias_add(x, bias, other=other, other_bias=more)
+    assert torch.equal(both, x + bias.view(column) + other + more.view(column))
