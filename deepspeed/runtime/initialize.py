@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from deepspeed.comm import comm as dist
+from deepspeed.git_version_info import git_branch, git_hash, version
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
-from deepspeed.utils.logging import logger
+from deepspeed.utils.logging import log_dist, logger
 
 from .config import DeepSpeedConfig, load_config
 from .engine import DeepSpeedEngine
@@ -36,6 +37,9 @@ def initialize(
                 "deepspeed.initialize requires a model", got="model=None", expected="a torch module"
             )
         )
+    # before anything can fail; other libraries' tests look for these words
+    told = f"version={version}, git-hash={git_hash}, git-branch={git_branch}"
+    log_dist(f"DeepSpeed info: {told}", ranks=[0])
     config = find_config(args, config)
     dist.init_distributed(
         dist_backend=None,

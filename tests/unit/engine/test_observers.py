@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import pytest
 import torch
 
 import deepspeed
+from deepspeed.utils.logging import logger
 
 
 def engine(**section):
@@ -48,3 +50,10 @@ def test_memory_is_printed_around_every_event(capsys):
         assert f"before {event}" in out
         assert f"after {event}" in out
     assert re.search(r"MA [\d.]+ GB .* Max_CA \d+ GB", out)
+
+
+def test_an_engine_says_which_version_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.manager._clear_cache()
+    engine()
+    assert f"DeepSpeed info: version={deepspeed.__version__}, git-hash=" in capsys.readouterr().out
