@@ -2,10 +2,10 @@
 """Compiles csrc/cuda with NVRTC into kernels.zip: cubins for each GPU generation, PTX, sources and an index.
 
 ``python -m op_builder.kernels [--out DIR] [--archs sm_80,sm_90] [--sources-only]`` builds by hand; setup.py calls `build`.
-NVRTC comes from PyPI (nvidia-cuda-nvrtc-cu12, 12.8 or newer), needs neither GPU, driver nor host compiler, and gives
-the same code on every system, so a Linux machine makes the kernels of the Windows wheel too. The members are stored,
-not deflated, in one order with one date: equal sources and compilers give equal bytes, whichever zlib is at hand;
-a wheel deflates the whole pack anyway.
+NVRTC comes from PyPI (nvidia-cuda-nvrtc-cu12, 12.8 or newer; wheels are made with the one release that wheels.py
+names), needs neither GPU, driver nor host compiler, and gives the same code on every system, so a Linux machine makes
+the kernels of the Windows wheel too. The members are stored, not deflated, in one order with one date: equal sources
+and compilers give equal bytes, whichever zlib is at hand; a wheel deflates the whole pack anyway.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ ROOT = build.ROOT
 TARGETS = (f"manylinux_{'_'.join(map(str, build.GLIBC_FLOOR))}_x86_64", "win_amd64")
 NATIVE = "native"
 MOST_BYTES = 15 << 20
-TOOLS = ("setuptools>=77", "wheel>=0.38", "ziglang>=0.13", "nvidia-cuda-nvrtc-cu12>=12.8")
+# NVRTC is one release: another one makes other kernels of the same sources.
+NVRTC = "nvidia-cuda-nvrtc-cu12==12.8.93"
+TOOLS = ("setuptools>=77", "wheel>=0.38", "ziglang>=0.13", NVRTC)
 PACKED = (
     "pyproject.toml setup.py README.md LICENSE MANIFEST.in build_win.bat deepspeed csrc op_builder"
 )
@@ -137,12 +139,14 @@ def _tools(folder: Path) -> str:
 
 
 def _is_installed(requirement: str) -> bool:
-    name, _, least = requirement.partition(">=")
+    name, relation, version = re.split("(>=|==)", requirement)
     try:
-        there = re.findall(r"\d+", metadata.version(name))
+        found = metadata.version(name)
     except metadata.PackageNotFoundError:
         return False
-    wanted = least.split(".")
+    if relation == "==":
+        return found == version
+    there, wanted = re.findall(r"\d+", found), version.split(".")
     return [int(part) for part in there[: len(wanted)]] >= [int(part) for part in wanted]
 
 

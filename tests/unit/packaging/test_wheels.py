@@ -90,6 +90,10 @@ def test_tools_of_an_older_version_are_not_taken(monkeypatch):
 
     monkeypatch.setattr(wheels.metadata, "version", version)
     assert [wheels._is_installed(tool) for tool in wheels.TOOLS] == [True, True, False, False]
+    name, _, only = wheels.NVRTC.partition("==")
+    for other, taken in ((only, True), (f"{only}.1", False), ("99.0", False)):
+        versions[name] = other
+        assert wheels._is_installed(wheels.NVRTC) is taken
 
 
 @pytest.mark.slow
