@@ -14,7 +14,7 @@ import struct
 import zipfile
 from bisect import bisect_right
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
@@ -160,7 +160,7 @@ def _copied(path: Path, pieces: Sequence[tuple[int, torch.Tensor]]) -> list[int]
 
     def one(item: tuple[int, torch.Tensor]) -> int:
         offset, piece = item
-        view = memoryview(piece.numpy())
+        view: memoryview = piece.numpy().data
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)
             while view.nbytes:
@@ -178,7 +178,8 @@ def _transferred(path: Path, pieces: Sequence[tuple[int, torch.Tensor]]) -> list
     """Fill the pieces past the page cache, summed by other threads as they arrive."""
     options = Options(intra_op_parallelism=2)
     with FileQueue(options) as queue, ThreadPoolExecutor(threads(), "checksum") as summers:
-        tickets, sums = [], []
+        tickets: list[int] = []
+        sums: list[Future[int]] = []
         for place, (_, piece) in enumerate(pieces):
             for offset, ahead in pieces[len(tickets) : place + _IN_FLIGHT]:
                 tickets.append(queue.submit_read(path, offset, ahead))

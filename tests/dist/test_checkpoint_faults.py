@@ -27,8 +27,8 @@ from tests.helpers.launching import environment
 @pytest.mark.parametrize(
     ("cases", "least"),
     [
-        (["1-now-same", "1-queue-new", "1-beside-new"], [[30], [40], [30]]),
-        (["2-now-same", "2-beside-new"], [[30, 3], [30, 5]]),
+        (["1-now-same", "1-queue-new", "1-beside-new"], [[28], [40], [26]]),
+        (["2-now-same", "2-beside-new"], [[28, 3], [26, 5]]),
     ],
     ids=["one_rank", "two_ranks"],
 )
