@@ -118,6 +118,8 @@ def override_lr_range_test_params(args: argparse.Namespace, params: dict) -> Non
 def override_1cycle_params(args: argparse.Namespace, params: dict) -> None:
     """Write the options of OneCycle that `args` has into `params`."""
     _override(args, params, _ONE_CYCLE_OPTIONS)
+    if params.get(CYCLE_SECOND_STEP_SIZE) == -1:  # how the command line says "not given"
+        params[CYCLE_SECOND_STEP_SIZE] = None
 
 
 def override_warmupLR_params(args: argparse.Namespace, params: dict) -> None:

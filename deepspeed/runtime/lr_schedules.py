@@ -18,7 +18,9 @@ from deepspeed.runtime.lr_schedule_options import *  # noqa: F403 - their public
 from deepspeed.runtime.lr_schedule_options import (
     CYCLE_FIRST_STEP_SIZE,
     CYCLE_MAX_LR,
+    CYCLE_MAX_MOM,
     CYCLE_MIN_LR,
+    CYCLE_MIN_MOM,
     CYCLE_SECOND_STEP_SIZE,
     LR_RANGE_TEST_MIN_LR,
     LR_RANGE_TEST_STEP_SIZE,
@@ -194,15 +196,18 @@ class OneCycle(_Schedule):
         cycle_max_lr: rate at the peak; a number or one for each param group.
         decay_lr_rate: decay of the rate per decay interval.
         cycle_first_step_size: steps of the rising half.
-        cycle_second_step_size: steps of the falling half; None or negative: as the rising half.
+        cycle_second_step_size: steps of the falling half, 0 for none; None: as the rising half.
         cycle_first_stair_count: stairs of the rising half; 0 or negative: a smooth slope.
         cycle_second_stair_count: stairs of the falling half; None or negative: as the rising half.
         decay_step_size: steps in one decay interval.
         cycle_momentum: drive `betas` as well.
-        cycle_min_mom: `betas[0]` at the peak of the rate.
-        cycle_max_mom: `betas[0]` at both ends of the cycle.
+        cycle_min_mom: `betas[0]` at the peak of the rate; a number or one for each param group.
+        cycle_max_mom: `betas[0]` at both ends of the cycle; a number or one for each param group.
         decay_mom_rate: growth of `betas[0]` per decay interval.
         last_batch_iteration: t to resume from; -1 starts anew.
+
+    Raises:
+        ValueError: no steps in the rising half, fewer than none in the falling one, or a list of the wrong length.
     """
 
     def __init__(
@@ -217,30 +222,29 @@ class OneCycle(_Schedule):
         cycle_second_stair_count: int | None = None,
         decay_step_size: int = 0,
         cycle_momentum: bool = True,
-        cycle_min_mom: float = 0.8,
-        cycle_max_mom: float = 0.9,
+        cycle_min_mom: float | list[float] = 0.8,
+        cycle_max_mom: float | list[float] = 0.9,
         decay_mom_rate: float = 0.0,
         last_batch_iteration: int = -1,
     ) -> None:
         super().__init__(optimizer, last_batch_iteration)
-        # -1 is how the command line says "not given".
-        if cycle_second_step_size is None or cycle_second_step_size < 0:
+        if cycle_second_step_size is None:
             cycle_second_step_size = cycle_first_step_size
         if cycle_second_stair_count is None or cycle_second_stair_count < 0:
             cycle_second_stair_count = cycle_first_stair_count
+        if cycle_first_step_size <= 0 or cycle_second_step_size < 0:
+            raise ValueError(
+                explain(
+                    "OneCycle's halves have too few steps",
+                    got=f"{CYCLE_FIRST_STEP_SIZE}={cycle_first_step_size}, "
+                    f"{CYCLE_SECOND_STEP_SIZE}={cycle_second_step_size}",
+                    expected="at least one step in the rising half, and none or more in the falling one",
+                )
+            )
         self.first_step_size = cycle_first_step_size
         self.second_step_size = cycle_second_step_size
         self.total_size = cycle_first_step_size + cycle_second_step_size
-        if self.total_size <= 0:
-            raise ValueError(
-                explain(
-                    "OneCycle has no steps",
-                    got=f"{CYCLE_FIRST_STEP_SIZE}={cycle_first_step_size}, "
-                    f"{CYCLE_SECOND_STEP_SIZE}={cycle_second_step_size}",
-                    expected="at least one step in the two halves together",
-                    fix=f"Set {CYCLE_FIRST_STEP_SIZE} to the steps of the rising half.",
-                )
-            )
+        self.step_ratio = cycle_first_step_size / self.total_size
         self.first_stair_count = cycle_first_stair_count
         self.second_stair_count = cycle_second_stair_count
         self.decay_step_size = decay_step_size
@@ -248,8 +252,8 @@ class OneCycle(_Schedule):
         self.decay_mom_rate = decay_mom_rate
         self.min_lrs = _per_group(self.optimizer, cycle_min_lr, CYCLE_MIN_LR)
         self.max_lrs = _per_group(self.optimizer, cycle_max_lr, CYCLE_MAX_LR)
-        self.cycle_min_mom = cycle_min_mom
-        self.cycle_max_mom = cycle_max_mom
+        self._min_moms = _per_group(self.optimizer, cycle_min_mom, CYCLE_MIN_MOM)
+        self._max_moms = _per_group(self.optimizer, cycle_max_mom, CYCLE_MAX_MOM)
         self.cycle_momentum = cycle_momentum
         if cycle_momentum and not any("betas" in g for g in self.optimizer.param_groups):
             logger.warning(
@@ -258,12 +262,12 @@ class OneCycle(_Schedule):
             self.cycle_momentum = False
         if last_batch_iteration == -1:
             update_lr(self.optimizer.param_groups, self.min_lrs)
-            self._set_momentum(cycle_min_mom)
+            self._set_momentum(self._min_moms)
 
-    def _set_momentum(self, mom: float) -> None:
+    def _set_momentum(self, moms: list[float]) -> None:
         if not self.cycle_momentum:
             return
-        for group in self.optimizer.param_groups:
+        for group, mom in zip(self.optimizer.param_groups, moms, strict=True):
             if "betas" in group:
                 group["betas"] = (mom, _CYCLE_SECOND_BETA)
 
@@ -299,18 +303,20 @@ class OneCycle(_Schedule):
         if not self.cycle_momentum:
             return None
         if self.last_batch_iteration < self.total_size:
-            spread = self.cycle_max_mom - self.cycle_min_mom
-            mom = self.cycle_max_mom - spread * self._height()
+            height = self._height()
+            pairs = zip(self._min_moms, self._max_moms, strict=True)
+            moms = [high - (high - low) * height for low, high in pairs]
         else:
-            mom = self.cycle_max_mom * (1 + self.decay_mom_rate * self._decay_intervals())
-        return [(mom, _CYCLE_SECOND_BETA)] * len(self.optimizer.param_groups)
+            growth = 1 + self.decay_mom_rate * self._decay_intervals()
+            moms = [high * growth for high in self._max_moms]
+        return [(mom, _CYCLE_SECOND_BETA) for mom in moms]
 
     def step(self, last_batch_iteration: int | None = None) -> None:
         """Go one step on (or to the given one) and set rate and betas of each param group."""
         super().step(last_batch_iteration)
         moms = self.get_mom()
         if moms is not None:
-            self._set_momentum(moms[0][0])
+            self._set_momentum([mom for mom, _ in moms])
 
 
 class _Warmup:

@@ -124,23 +124,47 @@ def test_a_list_needs_one_value_for_each_group():
         WarmupLR(adam(2), warmup_min_lr=[0.1, 0.2, 0.3])
 
 
-def test_a_cycle_needs_steps():
-    with pytest.raises(ValueError, match="no steps"):
-        OneCycle(adam(), 0.1, 0.2, cycle_first_step_size=0)
+@pytest.mark.parametrize(("first", "second"), [(0, None), (-1, 4), (4, -1), (0, 4)])
+def test_a_cycle_needs_steps(first, second):
+    with pytest.raises(ValueError, match="too few steps"):
+        OneCycle(adam(), 0.1, 0.2, cycle_first_step_size=first, cycle_second_step_size=second)
+
+
+def test_a_cycle_may_lack_its_falling_half():
+    schedule = OneCycle(adam(), 0.1, 0.4, cycle_first_step_size=3, cycle_second_step_size=0)
+    rates = [schedule.get_lr()[0]]
+    for _ in range(3):
+        schedule.step()
+        rates += schedule.get_lr()
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.1])
+
+
+def test_each_group_has_its_momentum():
+    optimizer = adam(2)
+    schedule = OneCycle(
+        optimizer,
+        0.1,
+        1.0,
+        cycle_first_step_size=2,
+        cycle_min_mom=[0.5, 0.6],
+        cycle_max_mom=[0.7, 1.0],
+    )
+    seen = []
+    for _ in range(2):
+        schedule.step()
+        seen.append([group["betas"][0] for group in optimizer.param_groups])
+    assert seen == [pytest.approx([0.6, 0.8]), pytest.approx([0.5, 0.6])]
+    with pytest.raises(ValueError, match="expected 2 cycle_max_mom"):
+        OneCycle(optimizer, 0.1, 1.0, cycle_max_mom=[0.9])
 
 
 def test_minus_one_of_the_command_line_means_the_default():
     plain, optioned = adam(), adam()
     one = OneCycle(plain, 0.1, 1.0, cycle_first_step_size=4)
-    two = OneCycle(
-        optioned,
-        0.1,
-        1.0,
-        cycle_first_step_size=4,
-        cycle_second_step_size=-1,
-        cycle_first_stair_count=-1,
-        cycle_second_stair_count=-1,
-    )
+    words = ["--lr_schedule", "OneCycle", "--cycle_first_step_size", "4"]
+    words += ["--cycle_min_lr", "0.1", "--cycle_max_lr", "1.0", "--cycle_momentum"]
+    section, _ = lr_schedules.get_config_from_args(parse(*words))
+    two = OneCycle(optioned, **section["params"])
     for _ in range(10):
         one.step()
         two.step()
