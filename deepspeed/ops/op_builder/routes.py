@@ -33,6 +33,9 @@ def routes() -> list[dict[str, Any]]:
             route, reason = _WORDS.get(ours.route, ours.route), ours.reason
             if name == "async_io" and route == "prebuilt":
                 reason = f"{aio.backends()[0]} of {native.library_path().name}"
+            elif name == "pin_memory":
+                locks = route == "prebuilt"
+                reason = f"page locks of {native.library_path().name}" if locks else reason
         installed, works = route == "prebuilt", route not in ("none", "broken")
         row = {"name": name, "installed": installed, "compatible": works}
         found.append({**row, "route": route, "reason": reason})
