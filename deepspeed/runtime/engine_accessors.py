@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint.format import expert_optim_file
 from .clock import Counters
+from .engine_checkpoint import make_executable
 from .engine_dtypes import DtypeAccessors
 from .lr_schedules import get_torch_optimizer
 from .zero.state import param_shapes
@@ -460,6 +462,10 @@ class ConfigAccessors(DtypeAccessors, Counters):
         return {
             name: timer.elapsed(reset=False) for name, timer in self.timers.get_timers().items()
         }
+
+    def _change_recovery_script_permissions(self, dst: str) -> None:
+        """Let everybody run the script that a save puts beside the tags."""
+        make_executable(Path(dst))
 
     def _get_zero_param_shapes(self) -> list[dict[str, torch.Size]]:
         """Shapes by name of each group's parameters, as they are in the sharded optimizer's flat tensors."""

@@ -141,8 +141,17 @@ def copy_export_script(folder: Path) -> None:
     if target.is_file() and target.read_bytes() == content:
         return
     replace_file(target, content, flush=False)
-    if os.name != "nt":
-        target.chmod(0o755)
+    make_executable(target)
+
+
+def make_executable(path: Path) -> None:
+    """Let everybody run a file, where the file system has permissions at all."""
+    if os.name == "nt":
+        return
+    try:
+        path.chmod(0o755)
+    except OSError as error:  # network shares without permissions
+        logger.info(f"{path} stays as it is, run it by python: {error}")
 
 
 def _common_tag(engine: Any, crew: Crew, tag: Any) -> str:

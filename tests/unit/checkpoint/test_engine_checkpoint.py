@@ -533,3 +533,15 @@ def test_stage_3_refuses_the_elastic_form_and_others_take_the_key(tmp_path: Path
     with pytest.raises(NotImplementedError, match="elastic"):
         engine(3, "fp32", **elastic).save_checkpoint(tmp_path)
     assert engine(2, "fp32", **elastic).save_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no permissions to set")
+def test_a_share_without_permissions_costs_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, mode: int) -> None:
+        raise PermissionError("injected")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    checkpoint(tmp_path, 1, "fp32")
+    assert (tmp_path / "zero_to_fp32.py").is_file()
