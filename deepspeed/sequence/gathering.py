@@ -24,11 +24,16 @@ def gathered(values: Tensor, dim: int, group: Any) -> tuple[Tensor, list[int]]:
     Returns:
         The whole, and the lengths of the shares.
     """
+    sizes = lengths_of(values, dim, group)
+    return _Gather.apply(values, dim, tuple(sizes), group), sizes
+
+
+def lengths_of(values: Tensor, dim: int, group: Any) -> list[int]:
+    """What each rank has along `dim`; a collective of them."""
     own = torch.tensor([values.shape[dim]], device=values.device)
     lengths = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(lengths, own, group=group)
-    sizes = [int(length) for length in lengths]
-    return _Gather.apply(values, dim, tuple(sizes), group), sizes
+    return [int(length) for length in lengths]
 
 
 class _Gather(torch.autograd.Function):

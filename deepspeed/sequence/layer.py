@@ -16,6 +16,8 @@ from torch import Tensor
 from deepspeed import comm as dist
 from deepspeed.utils.errors import explain
 
+from .gathering import lengths_of
+
 
 def shares(total: int, parts: int) -> list[int]:
     """Cut `total` into `parts` that differ by at most one, the larger ones first."""
@@ -165,10 +167,11 @@ def single_all_to_all(
                 fix="pad the sequence",
             )
         )
-    gathered = [own] * ranks
-    if num_kv_heads and num_kv_heads % ranks:
+    if num_kv_heads:
         kv_parts = shares(num_kv_heads, ranks)
         gathered = [part * own // kv_parts[rank] for part in kv_parts]
+    else:
+        gathered = lengths_of(input, gather_idx, group)  # heads may not have split evenly
     return exchange(input, scatter_idx, gather_idx, [total // ranks] * ranks, gathered, group)
 
 
