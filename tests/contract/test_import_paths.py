@@ -302,7 +302,7 @@ BUILT = {
 
 # module -> names that come with later work; a row moves up when it is built
 LATER = {
-    "deepspeed": ("domino DeepSpeedTransformerLayer DeepSpeedTransformerConfig set_autotp_mode"),
+    "deepspeed": ("domino DeepSpeedTransformerLayer DeepSpeedTransformerConfig"),
     "deepspeed.compression": "init_compression redundancy_clean",
     "deepspeed.compression.compress": "init_compression redundancy_clean",
     "deepspeed.compression.helper": "convert_conv1d_to_linear",
