@@ -169,7 +169,6 @@ def build_basic_optimizer(
 
     if isinstance(client, torch.optim.Optimizer):
         optimizer: Any = client
-        optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
     elif client is not None and callable(client):
         optimizer = client(_params(model, model_parameters))
     elif config.optimizer_name is not None:
@@ -305,7 +304,8 @@ def _wrapper_class(
         mics = config.zero_config.mics_shard_size > 0
         return MiCS_Optimizer if mics else DeepSpeedZeroOptimizer_Stage3
     if plan.stage == 0:
-        return FP16_Optimizer if isinstance(basic, FusedAdam) else FP16_UnfusedOptimizer
+        flat = hasattr(basic, "reduces_itself") and not getattr(basic, "per_param", False)
+        return FP16_Optimizer if flat or isinstance(basic, FusedAdam) else FP16_UnfusedOptimizer
     fp32_sums = config.bfloat16_config.enabled and grad_dtype == torch.float32
     if fp32_sums and plan.stage == 1 and plan.state_tier is TierKind.DEVICE:
         return BF16_Optimizer

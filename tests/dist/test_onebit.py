@@ -253,6 +253,8 @@ def run(rank: int) -> dict[str, dict]:
         train(low, rank, range(1, STEPS + 1), torch.bfloat16)
         found[kind + " bf16"] = {n: p.detach().clone() for n, p in low.module.named_parameters()}
         assert len(low.optimizer.groups) == (2 if kind == "OneBitLamb" else 1)
+        wrapper = "FP16_UnfusedOptimizer" if kind == "OneBitLamb" else "FP16_Optimizer"
+        assert type(low.optimizer).__name__ == wrapper
         made.destroy()
         low.destroy()
     return found
@@ -280,10 +282,12 @@ def saved(rank: int, folder: str) -> None:
     made = engine("OneBitAdam", {"freeze_step": 2})
     train(made, rank, range(1, 5))
     assert made.optimizer.adam_freeze_key and made.optimizer.reduces_itself
+    made.optimizer.param_groups[0]["exp_avg_mask"] = torch.ones(35)
     made.save_checkpoint(folder)
     for freeze in (2, 20):
         again = engine("OneBitAdam", {"freeze_step": freeze})
         again.load_checkpoint(folder)
+        assert "exp_avg_mask" not in again.optimizer.param_groups[0], "a mask belongs to the model"
         assert again.optimizer.adam_freeze_key is (freeze == 2)
         train(again, rank, range(5, 7))
         weight = again.module.weight.detach()

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from .optimizer import ZeroOptimizer
     from .shard_group import ShardGroup, ShardPart
 
-_EXECUTION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
-"""Param group entries that say how a machine computes, not what: a load leaves them as the run has them."""
+_MODEL_OPTIONS = frozenset({"exp_avg_mask"})
+_EXECUTION_OPTIONS = _MODEL_OPTIONS | {"params", "foreach", "fused", "capturable", "differentiable"}
+"""Param group entries that say how a machine computes, or what its model is: a load leaves them as the run has them."""
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What a loss scaler has learnt; its other attributes are the configuration's."""
@@ -464,8 +465,9 @@ def load_in_place(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) ->
     before, listed = list(optimizer.param_groups), optimizer.param_groups
     optimizer.load_state_dict(dict(saved))
     for old, new in zip(before, optimizer.param_groups, strict=True):
-        params = old["params"]
+        kept = {key: old[key] for key in ("params", *_MODEL_OPTIONS) if key in old}
         old.clear()
-        old.update(new, params=params)
+        old.update((key, value) for key, value in new.items() if key not in _MODEL_OPTIONS)
+        old.update(kept)
     listed[:] = before
     optimizer.param_groups = listed
