@@ -13,13 +13,17 @@ from .config import LoRAConfig, QuantizationConfig
 from .optimized_linear import LoRAOptimizedLinear, offload_base_weights
 from .quantization import QuantizedLinear
 
+# on layers that an `Init` left plain because of their names: what they would have become
+_LEFT_OUT = "_ds_left_out"
+
 
 class Init:
     """Context in which the linear layers of models that are built become optimized ones.
 
     A plain `nn.Linear` is replaced when it is given to its parent module: with a `lora_config`, if the name it gets there
     ends like one of `target_mods`; with a `quant_config` alone, always. Weights can be loaded afterwards as usual;
-    `init_lora(model)` then cuts, quantizes and offloads the bases, and makes the adapters.
+    `init_lora(model)` then cuts, quantizes and offloads the bases, and makes the adapters. A model without a single
+    layer of such a name gets them in all its linear layers.
 
     Args:
         lora_config: adapters; None for none.
@@ -58,6 +62,7 @@ class Init:
             return None
         if self._lora_config is not None:
             if not name.endswith(tuple(self._lora_config.target_mods)):
+                module.__dict__[_LEFT_OUT] = (self._lora_config, self._quant_config)
                 return None
             return LoRAOptimizedLinear.of(module, self._lora_config, self._quant_config)
         if self._quant_config is not None:
@@ -68,6 +73,7 @@ class Init:
 def init_lora(model: nn.Module) -> None:
     """Freeze a model whose weights are in place, and make the adapters of its optimized layers; only they train."""
     model.requires_grad_(False)
+    _take_in_the_left_out(model)
     for module in list(model.modules()):
         if isinstance(module, LoRAOptimizedLinear):
             module.init_lora()
@@ -77,3 +83,13 @@ def init_lora(model: nn.Module) -> None:
         elif isinstance(module, QuantizedLinear):
             module.quantize_weight()
     offload_base_weights(model)
+
+
+def _take_in_the_left_out(model: nn.Module) -> None:
+    """Forget which layers were left out for their names; where all were, optimize all of them."""
+    none = not any(isinstance(module, LoRAOptimizedLinear) for module in model.modules())
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            left_out = module.__dict__.pop(_LEFT_OUT, None)
+            if none and left_out is not None and isinstance(module, nn.Linear):
+                setattr(parent, name, LoRAOptimizedLinear.of(module, *left_out))

@@ -247,6 +247,18 @@ def test_init_replaces_the_layers_that_are_named_and_loads_as_usual():
     assert net.q_proj.weight.ds_offload
 
 
+def test_a_model_without_any_of_the_names_gets_adapters_everywhere():
+    with Init(lora_config=LoRAConfig(lora_r=4)):
+        net = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(16, 16) for _ in range(2))})
+    x = torch.randn(2, 16)
+    expected = net["layers"][1](net["layers"][0](x))
+    init_lora(net)
+    assert all(type(layer) is LoRAOptimizedLinear for layer in net["layers"])
+    torch.testing.assert_close(net["layers"][1](net["layers"][0](x)), expected)
+    trained = [name for name, p in net.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 and all("lora_weight" in name for name in trained)
+
+
 def test_init_with_quantization_alone_takes_every_linear():
     with Init(quant_config=QUANT):
         net = Block()
