@@ -233,20 +233,30 @@ def _shapes_by_group(part: _Part) -> list[OrderedDict[str, torch.Size]]:
     return groups
 
 
-def _left_over(parts: Sequence[_Part], rules: MergeRules) -> Iterator[tuple[str, Any]]:
-    """Buffers, frozen and shared parameters of stages 0 to 2: upstream takes them from here."""
-    first = parts[0]
+def _left_over(
+    folder: Folder, parts: Sequence[_Part], rules: MergeRules
+) -> Iterator[tuple[str, Any]]:
+    """Buffers, frozen and shared parameters of stages 0 to 2: upstream takes them from here.
+
+    Of layers that tensor parallelism divided the frozen ones are put together, at all stages.
+    """
+    first, divided = parts[0], len(parts) > 1 and SUB_PARAM_SHARD_WIDTHS in rules.info
     buffers = set(first.model.get(Model.BUFFER_NAMES) or ())
-    divided = len(parts) > 1 and SUB_PARAM_SHARD_WIDTHS in rules.info
-    for name, value in (first.model.get(Model.MODULE) or {}).items():
-        if name in first.shapes or not isinstance(value, torch.Tensor) or first.saved.stage == 3:
+    shared = first.model.get(Model.SHARED_PARAMS) or {}
+    if first.saved.stage < 3:
+        held = [part.model.get(Model.MODULE) or {} for part in parts]
+    else:
+        held = [
+            dict(whole_frozen(folder.load, part.model, part.saved.world, rank)) if divided else {}
+            for rank, part in enumerate(parts)
+        ]
+    for name, value in held[0].items():
+        if name in first.shapes or not isinstance(value, torch.Tensor):
             continue
         whole: Any = {Universal.PARAM: value.detach()}
-        shared = first.model.get(Model.SHARED_PARAMS) or {}
         if divided and name not in buffers:
-            of_rule = shared.get(name, name)
-            slices = [part.model[Model.MODULE][name].detach() for part in parts]
-            whole = rules.merge(of_rule, slices)
+            slices = [weights[name].detach() for weights in held]
+            whole = rules.merge(shared.get(name, name), slices)
         yield universal_state_file(name, FP32), whole
 
 
@@ -288,7 +298,7 @@ def convert(
                 for name, stage in where.items()
             ]
             found = [entry for job in jobs for entry in job.result()]
-        found += _write_all(target, _left_over(grid[0], rules))
+        found += _write_all(target, _left_over(folder, grid[0], rules))
         if strict and (unmatched := rules.unmatched()):
             raise ValueError(
                 explain(
