@@ -102,7 +102,7 @@ def reference(tied, ranks, micro, clip, bf16):
     return losses
 
 
-def build(tied, stages, micro, stage, clip, bf16, freeze=False, **options):
+def build(tied, stages, micro, stage, clip, bf16, freeze=False, use_reentrant=None, **options):
     last = [LayerSpec(nn.Linear, CLASSES, CLASSES)] if freeze else []
     net = PipelineModule(
         specs(tied) + last,
@@ -122,6 +122,7 @@ def build(tied, stages, micro, stage, clip, bf16, freeze=False, **options):
         "gradient_clipping": clip,
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16},
+        "pipeline": {"use_reentrant": use_reentrant},
         "steps_per_print": 1000,
     }
     engine, *_ = deepspeed.initialize(
@@ -135,6 +136,10 @@ def train(rank, tied, stages, micro, stage, clip, bf16, options):
     data = iter(batches(engine.mesh.data.rank, engine.dp_world_size, STEPS * micro))
     losses = [engine.train_batch(data).item() for _ in range(STEPS)]
     norm = engine.get_global_grad_norm()
+    kind = deepspeed.checkpointing.checkpoint
+    if options.get("use_reentrant") is False:
+        kind = deepspeed.checkpointing.non_reentrant_checkpoint
+    assert engine.module.activation_checkpoint_func is kind
     engine.destroy()
     return losses, None if norm is None else float(norm), engine.global_steps
 
@@ -145,6 +150,7 @@ CASES = [
     (True, 3, 0, 0.1, False, {}),
     (True, 4, 1, 0.1, False, {"activation_checkpoint_interval": 1}),
     (False, 2, 1, 0.1, False, {"dynamic_shape": True}),
+    (False, 2, 0, 0.0, False, {"activation_checkpoint_interval": 1, "use_reentrant": False}),
     (True, 3, 1, 0.0, True, {}),
     (True, 2, 0, 0.1, True, {}),
 ]

@@ -10,6 +10,8 @@ from deepspeed.runtime.pipe.topology import (
     PipeDataParallelTopology,
     PipeModelDataParallelTopology,
     ProcessTopology,
+    _prime_factors,
+    _square_topology,
 )
 
 OTHER = {
@@ -114,3 +116,10 @@ def test_places_that_are_not_there_are_refused():
         grid.get_rank(a=2, b=0)
     with pytest.raises(ValueError, match="rank 9"):
         grid.get_coord(9)
+
+
+def test_a_grid_without_a_topology_deals_prime_factors_in_turn():
+    assert [_prime_factors(number) for number in (1, 7, 12)] == [[], [7], [2, 2, 3]]
+    assert (_square_topology(12).get_dim("pipe"), _square_topology(12).get_dim("data")) == (6, 2)
+    with pytest.raises(ValueError, match="positive"):
+        _prime_factors(0)
