@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ...utils.errors import explain
 from ...utils.logging import logger
@@ -259,6 +259,16 @@ class DeepSpeedZeroConfig(DeepSpeedConfigModel):
             )
         return self
 
+    @field_validator("elastic_checkpoint")
+    @classmethod
+    def _no_elastic_form_at_stage_3(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("stage") == ZeroStageEnum.weights:
+            logger.warning(
+                "zero_optimization.elastic_checkpoint: elastic checkpointing is deprecated and has no effect at "
+                "stage 3; every checkpoint loads on any number of ranks."
+            )
+        return value
+
 
 def read_zero_config(value: Any, allgather_size: int | None = None) -> DeepSpeedZeroConfig:
     """Build the model from what stands under ``zero_optimization``.
@@ -289,13 +299,7 @@ def read_zero_config(value: Any, allgather_size: int | None = None) -> DeepSpeed
                 expected='a JSON object such as {"stage": 2}',
             )
         )
-    config = DeepSpeedZeroConfig(**(value or {}))
-    if config.elastic_checkpoint and config.stage == ZeroStageEnum.weights:
-        logger.warning(
-            "zero_optimization.elastic_checkpoint has no effect at stage 3; use a universal "
-            "checkpoint to load at another world size."
-        )
-    return config
+    return DeepSpeedZeroConfig(**(value or {}))
 
 
 def get_zero_config(param_dict: Mapping[str, Any]) -> DeepSpeedZeroConfig:
