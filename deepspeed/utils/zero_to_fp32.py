@@ -476,10 +476,13 @@ def load_state_dict_from_zero_checkpoint(
 ) -> torch.nn.Module:
     """Move `model` to the CPU and load a ZeRO checkpoint's fp32 weights into it; returns the model.
 
-    An engine that trained the model cannot go on using it.
+    Weights that stage 3 had sharded are whole afterwards. An engine that trained the model cannot go on using it.
     """
     state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
     model = model.cpu()
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if name in state and hasattr(param, "ds_shape") and param.shape != param.ds_shape:
+            param.data = torch.empty(param.ds_shape, dtype=param.dtype)
     model.load_state_dict(state, strict=False)
     return model
 

@@ -253,6 +253,16 @@ def test_our_own_checkpoint_gives_the_masters(stage: int, tmp_path: Path) -> Non
     assert torch.equal(plain.head.weight, state["head.weight.master"])
 
 
+def test_a_model_that_stage_3_sharded_takes_the_masters_and_is_whole(tmp_path: Path) -> None:
+    made = engine(3, "bf16")
+    train(made, 0, SAVE_AT)
+    made.save_checkpoint(tmp_path)
+    wanted = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    found = load_state_dict_from_zero_checkpoint(made.module, tmp_path)
+    for name, param in found.named_parameters():
+        assert torch.equal(param, wanted[name].bfloat16()), name
+
+
 def test_the_copied_script_runs_by_itself(tmp_path: Path) -> None:
     made = engine(2, "bf16")
     made.save_checkpoint(tmp_path)

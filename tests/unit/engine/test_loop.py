@@ -451,3 +451,32 @@ def test_one_reduction_for_all_is_refused_where_something_else_decides(stage, mo
         engine.coalesce_grad_reduction(),
     ):
         pass
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_group_without_params_keeps_its_place(stage, tmp_path):
+    # The Trainer's second group is such when only adapters are trained; schedulers count groups.
+    def begin():
+        net = torch.nn.Linear(3, 2)
+        groups = [{"params": [], "lr": 0.5}, {"params": list(net.parameters())}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        settings = {**config(stage), "zero_allow_untested_optimizer": True}
+        run = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)[0]
+        return run, scheduler
+
+    def step(run, scheduler):
+        run.backward(run(torch.ones(3, 3)).square().mean())
+        run.step()
+        scheduler.step()
+        return [group["lr"] for group in run.optimizer.param_groups]
+
+    first, second = begin(), begin()
+    assert step(*first) == [0.25, 5e-3]
+    first[0].save_checkpoint(tmp_path)
+    second[0].load_checkpoint(tmp_path)
+    second[1].load_state_dict(first[1].state_dict())
+    assert step(*first) == step(*second)
+    for engine in (first[0], second[0]):
+        engine.eval()
+    assert torch.equal(first[0](torch.eye(3)), second[0](torch.eye(3)))
