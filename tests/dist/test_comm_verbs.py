@@ -314,7 +314,12 @@ def overflow(rank, bad_rank):
 
     param = torch.nn.Parameter(torch.zeros(2))
     param.grad = torch.tensor([1.0, float("inf") if rank == bad_rank else 0.0])
-    return CheckOverflow([[param]], zero_reduce_scatter=True).check()
+    found = CheckOverflow([[param]], zero_reduce_scatter=True).check()
+    param.allreduce = False  # an expert's
+    norm = float("inf") if rank == bad_rank else 1.0
+    by_norm = CheckOverflow([[param]]).check_using_norm([norm], reduce_overflow=False)
+    assert by_norm == found
+    return found
 
 
 @pytest.mark.parametrize(("bad", "found"), [(1, True), (None, False)])

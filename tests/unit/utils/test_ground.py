@@ -231,3 +231,13 @@ def test_torch_versions_compare_by_number(monkeypatch):
     assert not required_torch_version(max_version=2.9)
     with pytest.raises(AssertionError):
         required_torch_version()
+
+
+def test_modules_of_a_package_are_its_attributes(monkeypatch):
+    import deepspeed.elasticity as package
+
+    monkeypatch.delitem(sys.modules, "deepspeed.elasticity.config", raising=False)
+    monkeypatch.delattr(package, "config", raising=False)
+    assert package.config.__name__ == "deepspeed.elasticity.config"
+    with pytest.raises(AttributeError, match="no attribute 'settings'"):
+        _ = package.settings
