@@ -545,3 +545,14 @@ def test_a_share_without_permissions_costs_no_save(
     monkeypatch.setattr(Path, "chmod", refuse)
     checkpoint(tmp_path, 1, "fp32")
     assert (tmp_path / "zero_to_fp32.py").is_file()
+
+
+def test_masters_of_stage_0_have_the_names_of_their_files() -> None:
+    made = engine(0, "fp16")
+    groups = [[part.master for part in group.parts] for group in made.optimizer.groups]
+    own = getattr(made.optimizer, "fp32_groups_flat", None) or made.optimizer.fp32_groups
+    for masters, given in zip(groups, own, strict=True):
+        flat = given if torch.is_tensor(given) else torch.cat([part.reshape(-1) for part in given])
+        assert torch.equal(flat, torch.cat(masters)[: flat.numel()])
+    name = made._get_optimizer_ckpt_name("dir", "tag", 0)
+    assert name == os.path.join("dir", "tag", "expp_rank_0_mp_rank_00_optim_states.pt")

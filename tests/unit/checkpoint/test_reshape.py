@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from deepspeed.checkpoint import (
     model_3d_desc,
     reshape_meg_2d_parallel,
 )
+from deepspeed.checkpoint.autoep_metadata import aggregate_autoep_metadata, refuse_autoep
 from deepspeed.checkpoint.reshape_meg_2d import get_mpu_ranks
 
 GOLDEN = Path(__file__).parents[2] / "contract" / "golden"
@@ -120,3 +122,41 @@ def test_layer_files_of_a_pipeline_are_found_by_place(tmp_path):
     assert first["input_layernorm.weight"].shape == (3,)
     with pytest.raises(AssertionError, match="bogus"):
         DeepSpeedCheckpoint(GOLDEN / "s3_fp32_w2" / "t")
+
+
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [
+        ([None, None], None),
+        ([(2, 1), None], "missing from model-state files"),
+        ([(2, 1), (1, 2)], "disagrees across model-state files"),
+    ],
+)
+def test_files_of_model_states_agree_on_the_degrees(
+    said: list[tuple[int, int] | None], wrong: str | None, tmp_path: Path
+) -> None:
+    for rank, degrees in enumerate(said):
+        model = {"module": {}, "param_shapes": [{}]}
+        if degrees is not None:
+            pair = dict(zip(("pp_degree", "tp_degree"), degrees, strict=True))
+            model["checkpoint_parallel_dimensions"] = pair  # type: ignore[assignment]
+        torch.save(model, tmp_path / f"mp_rank_{rank:02d}_model_states.pt")
+        for data_rank in range(2):
+            name = f"zero_pp_rank_{data_rank}_mp_rank_{rank:02d}_optim_states.pt"
+            torch.save({}, tmp_path / name)
+    if wrong is None:  # no pipeline's layers: the files are of tensor-parallel ranks
+        assert get_model_3d_descriptor(tmp_path).get_desc() == "PP,TP,DP = (1, 2, 2)"
+        return
+    with pytest.raises(RuntimeError, match=wrong):
+        get_model_3d_descriptor(tmp_path)
+
+
+def test_automatically_split_experts_are_refused_and_not_dropped() -> None:
+    entry = {"module_path": "layers.3.mlp", "num_experts": 4}
+    models: list[dict[str, Any]] = [{"ds_autoep_layers": [entry]}, {"autoep_layers": [entry]}, {}]
+    assert aggregate_autoep_metadata(models) == [entry]
+    refuse_autoep(models[2:])
+    with pytest.raises(NotImplementedError, match=r"layers\.3\.mlp"):
+        refuse_autoep(models)
+    with pytest.raises(RuntimeError, match="must be a list"):
+        refuse_autoep([{"ds_autoep_layers": {"no": "list"}}])

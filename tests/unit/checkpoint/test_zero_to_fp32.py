@@ -261,6 +261,7 @@ def test_a_model_that_stage_3_sharded_takes_the_masters_and_is_whole(tmp_path: P
     found = load_state_dict_from_zero_checkpoint(made.module, tmp_path)
     for name, param in found.named_parameters():
         assert torch.equal(param, wanted[name].bfloat16()), name
+        assert param.ds_status.name == "AVAILABLE"  # as it says of itself, and item() believes
 
 
 def test_the_copied_script_runs_by_itself(tmp_path: Path) -> None:
