@@ -483,6 +483,7 @@ def load_state_dict_from_zero_checkpoint(
     for name, param in model.named_parameters(remove_duplicate=False):
         if name in state and hasattr(param, "ds_shape") and param.shape != param.ds_shape:
             param.data = torch.empty(param.ds_shape, dtype=param.dtype)
+            param.ds_status = type(param.ds_status).AVAILABLE
     model.load_state_dict(state, strict=False)
     return model
 
