@@ -110,8 +110,13 @@ def _unequal(train: int, micro: int, steps: int, world: int, given: dict[str, in
     near = f"{below} or {above}" if below and below != train else f"{above}"
     if None not in given.values():
         near = f"{micro * steps * world}"
+    alone = (
+        f" They fit one rank, and there are {world}: a program that thinks that each is alone may have filled them in. "
+        'On CPUs, tell accelerate InitProcessGroupKwargs(backend="gloo"), or the Trainer use_cpu=True.'
+    )
     return (
         "Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * "
         f"gradient_acc_step * world_size {train} != {micro} * {steps} * {world}. "
         f"With the other values as they are, train_batch_size could be {near}."
+        + (alone if world > 1 and None not in given.values() and train == micro * steps else "")
     )

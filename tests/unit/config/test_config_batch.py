@@ -223,3 +223,11 @@ def test_a_triad_changed_by_hand_is_completed_anew():
     config.gradient_accumulation_steps = 2
     with pytest.raises(AssertionError, match=re.escape(UNEQUAL)):
         config._configure_train_batch_size()
+
+
+def test_batches_that_fit_one_rank_only_say_how_that_comes_about():
+    with pytest.raises(AssertionError, match=r"They fit one rank, and there are 2.*gloo"):
+        complete_batch(16, 8, 2, 2)
+    with pytest.raises(AssertionError) as caught:
+        complete_batch(17, 8, 2, 2)
+    assert "They fit one rank" not in str(caught.value)
