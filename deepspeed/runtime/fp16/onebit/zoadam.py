@@ -111,7 +111,9 @@ class ZeroOneAdam(CompressingOptimizer):
         updates, settled = self.variance_steps(state["step"])
         if state["step"] > self.var_freeze_step:
             if state["step"] == self.var_freeze_step + 1:
-                self._errors.pop(param, None)  # of gradients, which are of another size than what travels now
+                self._errors.pop(
+                    param, None
+                )  # of gradients, which are of another size than what travels now
             state["exp_avg"].lerp_(grad, 1 - beta1)
             self._step_alone(group, param, state, settled)
             return
