@@ -58,6 +58,7 @@ def build_precision(config: Any) -> Precision:
         buffers=config.buffer_dtype,
         autocast=autocast,
         check_overflow=scaled or (bf16.enabled and bf16.check_grad_overflow),
+        take_overflow=bf16.enabled and not bf16.check_grad_overflow,
         make_scaler=_scaler_factory(fp16, sharded) if scaled else LossScaler,
     )
 

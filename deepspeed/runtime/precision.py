@@ -24,6 +24,7 @@ class Precision:
         buffers: dtype of floating buffers; None leaves them alone.
         autocast: dtype of the autocast region around the forward pass; None for no region.
         check_overflow: skip a step whose gradients are not finite.
+        take_overflow: step with gradients that are not finite, too, as the user asked for.
         make_scaler: builds the loss scaler.
     """
 
@@ -34,6 +35,7 @@ class Precision:
     buffers: torch.dtype | None = None
     autocast: torch.dtype | None = None
     check_overflow: bool = False
+    take_overflow: bool = False
     make_scaler: Callable[[], LossScalerBase] = LossScaler
 
     def master_dtype(self, param_dtype: torch.dtype) -> torch.dtype:

@@ -310,7 +310,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             self._finish_grad_files()
         norm = self._norm()
         scale = self.loss_scale
-        self.overflow = not math.isfinite(norm)
+        self.overflow = not (math.isfinite(norm) or self.precision.take_overflow)
         if self.overflow:
             self._skip(scale)
             return

@@ -137,6 +137,16 @@ def test_bf16_skips_steps_that_are_not_finite(stage):
     assert not unchanged(engine, before)
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_bf16_takes_such_steps_where_the_check_is_off(stage, clip):
+    bf16 = {"enabled": True, "check_grad_overflow": False}
+    engine = start(stage, bf16=bf16, gradient_clipping=clip)
+    one_step(engine, torch.bfloat16, poison=float("nan"))
+    assert engine.skipped_steps == 0
+    assert any(p.isnan().any() for p in engine.module.parameters())
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_fp32_names_the_parameter_whose_gradient_is_not_finite(stage):
     engine = start(stage)
