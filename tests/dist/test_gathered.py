@@ -115,7 +115,8 @@ MISTAKES = {
 
 
 def check_messages(said):
-    assert said["edit"] is None and said["checked edit that is taken back"] is None
+    assert said["edit"] is None
+    assert "in-place modification" in said["checked edit that is taken back"]
     assert (
         "modifier_rank" in said["checked edit"]
         and "modifier_rank" in said["checked edit of one rank"]

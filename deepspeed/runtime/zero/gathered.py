@@ -5,7 +5,7 @@
 Without `modifier_rank` it is not said whose edit counts, so edits are dropped with the gathered values. Where one rank
 holds everything, "gathered" is no copy: the edit is in the slice itself. It is undone from the master weight where the
 optimizer keeps one, else it stays, and a warning says so. With `enable_sanity_checks` any such edit is an error, on all
-ranks; that costs a copy of what is gathered.
+ranks, even one that is taken back; that costs a copy of what is gathered.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ class GatheredParameters:
 
     def _drop_edits(self) -> None:
         if self._before:
-            edited = [p for p in self.params if self._is_edited(p)]
+            touched = zip(self.params, self._versions, strict=True)
+            edited = [p for p, version in touched if p._version != version or self._is_edited(p)]
             if not _all_agree(self.params, not edited):
                 _restore_all(edited, self._before)
                 raise RuntimeError(_lost_edit(edited))
@@ -185,9 +186,9 @@ def _all_agree(params: Iterable[Any], ok: bool) -> bool:
 
 
 def _lost_edit(edited: list[Any]) -> str:
-    got = "an edit on another rank"
+    got = "an in-place modification on another rank"
     if edited:
-        got = f"a change of a parameter of shape {tuple(edited[0].ds_shape)}, modifier_rank=None"
+        got = f"an in-place modification of a parameter of shape {tuple(edited[0].ds_shape)}, modifier_rank=None"
     return explain(
         "a gathered parameter was edited, and the edit would be lost",
         got=got,

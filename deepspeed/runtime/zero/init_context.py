@@ -116,7 +116,7 @@ class InitContext:
         )
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype = dtype or settings.dtype
-        self.scheme = settings.scheme
+        self.scheme, self.checks_sanity = settings.scheme, settings.checks_sanity
         place = remote_device or settings.param_device
         self.tier = tier_for(
             self.device, place in ("cpu", "nvme"), pin_memory or settings.pin_memory
@@ -251,6 +251,7 @@ class InitContext:
         codec = None if scheme is None or not floating else GroupCodec.of(scheme, param)
         with self._files_together():
             shard_param(param, self.axis, self.device, self.tier, self.folder, codec, self.home)
+        param.ds_enable_sanity_checks = self.checks_sanity
         if self.sends_quantized:
             send_quantized(param)
         if self.keeps_quantized and not param.requires_grad:
@@ -276,10 +277,12 @@ class _Settings:
         mics_shard_size: int = -1,
         nvme_path: Any = None,
         aio: dict[str, Any] | None = None,
+        checks_sanity: bool = False,
     ) -> None:
         self.dtype, self.param_device, self.pin_memory = dtype, param_device, pin_memory
         self.scheme, self.mics_shard_size = scheme, mics_shard_size
         self.nvme_path, self.aio = nvme_path, aio or {}
+        self.checks_sanity = checks_sanity
 
 
 def _settings(config: Any) -> _Settings:
@@ -310,6 +313,7 @@ def _settings(config: Any) -> _Settings:
         zero.mics_shard_size,
         None if offload is None else offload.nvme_path,
         get_aio_config(config),
+        zero.enable_sanity_checks,
     )
 
 

@@ -105,3 +105,15 @@ def test_modules_made_without_memory_get_their_params_sharded(kind):
     with deepspeed.zero.GatheredParameters(layer.weight, modifier_rank=0), torch.no_grad():
         layer.weight.fill_(0.5)
     assert layer.weight.ds_tensor.eq(0.5).all()
+
+
+def test_sanity_checks_of_the_configuration_hold_before_there_is_an_engine():
+    config = {"zero_optimization": {"stage": 3, "enable_sanity_checks": True}}
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        net = torch.nn.Linear(4, 4)
+    with (
+        pytest.raises(RuntimeError, match="in-place modification"),
+        deepspeed.zero.GatheredParameters(net.weight),
+        torch.no_grad(),
+    ):
+        net.weight.add_(0.0)  # even one that changes nothing
