@@ -327,8 +327,11 @@ class Folder:
         wanted = [name for name in names if self._whole and self._is_whole(name)]
         if not wanted or not pays(*(self.path / name for name in wanted)):
             return
-        with ThreadPoolExecutor(len(wanted), "checkpoint-ahead") as pool:
+        # not as a context, whose end would wait for what is only begun; `load` and `close` wait
+        pool = ThreadPoolExecutor(len(wanted), "checkpoint-ahead")
+        try:
             self._ahead.update((name, pool.submit(read_whole, self.path / name)) for name in wanted)
+        finally:
             pool.shutdown(wait=False)
 
     def close(self) -> None:

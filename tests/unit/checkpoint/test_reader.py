@@ -535,3 +535,24 @@ def test_what_was_begun_is_what_is_loaded_and_is_checked(
     assert torch.equal(folder.load("a.pt"), values["a"]) and not folder.is_in_memory("a.pt")
     folder.begin(["b.pt"])
     folder.close()
+
+
+def test_to_begin_does_not_wait_for_what_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_file, "_LEAST", 0)
+    began, may_end = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> whole_file.WholeFile:
+        began.set()
+        assert may_end.wait(5)
+        return whole_file.read_whole(path)
+
+    monkeypatch.setattr(reader, "read_whole", slow)
+    value = torch.randn(5000)
+    publish(tmp_path, "step", Crew(), lambda folder: [save_file(folder / "a.pt", value)])
+    folder = Folder(tmp_path / "step", whole=True)
+    folder.begin(["a.pt"])
+    assert began.wait(5) and not may_end.is_set()
+    may_end.set()
+    assert torch.equal(folder.load("a.pt"), value) and folder.is_in_memory("a.pt")
