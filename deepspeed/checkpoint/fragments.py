@@ -76,7 +76,9 @@ def _merge_zero_shards(
     slices = []
     for rank in range(tp_degree):
         shape = slice_shape[rank] if isinstance(slice_shape, list) else slice_shape
-        files = sorted((Path(param_base_path) / str(rank)).glob(f"{state}.*"))
+        found = (Path(param_base_path) / str(rank)).glob(f"{state}.*")
+        numbered = [file for file in found if file.suffix[1:].isdigit()]
+        files = sorted(numbered, key=lambda file: int(file.suffix[1:]))  # "100" comes after "99"
         if not files and torch.Size(shape).numel():
             raise AssertionError(
                 explain(

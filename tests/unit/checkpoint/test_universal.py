@@ -13,8 +13,11 @@ import torch
 
 from deepspeed.checkpoint import SubparamShape, enable_universal_checkpoint, to_upstream
 from deepspeed.checkpoint.ds_to_universal import convert, main, parse_arguments
+from deepspeed.checkpoint.fragments import merge_tp_slices
 from deepspeed.checkpoint.merge_slices import MergeRules
+from deepspeed.checkpoint.reader import load_file
 from deepspeed.checkpoint.universal_checkpoint import cut_for_rank
+from deepspeed.checkpoint.writer import save_file
 from deepspeed.utils.errors import DeepSpeedCheckpointError
 from tests.helpers.checkpointing import SAVE_AT, STEPS, engine, same, state_of, train
 
@@ -232,3 +235,19 @@ def test_a_copy_for_upstream_holds_a_scaler_and_loads_here_too(dtype: str, tmp_p
     other = engine(3, dtype, seed=9)
     other.load_checkpoint(tmp_path / "theirs")
     assert train(other, SAVE_AT, STEPS) == losses
+
+
+def test_fragments_join_in_the_order_of_data_ranks(tmp_path: Path) -> None:
+    whole = torch.arange(2 * 12.0).view(4, 6)  # twelve data ranks have an element of each half
+    for tensor_rank, half in enumerate(whole.view(2, 12)):
+        folder = tmp_path / "slices" / "fc.weight" / str(tensor_rank)
+        folder.mkdir(parents=True)
+        for state in ("fp32", "exp_avg", "exp_avg_sq"):
+            for data_rank, piece in enumerate(half):
+                save_file(folder / f"{state}.{data_rank}", piece.reshape(1).clone())
+    shape = torch.Size([2, 6])
+    unmatched = merge_tp_slices({}, tmp_path / "out", tmp_path / "slices", 2, ("fc.weight", shape))
+    assert unmatched == set()
+    for state in ("fp32", "exp_avg", "exp_avg_sq"):
+        joined = load_file(tmp_path / "out" / "fc.weight" / f"{state}.pt")
+        assert torch.equal(joined["param"], whole)
