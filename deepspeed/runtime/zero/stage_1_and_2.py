@@ -86,6 +86,22 @@ class DeepSpeedZeroOptimizer(ZeroOptimizer, ZeROOptimizer):
         """Over how many ranks each group is sharded."""
         return [group.shard_axis.size for group in self.groups]
 
+    @staticmethod
+    def get_param_id(param: torch.nn.Parameter) -> int:
+        """The key of a parameter in `param_to_partition_ids`."""
+        return id(param)
+
+    @property
+    def param_to_partition_ids(self) -> list[dict[int, list[int]]]:
+        """For each group, the ranks that hold a part of each parameter."""
+        return [
+            {
+                id(param): [segment.rank for segment in group.layout.param_segments(index)]
+                for index, param in enumerate(group.params)
+            }
+            for group in self.groups
+        ]
+
     @property
     def group_paddings(self) -> list[int]:
         return [group.padding for group in self.groups]
