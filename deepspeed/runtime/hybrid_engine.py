@@ -84,13 +84,14 @@ class DeepSpeedHybridEngine(DeepSpeedEngine):
     @contextlib.contextmanager
     def _fused_weights(self) -> Iterator[None]:
         """Fuse what can be fused and is not yet, for the duration."""
-        mine = [m for m in self._lora_layers() if m not in self._originals and _is_whole(m)]
+        before = set(self._originals)
         try:
-            for layer in mine:
-                self._fuse(layer)
+            for layer in self._lora_layers():
+                if _is_whole(layer):
+                    self._fuse(layer)
             yield
         finally:
-            for layer in mine:
+            for layer in [m for m in self._originals if m not in before]:
                 self._unfuse(layer)
 
     # - adapters
