@@ -99,6 +99,9 @@ def test_the_section_makes_two_groups_with_their_own_rates():
     ]
     assert (muon["lr"], muon["momentum"], muon["name"]) == (0.3, 0.8, "muon-params")
     assert (adam["lr"], adam["betas"], adam["name"]) == (0.1, (0.5, 0.6), "adam-params")
+    group = {"params": list(model.parameters()), "lr": 0.7, "adam_lr": 0.9}
+    muon, adam = muon_groups([group], options)
+    assert (muon["lr"], adam["lr"]) == (0.7, 0.9), "a group's own rates win"
     with pytest.raises(ValueError, match="amsgrad"):
         muon_groups(model.parameters(), {"amsgrad": True})
 

@@ -189,7 +189,7 @@ def muon_groups(params: Iterable[Any], options: Mapping[str, Any]) -> list[dict[
         ):
             mine = [p for p in trained if bool(getattr(p, "use_muon", False)) is is_muon]
             values = {key: own[key] for key in defaults if key in own}
-            if rate in own:
+            if rate in own and (rate in given or "lr" not in given):
                 values["lr"] = own[rate]
             if mine:
                 made.append({"params": mine, "use_muon": is_muon, "name": name, **values})
