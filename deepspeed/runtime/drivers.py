@@ -158,8 +158,9 @@ class PlainDriver:
             self.reduce_now()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+            apart = [self.mesh.sequence_data] if _reduces_itself(self.optimizer) else []
             for found in self.scaler._found_inf_per_device(self.optimizer).values():
-                for axis in self._axes:
+                for axis in (*self._axes, *apart):
                     flat.all_reduce_(found, axis, "max")
         self._clip()
         applied = True

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import deepspeed
+from deepspeed.comm import flat
 from deepspeed.runtime.torch_autocast import get_comm_dtype, has_comm_dtype
 from deepspeed.runtime.zero.buckets import cut_buckets
 from tests.helpers.parity import batch, loss_of, model
@@ -76,3 +77,20 @@ def test_fp16_scales_the_loss_and_skips_what_overflows(stage):
     engine.step()
     assert not engine.was_step_applied() and engine.skipped_steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("reduces_itself", [True, False])
+def test_an_overflow_on_another_rank_counts_where_gradients_are_each_ranks_own(
+    monkeypatch, reduces_itself
+):
+    engine = start(0, model(), dtype="float16")
+    engine.basic_optimizer.reduces_itself = reduces_itself
+    engine.backward(loss_of(engine, *batch(0, 0, 0, torch.float32)))
+
+    def other_rank_overflowed(tensor, axis, op="sum"):
+        if op == "max" and axis is engine.mesh.sequence_data and tensor.dtype == torch.float32:
+            tensor.fill_(1.0)
+
+    monkeypatch.setattr(flat, "all_reduce_", other_rank_overflowed)
+    engine.step()
+    assert engine.was_step_applied() is not reduces_itself
