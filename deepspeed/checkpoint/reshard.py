@@ -119,6 +119,18 @@ class SavedState:
                 slot = self.slots(piece.rank)[piece.slot]
                 yield lo - start, slot, piece.start + lo - piece.param_start, hi - lo
 
+    def is_padding(self, slot: Slot, start: int, length: int) -> bool:
+        """Whether `[start, start + length)` of an open slot holds elements of no parameter."""
+        places = {
+            (r, i) for r, slots in self._shards.items() for i, s in enumerate(slots) if s is slot
+        }
+        return not any(
+            (piece.rank, piece.slot) in places
+            and max(start, piece.start) < min(start + length, piece.start + piece.length)
+            for pieces in self.pieces.values()
+            for piece in pieces
+        )
+
     def full(self, name: str, key: str = FP32) -> torch.Tensor | None:
         """All elements of one state of a parameter, flat; None when it was not saved."""
         first = self.first_slot(name)

@@ -40,6 +40,9 @@ def lent_states(
             continue
         if part.spilled is not None or not part.master.is_cpu or _is_pinned(part.master):
             continue
+        # groups that were cut otherwise when they were saved: the next parameter's states are where padding would be
+        if not saved.is_padding(slot, begin + filled, part.length - filled):
+            continue
         found = {key: slot.tensors[key][begin:] for key in keys if key in slot.tensors}
         if all(flat.numel() >= part.length for flat in found.values()):
             lent[id(part)] = {key: flat[: part.length] for key, flat in found.items()}
