@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from deepspeed import comm as dist
+from deepspeed.accelerator.product_functions import autocast_on
 from deepspeed.comm.mesh import Axis
 from deepspeed.utils.errors import explain
 
@@ -219,7 +220,8 @@ class LinearLayer(TensorParallelLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map inputs of shape (..., inputs) to this rank's outputs, or to all."""
-        if self.tp_overlap_comm and self.axis.size > 1 and not torch.is_autocast_enabled():
+        casts = torch.is_autocast_enabled() or autocast_on()  # on a GPU, or on the CPU
+        if self.tp_overlap_comm and self.axis.size > 1 and not casts:
             output = overlapped_linear(input, self.weight, self.axis)
             output = output if self.bias is None else output + self.bias
         else:
