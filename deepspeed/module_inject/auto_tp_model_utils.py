@@ -16,13 +16,14 @@ from .tp_shard import get_num_kv_heads, get_shard_size_list
 _ORIGINAL = "_ds_original_"
 
 
-def _own(per_head: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
-    """This rank's heads of something whose first dimension is all heads."""
-    rank, world = (
-        groups.get_tensor_model_parallel_rank(),
-        groups.get_tensor_model_parallel_world_size(),
-    )
-    sizes = sizes or get_shard_size_list(per_head.shape[0], world)
+def _own(
+    per_head: torch.Tensor, sizes: Sequence[int] | None = None, rank: int | None = None
+) -> torch.Tensor:
+    """A rank's heads of something whose first dimension is all heads; None is this process in the present groups."""
+    rank = groups.get_tensor_model_parallel_rank() if rank is None else rank
+    if sizes is None:
+        world = groups.get_tensor_model_parallel_world_size()
+        sizes = get_shard_size_list(per_head.shape[0], world)
     return per_head.narrow(0, sum(sizes[:rank]), sizes[rank])
 
 
@@ -32,6 +33,7 @@ def build_bloom_alibi_tensor(
     dtype: torch.dtype,
     head_shard_sizes: Sequence[int] | None = None,
     total_num_heads: int | None = None,
+    rank: int | None = None,
 ) -> torch.Tensor:
     """Make BLOOM's biases of this rank's heads.
 
@@ -41,6 +43,7 @@ def build_bloom_alibi_tensor(
         dtype: of the result.
         head_shard_sizes: heads of each rank.
         total_num_heads: all heads.
+        rank: whose heads; None takes this process's place in the groups that are there now.
 
     Returns:
         Shape (batch * own heads, 1, length).
@@ -48,7 +51,7 @@ def build_bloom_alibi_tensor(
     heads = total_num_heads or num_heads
     slopes = torch.tensor(_slopes(heads), dtype=torch.float32, device=attention_mask.device)
     places = ((attention_mask.cumsum(dim=-1) - 1) * attention_mask)[:, None, :]
-    own = _own(slopes, head_shard_sizes)[None, :, None] * places
+    own = _own(slopes, head_shard_sizes, rank)[None, :, None] * places
     return own.reshape(-1, 1, attention_mask.shape[1]).to(dtype)
 
 
@@ -66,6 +69,7 @@ def get_alibi_mask(
     seq_length_with_past: int,
     head_shard_sizes: Sequence[int] | None = None,
     total_num_heads: int | None = None,
+    rank: int | None = None,
 ) -> torch.Tensor:
     """Baichuan's mask of this rank's heads: the model's own, made for all heads, and cut."""
     held = self.n_head
@@ -74,7 +78,7 @@ def get_alibi_mask(
         whole = _original(self, "get_alibi_mask")(tensor, seq_length_with_past)
     finally:
         self.n_head = held
-    return _own(whole, head_shard_sizes)
+    return _own(whole, head_shard_sizes, rank)
 
 
 def build_mpt_alibi_tensor(
@@ -85,12 +89,13 @@ def build_mpt_alibi_tensor(
     device: Any = None,
     head_shard_sizes: Sequence[int] | None = None,
     total_num_heads: int | None = None,
+    rank: int | None = None,
 ) -> torch.Tensor:
     """MPT's biases of this rank's heads: the model's own, made for all heads, and cut."""
     make = _original(self, "build_mpt_alibi_tensor")
     heads = total_num_heads or num_heads
     whole = make(heads, sequence_length, alibi_bias_max=alibi_bias_max, device=device)
-    return _own(whole, head_shard_sizes)
+    return _own(whole, head_shard_sizes, rank)
 
 
 def install_head_sharded_helper(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -77,7 +78,7 @@ def divide_model(
         )
     for layer in layers:
         layer.tp_overlap_comm = config.tp_overlap_comm
-    _divide_biases(model, heads)
+    _divide_biases(model, heads, axis.rank)
     setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))
 
 
@@ -131,6 +132,7 @@ def _own_rules(model: torch.nn.Module, needed: bool) -> list[TPLayerSpec]:
 
 
 def _of_family(model: torch.nn.Module, family: str | None) -> AutoTPConfig | None:
+    family = None if family is None else family.lower()
     preset = None if family is None else AutoTPPresets.get_preset(family)
     packed = packed_attention(family, getattr(model, "config", None)) if preset else None
     if preset is not None and packed is not None:
@@ -186,8 +188,8 @@ def _equal_weights(model: torch.nn.Module, axis: Axis, device: torch.device) -> 
             tensor.data.copy_(staged)
 
 
-def _divide_biases(model: torch.nn.Module, heads: int | None) -> None:
-    """Have position biases by heads made for this rank's heads."""
+def _divide_biases(model: torch.nn.Module, heads: int | None, rank: int) -> None:
+    """Have position biases by heads made for this rank's heads, whatever groups later engines make."""
     if heads is None:
         return
 
@@ -202,7 +204,8 @@ def _divide_biases(model: torch.nn.Module, heads: int | None) -> None:
     for module in model.modules():
         for name, helper in helpers.items():
             if callable(getattr(module, name, None)):
-                alibi.install_head_sharded_helper(module, name, helper, num_heads=heads)
+                own = functools.partial(helper, rank=rank)
+                alibi.install_head_sharded_helper(module, name, own, num_heads=heads)
 
 
 # - the model's inputs

@@ -12,7 +12,13 @@ from torch import nn
 import deepspeed
 from deepspeed.checkpoint.merge_slices import MergeRules
 from deepspeed.checkpoint.tensor_parts import part_of
-from deepspeed.module_inject import AutoTPConfig, AutoTPPresets, PartitionType, tp_shard
+from deepspeed.module_inject import (
+    AutoTPConfig,
+    AutoTPPresets,
+    PartitionType,
+    tp_layer,
+    tp_shard,
+)
 from deepspeed.module_inject.auto_tp import AutoTP
 from deepspeed.module_inject.layers import (
     DS_AUTOTP_UC_META,
@@ -22,12 +28,14 @@ from deepspeed.module_inject.layers import (
     collect_autotp_universal_checkpoint_info,
     set_autotp_mode,
 )
+from deepspeed.module_inject.tp_collectives import overlapped_linear
 from deepspeed.module_inject.tp_cut import Cut
 from deepspeed.module_inject.tp_parser import guess_specs
 from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
-from deepspeed.runtime.tensor_parallel import request
+from deepspeed.runtime.tensor_parallel import division, request
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig, _get_hf_tp_plan
 from deepspeed.runtime.tensor_parallel.division import find_rules
+from deepspeed.utils import groups
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +177,64 @@ def test_family_rules_name_layers_of_their_families():
         for name, kind in ((column, PartitionType.COLUMN), (row, PartitionType.ROW)):
             assert preset.find_matching_spec(f"{name}.weight").partition_type is kind, name
     assert AutoTPPresets.get_preset("unheard") is None
+
+
+def test_a_preset_is_the_same_in_capitals():
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 8}
+    model = Net(Attention, **sizes)
+    small = rules_of(model, preset_model="phi3")
+    assert rules_of(model, preset_model="Phi3") == small
+    assert ("column", [r".*\.self_attn\.qkv_proj\.weight$"]) in small
+
+
+class Biased(nn.Module):
+    """Has the helpers that models make their position biases with; a head's bias is its number."""
+
+    n_head = 5
+
+    def build_mpt_alibi_tensor(self, num_heads, length, alibi_bias_max=8, device=None):
+        return torch.arange(num_heads, device=device)[:, None, None].expand(-1, 1, length)
+
+    def get_alibi_mask(self, tensor, length):
+        return self.build_mpt_alibi_tensor(self.n_head, length)
+
+
+class Bloom(nn.Module):
+    def build_alibi_tensor(self, mask, num_heads, dtype):
+        raise AssertionError("is replaced")
+
+
+def test_position_biases_are_of_the_ranks_heads_after_other_engines_made_groups(monkeypatch):
+    # MPT's and Baichuan's differ in their helpers' names only; a model has one of the two
+    mpt, baichuan, bloom = Biased(), Biased(), Bloom()
+    mpt.get_alibi_mask = baichuan.build_mpt_alibi_tensor = None
+    baichuan.get_alibi_mask = lambda tensor, length: torch.arange(baichuan.n_head)[:, None]
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "get_tensor_model_parallel_world_size", lambda: 2)
+        for model in (mpt, baichuan, bloom):
+            division._divide_biases(model, 5, rank=1)
+    assert mpt.build_mpt_alibi_tensor(2, 3)[:, 0, 0].tolist() == [3, 4]
+    baichuan.n_head = 2
+    assert baichuan.get_alibi_mask(None, 3)[:, 0].tolist() == [3, 4] and baichuan.n_head == 2
+    mask = torch.ones(1, 3, dtype=torch.long)
+    own = bloom.build_alibi_tensor(mask, 2, torch.float32)
+    # heads 3 and 4 of 5 (arXiv:2108.12409): 2^-8, then the first of the row between; token 2
+    assert own[:, 0, 2].tolist() == [2 * 2**-8, 2 * 2**-1]
+
+
+def test_overlapped_columns_keep_to_autocast_on_the_cpu(monkeypatch):
+    layer = LinearLayer(nn.Linear(3, 4))
+    alone = layer.axis
+    layer.axis, layer.tp_overlap_comm = SimpleNamespace(size=2), True
+    monkeypatch.setattr(tp_layer, "sum_of_grads", lambda x, axis: x)
+    monkeypatch.setattr(
+        tp_layer, "overlapped_linear", lambda x, w, _: overlapped_linear(x, w, alone)
+    )
+    x = torch.randn(2, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and layer.weight.grad.dtype == torch.float32
 
 
 def divided(model, specs, **options):
