@@ -140,7 +140,7 @@ class Reducer:
         """Forget the gradients that a step has used."""
         for group in self.groups:
             group.forget_grads(release)
-        for bucket in self._buckets:
+        for bucket in (*self._buckets, *self._apart):
             bucket.begin_step()
         self.blocks.clear()
         self.seen.clear()
