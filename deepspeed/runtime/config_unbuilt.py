@@ -142,6 +142,27 @@ UNBUILT: tuple[Unbuilt, ...] = (
         )
     ),
     Unbuilt(
+        "tensor_parallel.tensor_parallel.tp_size",
+        "divided layers without 'autotp_size'",
+        lambda c: not _divided(c) and c.tensor_parallel_config.tensor_parallel.tp_size > 1,
+        "Set 'tensor_parallel.autotp_size' to the number of ranks.",
+    ),
+    *(
+        Unbuilt(
+            f"tensor_parallel.tensor_parallel.{key}",
+            feature,
+            lambda config, key=key: (  # type: ignore[misc]
+                _divided(config)
+                and getattr(config.tensor_parallel_config.tensor_parallel, key) is not None
+            ),
+            instead,
+        )
+        for key, feature, instead in (
+            ("mpu", "an mpu in the configuration", "Pass mpu= to deepspeed.initialize."),
+            ("tp_group", "a group in the configuration", "Pass tp_group= to tp_model_init."),
+        )
+    ),
+    Unbuilt(
         "expert_parallel.enabled",
         "expert parallelism of Hugging Face models (AutoEP)",
         lambda config: config.expert_parallel_config.enabled,

@@ -49,6 +49,9 @@ ASKING = {
     "tensor_parallel.injection_policy_tuple": divided(injection_policy_tuple=("out_proj",)),
     "tensor_parallel.keep_module_on_host": divided(keep_module_on_host=True),
     "tensor_parallel.replace_with_kernel_inject": divided(replace_with_kernel_inject=True),
+    "tensor_parallel.tensor_parallel.tp_size": {"tensor_parallel": {"tp": {"tp_size": 2}}},
+    "tensor_parallel.tensor_parallel.mpu": divided(tp={"mpu": object()}),
+    "tensor_parallel.tensor_parallel.tp_group": divided(tp={"tp_group": object()}),
     "hybrid_engine.inference_tp_size": {"hybrid_engine": {"enabled": True, "inference_tp_size": 2}},
     "hybrid_engine.enable_cuda_graph": {
         "hybrid_engine": {"enabled": True, "enable_cuda_graph": True}
