@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.utils.errors import explain
+
 from .base import CompressingOptimizer, axis_of, check_max_grad_norm, descend, direction
 
 
@@ -36,7 +38,7 @@ class ZeroOneAdam(CompressingOptimizer):
         cuda_aware, comm_backend_name: kept for callers; the engine's process group is used.
 
     Raises:
-        ValueError: for `max_grad_norm`.
+        ValueError: for `max_grad_norm`, and for a scaler or clipper below 1.
         RuntimeError: for `amsgrad`.
     """
 
@@ -60,6 +62,14 @@ class ZeroOneAdam(CompressingOptimizer):
         comm_backend_name: str = "nccl",
     ) -> None:
         check_max_grad_norm(max_grad_norm)
+        counts = {
+            "var_update_scaler": var_update_scaler,
+            "local_step_scaler": local_step_scaler,
+            "local_step_clipper": local_step_clipper,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(explain(f"{name} counts steps", got=count, expected="1 or more"))
         defaults = {
             "lr": lr,
             "bias_correction": bias_correction,
@@ -93,7 +103,7 @@ class ZeroOneAdam(CompressingOptimizer):
 
     def exchange_distance(self, step: int) -> int:
         """Steps from one exchange to the next, after the variance has settled."""
-        doubled = max(0, step - 1 - self.var_freeze_step) // max(1, self.local_step_scaler)
+        doubled = max(0, step - 1 - self.var_freeze_step) // self.local_step_scaler
         return min(self.local_step_clipper, 2 ** min(doubled, 62))
 
     def _local_next(self, steps: int) -> bool:
