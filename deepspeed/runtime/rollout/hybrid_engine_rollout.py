@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,15 +68,15 @@ class HybridEngineRollout(RolloutEngine):
         """Nothing to do: there is one set of weights."""
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Any:
-        module = self.engine.module
-        training = bool(module.training)
-        module.eval()
+    def _evaluating(self) -> Iterator[None]:
+        # one by one: a part may be in evaluation mode for good
+        training = [m for m in self.engine.module.modules() if m.training]
+        self.engine.module.eval()
         try:
             yield
         finally:
-            if training:
-                module.train()
+            for each in training:
+                each.training = True
 
     @staticmethod
     def _drawn(sampling: SamplingConfig) -> dict[str, Any]:
