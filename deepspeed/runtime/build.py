@@ -18,7 +18,7 @@ from .fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase, Ung
 from .module_prep import named_strays
 from .precision import Precision
 from .sharding import spill_folder
-from .torch_autocast import init_autocast_params
+from .torch_autocast import forget_autocast_params, init_autocast_params
 from .zero.optimizer import ZeroOptimizer, expert_group_name
 from .zero.parameter_offload import DeepSpeedZeRoOffload
 from .zero.plan import Plan, TierKind
@@ -65,6 +65,7 @@ def build_precision(config: Any) -> Precision:
 
 def mark_autocast(engine: Any) -> None:
     """Have gradients of the modules that autocast computes low travel in its dtype."""
+    forget_autocast_params(engine.module)  # an earlier engine's of the same model
     if engine.precision.autocast is not None:
         names = engine._config.torch_autocast_lower_precision_safe_modules
         init_autocast_params(engine.module, engine.precision.autocast, names)

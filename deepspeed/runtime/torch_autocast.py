@@ -41,6 +41,12 @@ def init_autocast_params(
                     setattr(param, PARAM_COMM_DTYPE_ATTR_NAME, dtype)
 
 
+def forget_autocast_params(module: torch.nn.Module) -> None:
+    """Take the marks of `init_autocast_params` off again: another engine may not compute so."""
+    for param in module.parameters():
+        vars(param).pop(PARAM_COMM_DTYPE_ATTR_NAME, None)
+
+
 def has_comm_dtype(param: torch.nn.Parameter) -> bool:
     """Whether `init_autocast_params` marked a parameter."""
     return hasattr(param, PARAM_COMM_DTYPE_ATTR_NAME)

@@ -50,6 +50,15 @@ def test_params_of_safe_modules_are_marked(names, marked):
         assert get_comm_dtype(param) is want
 
 
+def test_marks_of_an_earlier_engine_are_taken_off():
+    net = net_of()
+    start(1, net, dtype="bfloat16").destroy()
+    engine = start(1, net, enabled=False)
+    assert not any(has_comm_dtype(param) for param in engine.module.parameters())
+    buckets = [b for group in engine.optimizer.groups for b in cut_buckets(group, engine.plan)]
+    assert {bucket.wire_dtype for bucket in buckets} == {torch.float32}
+
+
 def test_a_class_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="torch.nn.Nothing"):
         start(0, net_of(), lower_precision_safe_modules=["torch.nn.Nothing"])
