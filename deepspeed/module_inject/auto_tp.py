@@ -67,6 +67,8 @@ class AutoTP:
         self.linear_policies: dict[type, Any] = {}
         self.found: set[str] = set()
         self._shared = _shared_weights(module)
+        # a layer that stands in several places is cut once
+        self._made: dict[nn.Module, nn.Module] = {}
 
     def set_tensor_parallel_config(self, mp_size: int, mp_group: Any) -> None:
         """Say over which ranks layers are divided."""
@@ -200,19 +202,16 @@ class AutoTP:
             prev_class_name: its full name in the model.
         """
         divided = False
-        for name, child in list(r_module.named_children()):
+        for name, child in list(r_module._modules.items()):
+            if child is None:
+                continue
             full_name = f"{prev_class_name}.{name}" if prev_class_name else name
             if isinstance(child, TensorParallelLayer) or hasattr(child, "deepspeed_moe"):
                 continue
-            made = None
-            if self.partition_config is not None:
-                made = self._replace_with_config(child, full_name)
-            elif type(child) in self.linear_policies:
-                made = self.linear_policies[type(child)](child, full_name)
+            made = self._replacement(child, full_name)
             if made is None:
                 self._replace_module(child, name, full_name)
                 continue
-            made.train(child.training)
             setattr(r_module, name, made)
             divided |= isinstance(made, TensorParallelLayer) and not getattr(
                 made, "gather_output", False
@@ -220,6 +219,18 @@ class AutoTP:
         if divided and any(hasattr(r_module, count) for count in HEAD_COUNTS):
             self.update_mp_params(r_module, prev_class_name)
         return r_module
+
+    def _replacement(self, child: nn.Module, full_name: str) -> nn.Module | None:
+        if child in self._made:
+            return self._made[child]
+        made = None
+        if self.partition_config is not None:
+            made = self._replace_with_config(child, full_name)
+        elif type(child) in self.linear_policies:
+            made = self.linear_policies[type(child)](child, full_name)
+        if made is not None:
+            self._made[child] = made.train(child.training)
+        return made
 
     def update_mp_params(self, child: nn.Module, full_name: str | None = None) -> None:
         """Set a module's numbers of heads, and their common widths, to this rank's."""

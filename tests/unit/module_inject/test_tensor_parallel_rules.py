@@ -265,6 +265,14 @@ def test_layers_keep_their_parameter_objects_and_their_results():
     assert model[0].weight is weight and torch.equal(model[1](model[0](x)), expected)
 
 
+def test_a_layer_in_several_places_stays_one():
+    linear = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": linear, "b": nn.Sequential(linear, linear)})
+    divided(model, [{"patterns": [".*"]}])
+    assert isinstance(model["a"], LinearLayer)
+    assert model["b"][0] is model["b"][1] is model["a"]
+
+
 def test_rules_that_cannot_be_followed_are_refused():
     for specs, options, word in (
         ([{"patterns": ["1.weight"]}], {"strict_mode": True}, "strict_mode"),
