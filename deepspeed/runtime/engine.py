@@ -20,6 +20,7 @@ from . import (
     forward_kwargs,
     memory_plan,
     module_prep,
+    ownership,
     sharding,
 )
 from .backward import BackwardWatch
@@ -89,6 +90,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         memory_plan.refuse_what_cannot_fit(
             self._config, model, self.mesh.sequence_data.size, self.device, optimizer
         )
+        ownership.release_former(model, self.plan, self.precision)
         self.module = module_prep.prepare_module(
             model, self.precision, self.mesh, self.device, dont_change_device
         )
@@ -97,9 +99,8 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         self.residency = sharding.shard_params(self)
         self._set_up_topology()
         self.observers = build_observers(self)
-        self.training_dataloader = (
-            None if training_data is None else self.deepspeed_io(training_data)
-        )
+        given = training_data is not None
+        self.training_dataloader = self.deepspeed_io(training_data) if given else None
         self.basic_optimizer = build.build_basic_optimizer(
             self._config, model, optimizer, model_parameters
         )
@@ -109,6 +110,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         )
         self._set_up_backward()
         self.checkpoint_engine = build.build_checkpoint_engine(self._config)
+        ownership.claim(self)
         self._is_compiled = False
         self._log_configuration()
 

@@ -42,6 +42,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.forward_kwargs": 5,
     "deepspeed.runtime.checkpoint_engine": 5,
     "deepspeed.runtime.observers": 5,
+    "deepspeed.runtime.ownership": 5,
     "deepspeed.runtime.memory_plan": 5,
     "deepspeed.autotuning": 5,
     "deepspeed.compile": 5,
