@@ -60,9 +60,8 @@ class MultiNodeRunner(ABC):
         self.user_script = args.user_script
         self.user_arguments = self.parse_user_args()
         self.variables: dict[str, str] = {}  # as they are
-        self.exports: dict[
-            str, str
-        ] = {}  # as words of a POSIX shell, for backends of other authors
+        # as words of a POSIX shell, for backends of other authors
+        self.exports: dict[str, str] = {}
         self.validate_args()
 
     @property
