@@ -140,7 +140,7 @@ def single_all_to_all(
         batch_dim_idx: 0 or 1, where the batch is; nothing depends on it.
         group: the ranks.
         async_op, handle, type: for overlap on the caller's streams, which is refused by name.
-        num_kv_heads: key-value heads of the whole model, where heads do not split evenly.
+        num_kv_heads: key-value heads of the whole model, which stay with theirs where heads do not split evenly.
 
     Raises:
         NotImplementedError: for `async_op`.
@@ -153,7 +153,7 @@ def single_all_to_all(
                 fix="leave async_op out; the exchange is a small part of attention",
             )
         )
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    ranks = dist.get_world_size(group)
     total, own = input.shape[scatter_idx], input.shape[gather_idx]
     if scatter_idx > gather_idx:  # the heads are split
         parts = head_shares(total, ranks, num_kv_heads if total % ranks else None)
@@ -167,11 +167,7 @@ def single_all_to_all(
                 fix="pad the sequence",
             )
         )
-    if num_kv_heads:
-        kv_parts = shares(num_kv_heads, ranks)
-        gathered = [part * own // kv_parts[rank] for part in kv_parts]
-    else:
-        gathered = lengths_of(input, gather_idx, group)  # heads may not have split evenly
+    gathered = lengths_of(input, gather_idx, group)  # heads may not have split evenly
     return exchange(input, scatter_idx, gather_idx, [total // ranks] * ranks, gathered, group)
 
 
