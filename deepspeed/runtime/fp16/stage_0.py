@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..zero.optimizer import ZeroOptimizer
+from ..zero.shard_group import ShardGroup
 from .loss_scaler import LossScaleConfig
 
 
@@ -18,6 +19,12 @@ class StageZeroOptimizer(ZeroOptimizer):
     def loss_scale_config(self) -> LossScaleConfig:
         """How the loss is scaled now."""
         return LossScaleConfig.of(self.loss_scaler)
+
+    def _build_groups(self) -> list[ShardGroup]:
+        groups = super()._build_groups()
+        for group in groups:  # for rules that round what they exchange
+            group.parts[-1].master.ds_padding = group.padding  # type: ignore[attr-defined]
+        return groups
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:

@@ -119,6 +119,8 @@ class CompressingOptimizer(torch.optim.Optimizer):
                 kept = self._errors[key] = (self.state[key]["exp_avg"], worker, server)
             flat = compressed_mean_(values.reshape(-1), kept[1], kept[2], self.axis)
             values.copy_(flat.view_as(values))
+            if padding := getattr(key, "ds_padding", 0):  # zero travels as a sign, too
+                values[-padding:] = 0
         mask = group.get("exp_avg_mask")
         if mask is not None:
             values.mul_(mask.to(values.device).view_as(values))
