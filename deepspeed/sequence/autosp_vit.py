@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed import comm as dist
+from deepspeed.utils.errors import explain
 
 from .gathering import gathered
 
@@ -40,7 +41,19 @@ class UlyssesSPViTAttention(nn.Module):
 
         Returns:
             What the attention gives, its first result cut down to this rank's tokens.
+
+        Raises:
+            ValueError: `hidden_states` are packed, without a batch (Qwen2-VL's).
         """
+        if hidden_states.dim() != 3:
+            raise ValueError(
+                explain(
+                    "packed patches of images cannot be split over ranks",
+                    got=f"{type(self.attn).__name__} given shape {tuple(hidden_states.shape)}",
+                    expected="[batch, tokens, width]",
+                    fix="leave this vision encoder out of auto_wrap_model_for_sp",
+                )
+            )
         first = int(self.has_cls_token)
         common, own = hidden_states[:, :first], hidden_states[:, first:]
         patches, sizes = gathered(own, 1, self.process_group)
