@@ -73,6 +73,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "SUB_PARAM_SHARD_WIDTHS",
             "AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS",
             "EXPERT_PARAMETER_PATTERNS",
+            "DS_AUTOTP_UC_META",
             "ORIGINAL_VOCAB_SIZE",
             "PADDED_VOCAB_SIZE",
             "FP32_WEIGHT_KEY",

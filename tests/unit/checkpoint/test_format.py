@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from deepspeed import checkpoint
 from deepspeed.checkpoint import constants, format
 from deepspeed.utils import zero_to_fp32
 
@@ -76,6 +77,11 @@ def test_scripts_beside_older_checkpoints_find_the_names_they_import() -> None:
     values = {name: getattr(constants, name) for name in wanted.split()}
     assert values["SINGLE_PARTITION_OF_FP32_GROUPS"] == "single_partition_of_fp32_groups"
     assert values["FROZEN_PARAM_FRAGMENTS"] == "frozen_param_fragments"
+
+
+def test_the_package_has_every_constant() -> None:
+    for name in (name for name in vars(constants) if name.isupper()):
+        assert getattr(checkpoint, name) == getattr(constants, name)
 
 
 @pytest.mark.parametrize(
