@@ -238,9 +238,12 @@ def replace_file(path: Path, data: bytes, flush: bool = True) -> None:
 def flush_files(paths: Sequence[Path]) -> None:
     """Flush files that were written without it, side by side: the disk then flushes once rather than for each."""
 
-    def one(path: Path) -> None:
+    def flush(path: Path) -> None:
         with open(path, "r+b", buffering=0) as file:
             disk.sync(file)
+
+    def one(path: Path) -> None:
+        _persist(lambda: flush(path))
 
     if len(paths) == 1:
         one(paths[0])
@@ -471,10 +474,13 @@ def _persist(action: Callable[[], object]) -> None:
             action()
             return
         except OSError as error:
-            if (
-                getattr(error, "winerror", None) not in _SHARING_ERRORS
-                or time.monotonic() > deadline
-            ):
+            if not _may_pass(error) or time.monotonic() > deadline:
                 raise
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
+
+
+def _may_pass(error: OSError, windows: bool = os.name == "nt") -> bool:
+    """Whether another program (a scanner of files, a backup) may just hold the file; `open` gives errno alone."""
+    code = getattr(error, "winerror", None)
+    return code in _SHARING_ERRORS or (windows and code is None and error.errno == errno.EACCES)

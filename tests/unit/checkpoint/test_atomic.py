@@ -331,3 +331,24 @@ def test_windows_sharing_violations_are_tried_again(monkeypatch: pytest.MonkeyPa
         atomic._persist(lambda: (_ for _ in ()).throw(Busy()))
     with pytest.raises(PermissionError):  # no Windows code: not a matter of waiting
         atomic._persist(lambda: (_ for _ in ()).throw(PermissionError()))
+
+
+def test_a_file_that_another_program_holds_is_flushed_when_it_lets_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [PermissionError(errno.EACCES, "held")]
+
+    class Held(Disk):
+        def sync(self, file: Any) -> None:
+            if held:
+                error = held.pop()
+                error.winerror = 32
+                raise error
+            super().sync(file)
+
+    monkeypatch.setattr(atomic, "disk", Held())
+    (tmp_path / "file").write_bytes(b"content")
+    atomic.flush_files([tmp_path / "file"])
+    assert not held
+    refused = PermissionError(errno.EACCES, "no code of Windows, as open raises it")
+    assert atomic._may_pass(refused, windows=True) and not atomic._may_pass(refused, windows=False)
