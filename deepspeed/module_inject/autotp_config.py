@@ -262,7 +262,24 @@ def packed_attention(model_type: str | None, config: Any) -> TPLayerSpec | None:
     Args:
         model_type: family.
         config: the model's own configuration.
+
+    Raises:
+        ValueError: it does not tell.
     """
+    try:
+        return _packed_attention(model_type, config)
+    except AttributeError as error:
+        raise ValueError(
+            explain(
+                f"how a {model_type} model's attention is divided depends on its configuration",
+                got=error,
+                expected="model.config with the numbers of heads",
+                fix="write tensor_parallel.partition_config instead",
+            )
+        ) from None
+
+
+def _packed_attention(model_type: str | None, config: Any) -> TPLayerSpec | None:
     if model_type == "phi3":
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -50,7 +50,8 @@ class TPPlanConverter:
                     "the model's tp_plan has an unsupported partition style",
                     got=", ".join(f"{style!r} for {name!r}" for name, style in unknown.items()),
                     expected=", ".join(_STYLES),
-                    fix="Say in tensor_parallel.partition_config how its layers are divided.",
+                    fix="Say in tensor_parallel.partition_config how its layers are divided, with "
+                    '"use_default_specs": false.',
                 )
             )
         return [

@@ -160,7 +160,7 @@ def test_plans_of_transformers_become_rules_whole_or_not_at_all():
     row, head, norm = TPPlanConverter.convert(plan)
     assert row.split_input and head.gather_output and norm.grad_allreduce
     assert row.matches("model.a.0.b.weight") and not row.matches("model.a.0.b.bias")
-    with pytest.raises(ValueError, match="packed_colwise"):
+    with pytest.raises(ValueError, match="packed_colwise.*use_default_specs"):
         TPPlanConverter.convert({**plan, "e": "packed_colwise"})
     assert _get_hf_tp_plan(nn.Linear(1, 1)) is None
 
@@ -185,6 +185,8 @@ def test_a_preset_is_the_same_in_capitals():
     small = rules_of(model, preset_model="phi3")
     assert rules_of(model, preset_model="Phi3") == small
     assert ("column", [r".*\.self_attn\.qkv_proj\.weight$"]) in small
+    with pytest.raises(ValueError, match="depends on its configuration"):
+        rules_of(nn.Linear(2, 2), preset_model="phi3")
 
 
 class Biased(nn.Module):
