@@ -20,6 +20,7 @@ from deepspeed.checkpoint.writer import attributes, plain
 from deepspeed.git_version_info import version
 from deepspeed.utils.errors import DeepSpeedCheckpointError, explain
 
+from .diagnose import some_of
 from .lent import dtypes_of, lent_states
 from .sharded_param import numel_of, shape_of
 
@@ -33,8 +34,6 @@ _EXECUTION_OPTIONS = _MODEL_OPTIONS | {"params", "foreach", "fused", "capturable
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What a loss scaler has learnt; its other attributes are the configuration's."""
-
-_NAMES_SHOWN = 5
 
 
 # - saving
@@ -293,11 +292,10 @@ def _check_fits(optimizer: ZeroOptimizer, saved: SavedState) -> None:
                 )
     for names, what in ((missing, "does not hold"), (resized, "holds in another size")):
         if names:
-            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
             raise DeepSpeedCheckpointError(
                 explain(
                     f"the saved optimizer {what} parameters that this run trains",
-                    got=", ".join(names[:_NAMES_SHOWN]) + more,
+                    got=some_of(names),
                     fix="Load into the model and the optimizer groups that were saved, or pass "
                     "load_optimizer_states=False.",
                 )
