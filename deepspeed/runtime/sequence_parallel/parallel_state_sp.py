@@ -63,17 +63,22 @@ def get_sequence_data_parallel_rank() -> int:
     return groups.current_mesh().sequence_data.rank
 
 
-def get_model_parallel_group() -> Any:
-    """The ranks that share each layer's weights: this one."""
+# Nothing but sequences is split here, so this is the model parallelism that callers ask for.
+get_model_parallel_group = get_sequence_parallel_group
+get_model_parallel_world_size = get_sequence_parallel_world_size
+get_model_parallel_rank = get_sequence_parallel_rank
+
+
+def get_tensor_model_parallel_group() -> Any:
+    """The ranks that share each layer's weights: who counts norms asks for these, as a sequence's ranks hold whole ones."""
     return groups.group_of(groups.current_mesh().tensor)
 
 
-def get_model_parallel_world_size() -> int:
+def get_tensor_model_parallel_world_size() -> int:
     """How many ranks share each layer's weights."""
     return groups.current_mesh().tensor.size
 
 
-def get_model_parallel_rank() -> int:
-    """This rank's place among those that share one model's work: a sequence's ranks, which all hold whole weights."""
-    mesh = groups.current_mesh()
-    return mesh.sequence.rank if mesh.tensor.size == 1 else mesh.tensor.rank
+def get_tensor_model_parallel_rank() -> int:
+    """This rank's place among those that share each layer's weights."""
+    return groups.current_mesh().tensor.rank
