@@ -238,8 +238,8 @@ UNBUILT_OPTIMIZERS: dict[str, str] = {
 }
 
 
-def _missing_optimizer(name: str | None) -> bool:
-    module = UNBUILT_OPTIMIZERS.get(name or "")
+def _missing_optimizer(name: str) -> bool:
+    module = UNBUILT_OPTIMIZERS.get(name)
     if module is None:
         return False
     try:
@@ -255,10 +255,11 @@ def find_unbuilt(config: DeepSpeedConfig, client_optimizer: bool = False) -> lis
         for row in UNBUILT
         if row.asked(config)
     ]
-    if not client_optimizer and _missing_optimizer(config.optimizer_name):
+    name = config.optimizer_name
+    if not client_optimizer and name is not None and _missing_optimizer(name):
         messages.append(
-            f"'optimizer.type' asks for {config.optimizer_name}, which is not available in this "
-            "version. Use Adam, AdamW, Lion, Adagrad, Muon or the name of a torch.optim class."
+            f"'optimizer.type' asks for {name}, which the package {UNBUILT_OPTIMIZERS[name]} holds, and that is not "
+            "installed. Install it, or use Adam, AdamW, Lion, Adagrad, LAMB, Muon or the name of a torch.optim class."
         )
     return messages
 
