@@ -32,7 +32,12 @@ class BackwardWatch:
         finish: called after the last gradient, with the same argument.
         reduces_each_backward: whether every pass reduces, not only the one at the boundary.
         needs_scale: whether the loss must go through `engine.scale` first.
+
+    Attributes:
+        on_output: called in the outermost graph task, when a gradient reaches an output of the module.
     """
+
+    on_output: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -120,6 +125,8 @@ class BackwardWatch:
     def _on_output_grad(self, grad: torch.Tensor) -> None:
         if not self._by_engine and not self._plain:
             self._start_plain()
+        if self.on_output is not None:
+            self.on_output()
 
     def _start_plain(self) -> None:
         if self._needs_scale() and not self._scaled:

@@ -155,6 +155,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         reducer = getattr(self.optimizer, "reducer", None)
         if reducer is not None:
             reducer.before_first_grad = self.watch.on_stray_grad
+            self.watch.on_output = reducer.note_outermost
         self._products = products_context(self.module, self.device, {self.precision.autocast})
         self._module_hooks: list[Any] = []
         self._hook_module(self._before_module, self._after_module)

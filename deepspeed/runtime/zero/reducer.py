@@ -11,7 +11,8 @@ what has not arrived by the end of the backward pass counts as zero.
 Reentrant activation checkpointing runs a backward pass inside the backward pass, so a parameter used in two
 checkpointed regions gets its gradient in two instalments, the second perhaps after its bucket has left. The first time
 that is seen, the rest goes in a second round, and from then on buckets wait for the end of the backward pass. As it may
-be seen on some ranks only, the ranks vote, after backward passes that had others inside.
+be seen on some ranks only, the ranks vote, after backward passes that had others inside. So where a rank has such
+a region in a pass, all ranks must have one.
 """
 
 from __future__ import annotations
@@ -99,6 +100,11 @@ class Reducer:
         self._sync = sync and bool(self._buckets)
         if self._sync:
             self._start_round()
+
+    def note_outermost(self) -> None:
+        """Called where a backward pass enters the model, before parameters have gradients: other passes are inside it."""
+        if self._task == -1:
+            self._task = torch._C._current_graph_task_id()
 
     def finish(self) -> None:
         """End the backward pass: send what has not left yet, wait for all of it."""
