@@ -239,7 +239,8 @@ class InitContext:
             torch.empty_like(old, device=self.device), requires_grad=old.requires_grad
         )
         new.__dict__.update(old.__dict__)
-        module._parameters[name] = new
+        held = module._parameters.items()  # perhaps under several names
+        module._parameters.update({key: new for key, value in held if value is old})
         return new
 
     def _shard(self, param: torch.nn.Parameter, scheme: GroupScheme | None) -> None:

@@ -107,6 +107,18 @@ def test_modules_made_without_memory_get_their_params_sharded(kind):
     assert layer.weight.ds_tensor.eq(0.5).all()
 
 
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = self.other = torch.nn.Parameter(torch.empty(6, device="meta"))
+
+
+def test_a_param_under_two_names_that_was_made_without_memory_stays_one():
+    with deepspeed.zero.Init(dtype=torch.float32):
+        net = Twice()
+    assert net.one is net.other and net.other.ds_tensor.numel() == 6 and not net.other.is_meta
+
+
 def test_sanity_checks_of_the_configuration_hold_before_there_is_an_engine():
     config = {"zero_optimization": {"stage": 3, "enable_sanity_checks": True}}
     with deepspeed.zero.Init(config_dict_or_path=config):
