@@ -33,6 +33,9 @@ class _ByShape(TensorParallelLayer):
         options: of the layer without joined weights.
     """
 
+    shape: tuple[Any, ...]
+    _joined: tuple[int, ...]
+
     def __init__(
         self,
         module: nn.Module,
@@ -103,6 +106,9 @@ class fused_LinearLayer(LinearLayer):
         fused_module: the block that the layer is in; its class tells how the three lie in the weight.
     """
 
+    _in_three: bool
+    _block: Any
+
     def __init__(
         self,
         module: nn.Module,
@@ -148,7 +154,7 @@ class fused_LinearLayer(LinearLayer):
 class _YuanLayout:
     """The layout of Yuan's attention, which is not built: its parts are of noncontiguous head groups."""
 
-    unsupported_reason = "Yuan's attention divides noncontiguous head groups"
+    unsupported_reason: str | None = "Yuan's attention divides noncontiguous head groups"
 
     def _tp_partition(self, params_list: Sequence[Any]) -> None:
         if self.tp_world_size > 1:  # type: ignore[attr-defined]

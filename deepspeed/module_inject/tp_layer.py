@@ -61,6 +61,7 @@ class TensorParallelLayer(nn.Module):
     partition_dim = 0
     tp_overlap_comm = False
     unsupported_reason: str | None = None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -148,11 +149,12 @@ class TensorParallelLayer(nn.Module):
     # - what parameters say of themselves
 
     def _mark_params(self) -> None:
-        for param, is_bias in ((self.weight, False), (self.bias, True)):
+        held: tuple[tuple[Any, bool], ...] = ((self.weight, False), (self.bias, True))
+        for param, is_bias in held:
             if param is not None and self._cut(is_bias).dim is not None:
-                param.tensor_model_parallel = True  # type: ignore[attr-defined]
-                param.gather_params = self.gather_params  # type: ignore[attr-defined]
-                param._tp_partition = self._tp_partition  # type: ignore[attr-defined]
+                param.tensor_model_parallel = True
+                param.gather_params = self.gather_params
+                param._tp_partition = self._tp_partition
 
     def _mark_uc_metadata(self) -> None:
         """Tell checkpoints how the parameters are cut."""
@@ -162,7 +164,8 @@ class TensorParallelLayer(nn.Module):
 
     def _meta(self, is_bias: bool) -> dict[str, Any]:
         outputs = self._orig_weight_shape[0]
-        param, cut = self.bias if is_bias else self.weight, self._cut(is_bias)
+        param: Any = self.bias if is_bias else self.weight
+        cut = self._cut(is_bias)
         whole = (outputs,) if is_bias else self._orig_weight_shape
         joined = self._subparam_shard_widths is not None and cut.dim is not None
         if cut.dim is not None:
@@ -282,7 +285,7 @@ class GatherReplacedLayerParams:
     def __init__(self, params: Any, module: Any = None, enabled: bool = True) -> None:
         listed = [params] if isinstance(params, torch.Tensor) else list(params)
         self.module, self.enabled = module, enabled
-        self.params = [p for p in listed if enabled and hasattr(p, "gather_params")]
+        self.params: list[Any] = [p for p in listed if enabled and hasattr(p, "gather_params")]
 
     def __enter__(self) -> None:
         for param in self.params:

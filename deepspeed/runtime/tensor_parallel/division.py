@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -196,7 +197,7 @@ def _divide_biases(model: torch.nn.Module, heads: int | None, rank: int) -> None
     def bloom(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         return alibi.build_bloom_alibi_tensor(*args, **kwargs)
 
-    helpers = {
+    helpers: dict[str, Callable[..., torch.Tensor]] = {
         "build_alibi_tensor": bloom,
         "build_mpt_alibi_tensor": alibi.build_mpt_alibi_tensor,
         "get_alibi_mask": alibi.get_alibi_mask,
