@@ -163,9 +163,9 @@ class CUDAQuantizer:
             groups: how many; None is the fewest equal ones of at most `target_group_size`.
         """
         if groups is None:
-            groups = max(1, -(-param.numel() // self.target_group_size))
-            while param.numel() % groups:
-                groups += 1
+            numel = max(1, param.numel())
+            sizes = range(min(numel, self.target_group_size), 0, -1)
+            groups = numel // next(size for size in sizes if numel % size == 0)
         op = self.quantizer_cuda_module
         codes, scale = op.quantize(param.to(torch.float16), groups, 8, op.Symmetric)
         return codes, scale

@@ -48,6 +48,11 @@ def test_the_quantizer_gives_back_what_it_took():
     assert (back - values).abs().max() <= values.abs().max() * (1 / 128 + 2**-10)
 
 
+@pytest.mark.parametrize(("numel", "groups"), [(8000, 1), (8001, 3), (2 * 8009, 8009), (1, 1)])
+def test_values_are_cut_into_the_fewest_equal_groups(numel, groups):
+    assert CUDAQuantizer().quantize(torch.ones(numel))[1].numel() == groups
+
+
 def test_a_watched_dict_keeps_the_parameters():
     module = torch.nn.Linear(2, 2)
     weight = module.weight
