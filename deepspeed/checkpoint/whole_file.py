@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..ops import pages
 from ..ops.aio.buffers import aligned_tensor
 from ..ops.aio.library import Options
 from ..ops.aio.queue import FileQueue
@@ -37,7 +38,9 @@ _PROBES = 16
 _PAGE = 4096
 _SHARE = 1 / 4
 """At most this part of the memory that nobody uses is taken for files, by all ranks of a machine together. The page
-cache does not count: large pages would have to be won back from it, which takes longer than reading."""
+cache does not count: large pages would have to be won back from it, which takes longer than reading. So would those
+that memory in small runs would have to be moved together for, of which `_RUNS` may be taken."""
+_RUNS = 3 / 4
 
 
 class WholeFile:
@@ -101,7 +104,11 @@ def pays(*paths: Path) -> bool:
     """Whether to read files by `read_whole`: large ones that leave memory to others."""
     size = sum(path.stat().st_size for path in paths)
     ranks = env.LOCAL_WORLD_SIZE.get() or env.LOCAL_SIZE.get() or 1
-    return _LEAST <= size <= _SHARE * psutil.virtual_memory().free / max(ranks, 1)
+    at_most = _SHARE * psutil.virtual_memory().free
+    runs = pages.free_large()
+    if runs is not None:
+        at_most = min(at_most, _RUNS * runs)
+    return _LEAST <= size <= at_most / max(ranks, 1)
 
 
 def _is_cached(path: Path, size: int) -> bool:

@@ -66,8 +66,13 @@ def test_only_large_files_that_leave_memory_to_others_are_read_at_once(
 ) -> None:
     path = tmp_path / "f"
     path.write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(whole_file.pages, "free_large", lambda: None)
     assert not whole_file.pays(path)
     monkeypatch.setattr(whole_file, "_LEAST", 1 << 20)
+    assert whole_file.pays(path)
+    monkeypatch.setattr(whole_file.pages, "free_large", lambda: 1 << 20)
+    assert not whole_file.pays(path)
+    monkeypatch.setattr(whole_file.pages, "free_large", lambda: 1 << 21)
     assert whole_file.pays(path)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(1 << 40))
     assert not whole_file.pays(path)
