@@ -75,8 +75,9 @@ class _OverlappedLinear(torch.autograd.Function):
             grad_x = torch.matmul(grad, weight).contiguous()
             handle = flat.all_reduce_(grad_x, ctx.axis, async_op=True)
         if ctx.needs_input_grad[1]:
-            rows = grad.reshape(-1, grad.shape[-1])
-            grad_weight = torch.matmul(rows.t(), x.reshape(-1, x.shape[-1]))
+            count = grad.shape[:-1].numel()  # -1 would be ambiguous where this rank has no heads
+            rows = grad.reshape(count, grad.shape[-1])
+            grad_weight = torch.matmul(rows.t(), x.reshape(count, x.shape[-1]))
         if handle is not None:
             handle.wait()
         return grad_x, grad_weight, None

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import deepspeed
 from deepspeed.checkpoint.merge_slices import MergeRules
 from deepspeed.checkpoint.tensor_parts import part_of
+from deepspeed.comm.mesh import Axis
 from deepspeed.module_inject import (
     AutoTPConfig,
     AutoTPPresets,
@@ -237,6 +239,21 @@ def test_overlapped_columns_keep_to_autocast_on_the_cpu(monkeypatch):
         out = layer(x)
     out.float().sum().backward()
     assert out.dtype == torch.bfloat16 and layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("outputs", [0, 5])
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3)])
+def test_overlapped_products_are_those_of_a_linear_layer(outputs, shape):
+    weight = torch.randn(outputs, 3, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
+    found = []
+    for multiply in (lambda x, w: overlapped_linear(x, w, Axis.alone()), functional.linear):
+        pair = [part.clone().requires_grad_() for part in (x, weight)]
+        out = multiply(*pair)
+        out.square().sum().backward()
+        found.append([out.detach(), *(part.grad for part in pair)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def divided(model, specs, **options):
