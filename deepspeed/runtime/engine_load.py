@@ -323,6 +323,8 @@ class _Load:
         own = {name: p for p, name in self.engine.param_names.items()}
         for name, saved_shape in saved.shapes.items():
             values = saved.full(name)
+            if values is None and 0 in saved_shape:
+                values = torch.empty(0)  # no shard has a piece of it
             if values is not None:
                 dtype = own[name].dtype if name in own else values.dtype
                 weights[name] = values.to(dtype).view(saved_shape)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import deepspeed
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from tests.helpers.checkpointing import engine
 
 
@@ -87,3 +89,29 @@ def test_masters_of_stage_0_have_the_names_of_their_files() -> None:
         assert torch.equal(flat, torch.cat(masters)[: flat.numel()])
     name = made._get_optimizer_ckpt_name("dir", "tag", 0)
     assert name == os.path.join("dir", "tag", "expp_rank_0_mp_rank_00_optim_states.pt")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_parameters_without_elements_are_saved_and_loaded(stage: int, tmp_path: Path) -> None:
+    def made(seed: int) -> deepspeed.DeepSpeedEngine:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        # as a tensor-parallel rank without heads has them
+        model[1].weight = torch.nn.Parameter(torch.empty(0, 4))
+        model[1].bias = torch.nn.Parameter(torch.empty(0))
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "AdamW"},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        }
+        return deepspeed.initialize(model=model, config=config)[0]
+
+    first, second = made(1), made(2)
+    hidden = first.module[0](torch.ones(2, 3))
+    assert first(torch.ones(2, 3)).shape == (2, 0) and hidden.shape == (2, 4)
+    first.save_checkpoint(tmp_path, tag="t")
+    second.load_checkpoint(tmp_path, tag="t")
+    torch.testing.assert_close(second.module[0](torch.ones(2, 3)), hidden, rtol=0, atol=0)
+    if stage:
+        whole = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), "t")
+        assert whole["1.weight"].shape == (0, 4) and whole["0.weight"].shape == (4, 3)
