@@ -75,7 +75,9 @@ class PipelineEngine(DeepSpeedEngine):
         if self.plan.stage > 1:
             problem = f"ZeRO stage {self.plan.stage}, expected 0 or 1"
         elif not self._config.managed_gradient_accumulation:
-            problem = "managed_gradient_accumulation: false, not supported with pipeline parallelism"
+            problem = (
+                "managed_gradient_accumulation: false, not supported with pipeline parallelism"
+            )
         elif self.precision.autocast is torch.float16:
             problem = "torch_autocast in fp16, whose loss scale the stages do not share (use bfloat16, or 'fp16')"
         elif self.progressive_layer_drop is not None:
@@ -129,6 +131,10 @@ class PipelineEngine(DeepSpeedEngine):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self.module.train()
+        if (
+            self.curriculum_scheduler_legacy is not None
+        ):  # a batch_fn cuts batches to the step's length
+            self.curriculum_scheduler_legacy.update_difficulty(self.global_steps + 1)
         self._start()
         with self.clock.no_sync():
             self._exec_schedule(

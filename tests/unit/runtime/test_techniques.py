@@ -130,6 +130,31 @@ def test_the_model_is_told_the_lengths_of_a_curriculum(tmp_path):
     assert other.module.heard[-1] == {}
 
 
+def test_a_pipelines_batches_can_be_cut_to_the_length_of_their_step():
+    deepspeed.init_distributed()
+    module = deepspeed.PipelineModule(
+        [nn.Linear(2, 1)], num_stages=1, loss_fn=lambda out, _: out.sum()
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "Adam"},
+        "curriculum_learning": {"enabled": True, "curriculum_type": "seqlen", **LINEAR},
+    }
+    engine = deepspeed.initialize(model=module, config=config)[0]
+    lengths = []
+
+    def cut(pair):
+        lengths.append(engine.curriculum_scheduler_legacy.get_current_difficulty())
+        return pair
+
+    engine.set_batch_fn(cut)
+    data = iter([(torch.ones(1, 2), torch.ones(1))] * 8)
+    for _ in range(4):
+        engine.train_batch(data)
+    assert lengths == [2, 2, 4, 4, 4, 4, 6, 6]
+
+
 def test_the_model_is_told_which_share_of_layers_is_kept(tmp_path):
     engine = start(progressive_layer_drop={"enabled": True, "theta": 0.5, "gamma": 0.1})
     run(engine, 3)
