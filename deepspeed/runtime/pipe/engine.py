@@ -131,9 +131,8 @@ class PipelineEngine(DeepSpeedEngine):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self.module.train()
-        if (
-            self.curriculum_scheduler_legacy is not None
-        ):  # a batch_fn cuts batches to the step's length
+        # before a batch_fn cuts batches to the step's length
+        if self.curriculum_scheduler_legacy is not None:
             self.curriculum_scheduler_legacy.update_difficulty(self.global_steps + 1)
         self._start()
         with self.clock.no_sync():
