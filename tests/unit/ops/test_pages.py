@@ -31,9 +31,10 @@ def test_only_runs_of_large_pages_count(tmp_path):
     zone = ["7"] * orders + ["3", "1"]
     listing = tmp_path / "buddyinfo"
     listing.write_text(
-        f"Node 0, zone   Normal {' '.join(zone)}\nNode 1, zone DMA {' '.join(zone)}\n"
+        f"Node 0, zone   Normal {' '.join(zone)}\nNode 1, zone DMA {' '.join(zone)}\n",
+        encoding="utf-8",
     )
     assert pages.free_large(str(listing)) == 2 * (3 + 2) * 2 * 1024 * 1024
-    listing.write_text(f"Node 0, zone Normal {' x' * (orders + 1)}\n")
+    listing.write_text(f"Node 0, zone Normal {' x' * (orders + 1)}\n", encoding="utf-8")
     assert pages.free_large(str(listing)) is None
     assert pages.free_large(str(tmp_path / "nothing")) is None
