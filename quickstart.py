@@ -21,7 +21,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
-TESTS = ("dist", "structure", "contract", "unit", "cuda")  # the longest files first: workers end together
+# the longest files first: workers end together
+TESTS = ("dist", "structure", "contract", "unit", "cuda")
 PACKED = (".py", ".toml", ".md", ".cpp", ".h", ".inl", ".c", ".cu", ".cuh")
 SOURCES = ("pyproject.toml", "setup.py", "deepspeed", "csrc", "op_builder", "README.md")
 
