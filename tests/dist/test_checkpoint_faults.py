@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,13 @@ class Failing(atomic.Disk):
 
     def __init__(self, at: int, code: int) -> None:
         self.at, self.code, self.count = at, code, 0
+        self._lock = threading.Lock()  # files are flushed side by side
 
     def meet(self, name: str, arguments: tuple[Any, ...]) -> None:
-        self.count += 1
-        if self.count - 1 == self.at:
+        with self._lock:
+            self.count += 1
+            met = self.count - 1 == self.at
+        if met:
             if name == "write":
                 arguments[0].write(bytes(arguments[1])[: len(arguments[1]) // 2])
             raise OSError(self.code, "injected")
@@ -89,6 +93,9 @@ def fail_everywhere(rank: int, ranks: int, root: Path, mode: str) -> dict[str, A
         _save(made, root / "template", "old", atomic.Disk())
         train(made, 2, 4, rank, ranks)
         states[4] = state_of(made)
+        if rank == 0:
+            shutil.copytree(root / "template", root / "counted")
+        _gather(ranks, None)
         counts = _gather(ranks, _save(made, root / "counted", "new", Failing(-1, 0))[1])
         wrong = []
         for bad, count in enumerate(counts):
