@@ -88,18 +88,18 @@ class ZeroOneAdam(CompressingOptimizer):
         """Whether the variance has settled."""
         return self._steps() >= self.var_freeze_step
 
-    def variance_steps(self, step: int) -> tuple[bool, int]:
-        """Whether `step` (from 1) updates the variance, and how many steps up to it did or the last that did."""
-        begin, distance = 0, 1
-        last = min(step, self.var_freeze_step)
+    def variance_steps(self, step: int) -> tuple[int, int]:
+        """The last step up to `step` that updates the variance, 0 for none, and how many of them do."""
+        last, count, distance = 0, 0, 1
+        until = min(step, self.var_freeze_step)
         while True:
             # Updates of one distance: the next `var_update_scaler` multiples of it.
-            first = (begin // distance + 1) * distance
-            end = first + (self.var_update_scaler - 1) * distance
-            if last <= end:
-                found = max(begin, last // distance * distance)
-                return found == step, found
-            begin, distance = end, distance * 2
+            first = (last // distance + 1) * distance
+            end = min(until, first + (self.var_update_scaler - 1) * distance)
+            if end < first:
+                return last, count
+            more = (end - first) // distance
+            last, count, distance = first + more * distance, count + more + 1, distance * 2
 
     def exchange_distance(self, step: int) -> int:
         """Steps from one exchange to the next, after the variance has settled."""
@@ -107,7 +107,7 @@ class ZeroOneAdam(CompressingOptimizer):
         return min(self.local_step_clipper, 2 ** min(doubled, 62))
 
     def _local_next(self, steps: int) -> bool:
-        return not self.variance_steps(steps + 1)[0]
+        return self.variance_steps(steps + 1)[0] != steps + 1
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
         super()._init_state(param, state)
@@ -118,35 +118,30 @@ class ZeroOneAdam(CompressingOptimizer):
         self, group: dict[str, Any], param: Tensor, grad: Tensor, state: dict[str, Any]
     ) -> None:
         beta1, beta2 = group["betas"]
-        updates, settled = self.variance_steps(state["step"])
+        last, updates = self.variance_steps(state["step"])
         if state["step"] > self.var_freeze_step:
             if state["step"] == self.var_freeze_step + 1:
-                self._errors.pop(
-                    param, None
-                )  # of gradients, which are of another size than what travels now
+                # of gradients, which are of another size than what travels now
+                self._errors.pop(param, None)
             state["exp_avg"].lerp_(grad, 1 - beta1)
-            self._step_alone(group, param, state, settled)
+            self._step_alone(group, param, state, updates)
             return
-        if updates:
+        if last == state["step"]:
             state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         else:
             grad = grad.clone()
             self._mean_(param, grad, group)
         state["exp_avg"].lerp_(grad, 1 - beta1)
-        descend(param, direction(state, group, self._updates(settled)), group)
+        descend(param, direction(state, group, updates), group)
 
     def _step_alone(
-        self, group: dict[str, Any], param: Tensor, state: dict[str, Any], settled: int
+        self, group: dict[str, Any], param: Tensor, state: dict[str, Any], updates: int
     ) -> None:
         """One step with the rank's own momentum; where an exchange is due, all steps since the last are made common.
 
         They are then taken once more from where the last exchange left off, so that ranks agree to the bit.
         """
-        done, lr, updates = (
-            state["momentum_accumulator"],
-            float(group["lr"]),
-            self._updates(settled),
-        )
+        done, lr = state["momentum_accumulator"], float(group["lr"])
         if not state["lrs"]:
             state["anchor"] = param.detach().clone()
         done.add_(state["exp_avg"], alpha=lr)
@@ -161,13 +156,3 @@ class ZeroOneAdam(CompressingOptimizer):
             state["exp_avg"].copy_(done / state["lrs"])
         done.zero_()
         state["lrs"] = 0.0
-
-    def _updates(self, settled: int) -> int:
-        """How many updates the variance has had by step `settled`, for its correction."""
-        count, begin, distance = 0, 0, 1
-        while settled > begin:
-            first = (begin // distance + 1) * distance
-            end = first + (self.var_update_scaler - 1) * distance
-            count += (min(settled, end) - first) // distance + 1 if settled >= first else 0
-            begin, distance = end, distance * 2
-        return count
