@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import CompressingOptimizer, axis_of, check_max_grad_norm, descend, direction
+from .base import CompressingOptimizer, descend, direction
 
 
 class OnebitAdam(CompressingOptimizer):
@@ -49,7 +49,6 @@ class OnebitAdam(CompressingOptimizer):
         cuda_aware: bool = False,
         comm_backend_name: str = "nccl",
     ) -> None:
-        check_max_grad_norm(max_grad_norm)
         defaults = {
             "lr": lr,
             "bias_correction": bias_correction,
@@ -58,9 +57,8 @@ class OnebitAdam(CompressingOptimizer):
             "eps_inside_sqrt": eps_inside_sqrt,
             "weight_decay": weight_decay,
         }
-        super().__init__(params, defaults, amsgrad, axis_of(deepspeed))
+        super().__init__(params, defaults, deepspeed, max_grad_norm, amsgrad, comm_backend_name)
         self.freeze_step = freeze_step
-        self.comm_backend_name = comm_backend_name
 
     @property
     def adam_freeze_key(self) -> bool:

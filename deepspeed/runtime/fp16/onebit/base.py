@@ -29,19 +29,39 @@ class CompressingOptimizer(torch.optim.Optimizer):
             by which momentum is multiplied after each exchange: elements whose gradient is zero on all ranks would
             otherwise get momentum from rounding to signs.
         defaults: options of the groups.
-        axis: the ranks; None until `join`.
+        deepspeed: an engine, whose ranks average; None: nobody does until `join`.
+        max_grad_norm: must be 0: the engine's own clipping stands for it.
+        amsgrad: must be False.
+        comm_backend_name: kept for callers.
 
     Raises:
+        ValueError: for `max_grad_norm`.
         RuntimeError: for `amsgrad`.
     """
 
     def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], amsgrad: bool, axis: Axis | None
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        deepspeed: Any,
+        max_grad_norm: float,
+        amsgrad: bool,
+        comm_backend_name: str,
     ) -> None:
+        if max_grad_norm:
+            raise ValueError(
+                explain(
+                    "max_grad_norm is not clipped by",
+                    got=max_grad_norm,
+                    fix="set gradient_clipping in the configuration",
+                )
+            )
         if amsgrad:
             raise RuntimeError(f"{type(self).__name__} has no AMSGrad variant: leave amsgrad out.")
         super().__init__(_without_empty(params), defaults)
-        self.axis = Axis.alone() if axis is None else axis
+        mesh = getattr(deepspeed, "mesh", None)
+        self.axis = Axis.alone() if mesh is None else mesh.sequence_data
+        self.comm_backend_name = comm_backend_name
         self._errors: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
 
     def join(self, axis: Axis) -> None:
@@ -144,28 +164,6 @@ def descend(param: Tensor, update: Tensor, group: dict[str, Any]) -> None:
     if group["weight_decay"]:
         update = update.add(param, alpha=group["weight_decay"])
     param.add_(update.to(param.dtype), alpha=-group["lr"])
-
-
-def check_max_grad_norm(limit: float) -> None:
-    """Refuse a limit that the engine's own clipping stands for.
-
-    Raises:
-        ValueError: it is not 0.
-    """
-    if limit:
-        raise ValueError(
-            explain(
-                "max_grad_norm is not clipped by",
-                got=limit,
-                fix="set gradient_clipping in the configuration",
-            )
-        )
-
-
-def axis_of(engine: Any) -> Axis | None:
-    """The ranks that an engine averages over."""
-    mesh = getattr(engine, "mesh", None)
-    return None if mesh is None else mesh.sequence_data
 
 
 def _wide(param: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import CompressingOptimizer, axis_of, check_max_grad_norm, direction
+from .base import CompressingOptimizer, direction
 
 
 class OnebitLamb(CompressingOptimizer):
@@ -66,7 +66,6 @@ class OnebitLamb(CompressingOptimizer):
         factor_min: float = 0.5,
         factor_threshold: float = 0.1,
     ) -> None:
-        check_max_grad_norm(max_grad_norm)
         defaults = {
             "lr": lr,
             "bias_correction": bias_correction,
@@ -77,11 +76,10 @@ class OnebitLamb(CompressingOptimizer):
             "max_coeff": max_coeff,
             "min_coeff": min_coeff,
         }
-        super().__init__(params, defaults, amsgrad, axis_of(deepspeed))
+        super().__init__(params, defaults, deepspeed, max_grad_norm, amsgrad, comm_backend_name)
         self.freeze_step, self.coeff_beta = freeze_step, coeff_beta
         self.factor_max, self.factor_min = factor_max, factor_min
         self.factor_threshold = factor_threshold
-        self.comm_backend_name = comm_backend_name
         self.lamb_coeffs: list[Tensor] = []
 
     def get_lamb_coeffs(self) -> list[Tensor]:

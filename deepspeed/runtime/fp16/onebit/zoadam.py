@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepspeed.utils.errors import explain
 
-from .base import CompressingOptimizer, axis_of, check_max_grad_norm, descend, direction
+from .base import CompressingOptimizer, descend, direction
 
 
 class ZeroOneAdam(CompressingOptimizer):
@@ -61,7 +61,6 @@ class ZeroOneAdam(CompressingOptimizer):
         cuda_aware: bool = False,
         comm_backend_name: str = "nccl",
     ) -> None:
-        check_max_grad_norm(max_grad_norm)
         counts = {
             "var_update_scaler": var_update_scaler,
             "local_step_scaler": local_step_scaler,
@@ -78,10 +77,9 @@ class ZeroOneAdam(CompressingOptimizer):
             "eps_inside_sqrt": eps_inside_sqrt,
             "weight_decay": weight_decay,
         }
-        super().__init__(params, defaults, amsgrad, axis_of(deepspeed))
+        super().__init__(params, defaults, deepspeed, max_grad_norm, amsgrad, comm_backend_name)
         self.var_freeze_step, self.var_update_scaler = var_freeze_step, var_update_scaler
         self.local_step_scaler, self.local_step_clipper = local_step_scaler, local_step_clipper
-        self.comm_backend_name = comm_backend_name
 
     @property
     def freeze_key(self) -> bool:
