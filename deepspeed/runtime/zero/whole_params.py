@@ -98,9 +98,14 @@ def _step_round(
     owners: Sequence[tuple[int, int]],
 ) -> None:
     axis = group.shard_axis
-    pieces = _pieces(group.layout, owners)
-    mine = [[p for p in pieces if p[0] == axis.rank and p[1] == to] for to in range(axis.size)]
-    theirs = [[p for p in pieces if p[1] == axis.rank and p[0] == of] for of in range(axis.size)]
+    mine: list[list[_Piece]] = [[] for _ in range(axis.size)]  # by the rank that they go to
+    theirs: list[list[_Piece]] = [[] for _ in range(axis.size)]  # by the rank that they come from
+    for piece in _pieces(group.layout, owners):
+        holder, owner = piece[:2]
+        if holder == axis.rank:
+            mine[owner].append(piece)
+        if owner == axis.rank:
+            theirs[holder].append(piece)
     sent = [_lengths(run) for run in mine]
     received = [_lengths(run) for run in theirs]
     dtype = group.precision.master_dtype(group.dtype)
