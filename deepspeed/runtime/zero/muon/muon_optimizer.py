@@ -20,7 +20,7 @@ from deepspeed.ops.rules import adam_step
 from deepspeed.utils.errors import explain
 
 from ..sharded_param import shape_of
-from .newton_schulz import NS_METHODS, orthogonalize
+from .newton_schulz import NS_METHODS, NS_STEPS, orthogonalize
 
 MUON_GROUP, ADAM_GROUP = "muon-params", "adam-params"
 _MUON_DEFAULTS = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "ns_method": "gram"}
@@ -35,7 +35,7 @@ def momentum_direction(
     return grad.lerp_(momentum, beta) if nesterov else momentum
 
 
-def matrix_update(direction: Tensor, method: str = "gram", steps: int = 5) -> Tensor:
+def matrix_update(direction: Tensor, method: str = "gram", steps: int = NS_STEPS) -> Tensor:
     """The orthogonal update of a whole parameter's direction, in its shape and dtype.
 
     Convolutions' weights count as matrices of their first dimension; three dimensions are a batch of matrices. Tall
