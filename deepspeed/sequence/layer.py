@@ -16,8 +16,6 @@ from torch import Tensor
 from deepspeed import comm as dist
 from deepspeed.utils.errors import explain
 
-from .gathering import lengths_of
-
 
 def shares(total: int, parts: int) -> list[int]:
     """Cut `total` into `parts` that differ by at most one, the larger ones first."""
@@ -46,6 +44,14 @@ def head_shares(heads: int, ranks: int, kv_heads: int | None = None) -> list[int
             )
         )
     return [share * (heads // kv_heads) for share in shares(kv_heads, ranks)]
+
+
+def lengths_of(values: Tensor, dim: int, group: Any) -> list[int]:
+    """What each rank has along `dim`; a collective of them."""
+    own = torch.tensor([values.shape[dim]], device=values.device)
+    lengths = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, own, group=group)
+    return [int(length) for length in lengths]
 
 
 def exchange(
