@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from deepspeed.utils.logging import logger
+from deepspeed.utils.module_utils import recursive_setattr
 
 from .autosp_vit import UlyssesSPViTAttention
 
@@ -52,9 +53,8 @@ def auto_wrap_model_for_sp(model: nn.Module, process_group: Any) -> nn.Module:
     for name, module, kind in found:
         if kind not in _VISION or not _is_vision(name, kind) or not name:
             continue
-        parent_name, _, own = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        setattr(parent, own, UlyssesSPViTAttention(module, process_group, _VISION[kind]))
+        wrapper = UlyssesSPViTAttention(module, process_group, _VISION[kind])
+        recursive_setattr(model, name, wrapper)
         wrapped += 1
     language = sorted({kind for _, _, kind in found if kind in _LANGUAGE})
     if language:
