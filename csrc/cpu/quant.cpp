@@ -144,20 +144,21 @@ struct Quantize {
     // Groups that are smaller than a tile, as many as fit.
     void small(Sides &s, int64_t group, int64_t n) const {
         const int64_t size = pieces.size, at = group * size;
-        ds::extents(kernels, place(at), a->x_dtype, n, size, a->asym ? s.low : nullptr, s.high);
+        extent(at, n, size, s.low, s.high);
         resolve(s, group, n);
         round(s, at, n, size);
     }
 
-    // Extent of part of a group.
-    void extent(int64_t at, int64_t n, float *low_out, float *high_out) const {
-        ds::extents(kernels, place(at), a->x_dtype, 1, n, a->asym ? low_out : nullptr, high_out);
+    // Extents of some whole groups, or of part of one.
+    void extent(int64_t at, int64_t groups, int64_t size, float *low_out, float *high_out) const {
+        ds::extents(kernels, place(at), a->x_dtype, groups, size, a->asym ? low_out : nullptr,
+                    high_out);
     }
 
     // A NaN stays.
-    static void join(bool first, float least, float most, float *low_out, float *high_out) {
-        if (first || least < *low_out || least != least) *low_out = least;
-        if (first || most > *high_out || most != most) *high_out = most;
+    static void join(float least, float most, float *low_out, float *high_out) {
+        if (least < *low_out || least != least) *low_out = least;
+        if (most > *high_out || most != most) *high_out = most;
     }
 
     void round_part(const Sides &s, int64_t at, int64_t n) const {
@@ -177,7 +178,7 @@ struct Quantize {
                 q.small(s, group, end - group < fit ? end - group : fit);
                 continue;
             }
-            q.extent(group * size, size, s.low, s.high);
+            q.extent(group * size, 1, size, s.low, s.high);
             q.resolve(s, group, 1);
             q.round_part(s, group * size, size);
         }
@@ -187,7 +188,7 @@ struct Quantize {
     static void part_extent(void *context, int64_t index) {
         const Quantize &q = *(const Quantize *)context;
         const int64_t part = index % q.pieces.parts, group = index / q.pieces.parts;
-        q.extent(group * q.pieces.size + part * kChunk, q.pieces.part_size(part), q.low + index,
+        q.extent(group * q.pieces.size + part * kChunk, 1, q.pieces.part_size(part), q.low + index,
                  q.high + index);
     }
 
@@ -204,7 +205,7 @@ struct Quantize {
     void join_parts() {
         for (int64_t group = 0; group < a->groups; ++group) {
             float *least = low + group * pieces.parts, *most = high + group * pieces.parts;
-            for (int64_t i = 1; i < pieces.parts; ++i) join(false, least[i], most[i], least, most);
+            for (int64_t i = 1; i < pieces.parts; ++i) join(least[i], most[i], least, most);
         }
     }
 
@@ -312,30 +313,29 @@ struct Dequantize {
     }
 
     void piece(int64_t index) const {
-        const Dequantize &d = *this;
-        const int64_t size = d.pieces.size;
+        const int64_t size = pieces.size;
         Sides s;
         if (size > kTile) {
-            const int64_t parts = d.pieces.parts;
-            int64_t group = parts == 1 ? index * d.pieces.groups_each : index / parts;
-            int64_t last = parts == 1 ? group + d.pieces.groups_each : group + 1;
-            if (last > d.a->groups) last = d.a->groups;
+            const int64_t parts = pieces.parts;
+            int64_t group = parts == 1 ? index * pieces.groups_each : index / parts;
+            int64_t last = parts == 1 ? group + pieces.groups_each : group + 1;
+            if (last > a->groups) last = a->groups;
             const int64_t from = parts == 1 ? 0 : index % parts * kChunk;
-            const int64_t n = parts == 1 ? size : d.pieces.part_size(index % parts);
+            const int64_t n = parts == 1 ? size : pieces.part_size(index % parts);
             for (; group < last; ++group) {
-                d.resolve(s, group, 1);
+                resolve(s, group, 1);
                 for (int64_t i = 0; i < n; i += kTile)
-                    d.part(s, group * size + from + i, 1, n - i < kTile ? n - i : (int64_t)kTile);
+                    part(s, group * size + from + i, 1, n - i < kTile ? n - i : (int64_t)kTile);
             }
             return;
         }
-        const int64_t begin = index * d.pieces.groups_each, fit = kTile / size;
-        int64_t end = begin + d.pieces.groups_each;
-        if (end > d.a->groups) end = d.a->groups;
+        const int64_t begin = index * pieces.groups_each, fit = kTile / size;
+        int64_t end = begin + pieces.groups_each;
+        if (end > a->groups) end = a->groups;
         for (int64_t group = begin; group < end; group += fit) {
             const int64_t n = end - group < fit ? end - group : fit;
-            d.resolve(s, group, n);
-            d.part(s, group * size, n, size);
+            resolve(s, group, n);
+            part(s, group * size, n, size);
         }
     }
 
