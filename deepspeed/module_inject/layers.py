@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+from .tp_cut import shard_widths as _subparam_shard_widths  # noqa: F401  (its public name)
 from .tp_fused_layers import GateUpPack_LinearLayer as GateUpPack_LinearLayer
 from .tp_fused_layers import SubParamLinearAllreduce as SubParamLinearAllreduce
 from .tp_fused_layers import SubParamLinearLayer as SubParamLinearLayer
 from .tp_fused_layers import Yuan_LinearAllreduce as Yuan_LinearAllreduce
 from .tp_fused_layers import Yuan_LinearLayer as Yuan_LinearLayer
-from .tp_fused_layers import _subparam_shard_widths as _subparam_shard_widths
 from .tp_fused_layers import fused_LinearLayer as fused_LinearLayer
 from .tp_layer import GatherReplacedLayerParams as GatherReplacedLayerParams
 from .tp_layer import LinearAllreduce as LinearAllreduce

@@ -96,7 +96,7 @@ def sub_param_sizes(shape: Sequence[Any], dim: int, total: int) -> tuple[int, ..
 
 
 def shard_widths(
-    sizes: Sequence[int], tp_world_size: int, name: str | None = None
+    sub_param_sizes: Sequence[int], tp_world_size: int, name: str | None = None
 ) -> list[list[int]]:
     """How each of several joined weights is divided over the ranks."""
-    return [get_shard_size_list(size, tp_world_size, name) for size in sizes]
+    return [get_shard_size_list(size, tp_world_size, name) for size in sub_param_sizes]

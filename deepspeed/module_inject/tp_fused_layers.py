@@ -12,15 +12,8 @@ from torch.nn import functional
 
 from deepspeed.utils.errors import explain
 
-from .tp_cut import shard_widths, sub_param_sizes
+from .tp_cut import sub_param_sizes
 from .tp_layer import LinearAllreduce, LinearLayer, TensorParallelLayer, _whole_shape
-
-
-def _subparam_shard_widths(
-    sub_param_sizes: Sequence[int], tp_world_size: int, name: str | None = None
-) -> list[list[int]]:
-    """How each of several joined weights is divided over the ranks."""
-    return shard_widths(sub_param_sizes, tp_world_size, name)
 
 
 class _ByShape(TensorParallelLayer):
@@ -56,10 +49,8 @@ class _ByShape(TensorParallelLayer):
         object.__setattr__(self, "_joined", sub_param_sizes(tuple(shape), partition_dim, total))
         super().__init__(module, mp_group, skip_partition, **options)
 
-    def _freeze_partition_sizes(self, total: int) -> tuple[int, ...]:
-        self._subparam_sizes = self._joined
-        self._subparam_shard_widths = shard_widths(self._joined, self.tp_world_size, self.name)
-        return self._cut().by_rank
+    def _joined_sizes(self, total: int) -> tuple[int, ...]:
+        return self._joined
 
     def _rule_shape(self, is_bias: bool) -> tuple[Any, ...]:
         return (self.shape[self.partition_dim],) if is_bias else self.shape
@@ -82,12 +73,8 @@ class SubParamLinearAllreduce(_ByShape, LinearAllreduce):
 class GateUpPack_LinearLayer(LinearLayer):
     """A column layer that holds an MLP's gate and its partner."""
 
-    def _freeze_partition_sizes(self, total: int) -> tuple[int, ...]:
-        self._subparam_sizes = sub_param_sizes((2,), 0, total)
-        self._subparam_shard_widths = shard_widths(
-            self._subparam_sizes, self.tp_world_size, self.name
-        )
-        return self._cut().by_rank
+    def _joined_sizes(self, total: int) -> tuple[int, ...]:
+        return sub_param_sizes((2,), 0, total)
 
 
 _SCRAMBLED = "its layout interleaves or replicates blocks of heads over the ranks"
@@ -125,21 +112,20 @@ class fused_LinearLayer(LinearLayer):
             object.__setattr__(self, "unsupported_reason", f"{kind}: {_SCRAMBLED}")
         super().__init__(module, mp_group, skip_partition, name=name)
 
+    def _joined_sizes(self, total: int) -> tuple[int, ...] | None:
+        return sub_param_sizes((3,), 0, total) if self._in_three else None
+
     def _freeze_partition_sizes(self, total: int) -> tuple[int, ...]:
-        if not self._in_three:
-            return super()._freeze_partition_sizes(total)
-        self._subparam_sizes = sub_param_sizes((3,), 0, total)
-        widths = shard_widths(self._subparam_sizes, self.tp_world_size, self.name)
-        self._subparam_shard_widths = widths
-        if self._block is not None and 0 in widths[0]:
+        sizes = super()._freeze_partition_sizes(total)
+        if self._block is not None and 0 in sizes:
             raise RuntimeError(
                 explain(
                     "a rank would get an empty query/key/value shard",
-                    got=f"shares {widths[0]} of {self._subparam_sizes[0]} elements",
+                    got=f"shares {list(self._cut().widths[0])} of {total // 3} elements",
                     fix="use fewer tensor-parallel ranks than there are heads",
                 )
             )
-        return self._cut().by_rank
+        return sizes
 
     def _tp_partition(self, params_list: Sequence[Any]) -> None:
         if self.unsupported_reason and self.tp_world_size > 1:

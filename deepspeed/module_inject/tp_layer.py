@@ -23,7 +23,7 @@ from .tp_collectives import (
     sum_over_ranks,
     summed,
 )
-from .tp_cut import Cut
+from .tp_cut import Cut, shard_widths
 from .tp_metadata import DS_AUTOTP_UC_META, _build_param_uc_restore_meta
 from .tp_shard import get_shard_size_list
 
@@ -94,8 +94,18 @@ class TensorParallelLayer(nn.Module):
 
     def _freeze_partition_sizes(self, total: int) -> tuple[int, ...]:
         """Fix where the weights are cut, since what that depends on changes with the next model."""
-        self._partition_sizes = tuple(get_shard_size_list(total, self.tp_world_size, self.name))
-        return self._partition_sizes
+        joined = self._joined_sizes(total)
+        if joined is None:
+            sizes = get_shard_size_list(total, self.tp_world_size, self.name)
+            self._partition_sizes = tuple(sizes)
+        else:
+            self._subparam_sizes = joined
+            self._subparam_shard_widths = shard_widths(joined, self.tp_world_size, self.name)
+        return self._cut().by_rank
+
+    def _joined_sizes(self, total: int) -> tuple[int, ...] | None:
+        """The sizes of the weights that are joined in one; None for a single one."""
+        return None
 
     def _cut(self, is_bias: bool = False) -> Cut:
         if is_bias and self.partition_dim != 0:
