@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from deepspeed import comm as dist
 from deepspeed.accelerator.product_functions import autocast_on
 from deepspeed.comm.mesh import Axis
 from deepspeed.utils.errors import explain
@@ -78,8 +77,7 @@ class TensorParallelLayer(nn.Module):
         self.register_parameter("bias", bias)
         self.name, self.mp_group = name, mp_group
         self.axis = Axis.alone() if mp_group is None else Axis.of_group(mp_group)
-        self.tp_world_size = 1 if mp_group is None else dist.get_world_size(group=mp_group)
-        self.tp_index = 0 if mp_group is None else dist.get_rank(group=mp_group)
+        self.tp_world_size, self.tp_index = self.axis.size, self.axis.rank
         self._orig_weight_shape = _whole_shape(weight)
         self._partition_sizes: tuple[int, ...] = ()
         self._subparam_sizes: tuple[int, ...] | None = None
