@@ -16,14 +16,17 @@ struct Wide {
     static inline void store(Ints a, uint16_t *p) { a.store_words(p); }
 };
 
+// The bits that the least normal number of a form has as a float.
+inline int32_t least_normal(Tiny form) { return (2 - (1 << (form.exponent - 1)) + 127) << 23; }
+
 struct TinyCoder {
     int mantissa, sign_at;  // bits; place of the sign
-    Ints least, greatest;   // bits of the smallest normal float's exponent; code of the greatest value
+    Ints least, greatest;   // bits of the least normal number; code of the greatest value
 
     explicit TinyCoder(Tiny form)
         : mantissa(form.mantissa),
           sign_at(form.exponent + form.mantissa),
-          least(Ints::all((2 - (1 << (form.exponent - 1)) + 127) << 23)),
+          least(Ints::all(least_normal(form))),
           greatest(Ints::all((1 << (form.exponent + form.mantissa)) - 1)) {}
 
     // Too large, infinite or NaN becomes the greatest value.
@@ -72,10 +75,9 @@ struct QuickCoder {
 
     QuickCoder(float scale, Tiny form)
         : by(Vec::all(1 / scale)),
-          least(floats(Ints::all((2 - (1 << (form.exponent - 1)) + 127) << 23))),
+          least(floats(Ints::all(least_normal(form)))),
           step(Ints::all(1 << 23)),
-          offset(Ints::all((1 << 23) - ((2 - (1 << (form.exponent - 1)) + 127) << 23) +
-                           (1 << (22 - form.mantissa)) + 4)),
+          offset(Ints::all((1 << 23) - least_normal(form) + (1 << (22 - form.mantissa)) + 4)),
           low_bits(Ints::all((1 << (23 - form.mantissa)) - 1)),
           drop(23 - form.mantissa) {}
 

@@ -58,19 +58,24 @@ inline void narrow_f16(Vec a, uint16_t *p) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// What rounding to bf16 adds to the upper halves of floats, from both halves.
+inline __m256i bf16_carry(__m256i high, __m256i low) {
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi16(1));
+    const __m256i half = _mm256_add_epi16(odd, _mm256_set1_epi16(0x7ffe));
+    return _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15);
+}
+
 // Two vectors of results of arithmetic: a NaN among them is quiet and keeps its high half. In 16-bit lanes, twice as
 // many at a time: the carry of rounding is the top bit of the mean of the low half and 0x7fff (+ 1 for odd ones).
 inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
     const __m256i x = _mm256_castps_si256(a.v), y = _mm256_castps_si256(b.v);
-    const __m256i zero = _mm256_setzero_si256(), one = _mm256_set1_epi16(1);
+    const __m256i zero = _mm256_setzero_si256();
     const __m256i high = _mm256_packus_epi32(_mm256_srli_epi32(x, 16), _mm256_srli_epi32(y, 16));
     const __m256i low = _mm256_packus_epi32(_mm256_blend_epi16(x, zero, 0xaa),
                                             _mm256_blend_epi16(y, zero, 0xaa));
-    const __m256i half = _mm256_add_epi16(_mm256_and_si256(high, one), _mm256_set1_epi16(0x7ffe));
-    const __m256i carry = _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15);
     const __m256i nan = _mm256_cmpgt_epi16(_mm256_and_si256(high, _mm256_set1_epi16(0x7fff)),
                                            _mm256_set1_epi16(0x7f80));
-    const __m256i rounded = _mm256_add_epi16(high, _mm256_andnot_si256(nan, carry));
+    const __m256i rounded = _mm256_add_epi16(high, _mm256_andnot_si256(nan, bf16_carry(high, low)));
     _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(rounded, 0xd8));
 }
 
@@ -197,10 +202,7 @@ inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) {
     const __m256i x = _mm256_castps_si256(a.v), y = _mm256_castps_si256(b.v);
     const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(x, 16), y, 0xaa);
     const __m256i low = _mm256_blend_epi16(x, _mm256_slli_epi32(y, 16), 0xaa);
-    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi16(1));
-    const __m256i half = _mm256_add_epi16(odd, _mm256_set1_epi16(0x7ffe));
-    const __m256i carry = _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15);
-    _mm256_storeu_si256((__m256i *)p, _mm256_add_epi16(high, carry));
+    _mm256_storeu_si256((__m256i *)p, _mm256_add_epi16(high, bf16_carry(high, low)));
 }
 
 // Four vectors of integers as bytes, in an order of their own until they are stored.

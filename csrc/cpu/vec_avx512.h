@@ -54,17 +54,23 @@ inline void narrow_f16(Vec a, uint16_t *p) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// Two vectors of results of arithmetic, see vec_avx2.h.
-inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
+// The upper halves of two vectors, one behind the other, and what rounding adds to each.
+inline void bf16_pair(Vec a, Vec b, __m512i &high, __m512i &carry) {
     const __m512i x = _mm512_castps_si512(a.v), y = _mm512_castps_si512(b.v);
     const __m512i even = _mm512_set_epi16(
         62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18,
         16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i one = _mm512_set1_epi16(1);
     const __m512i low = _mm512_permutex2var_epi16(x, even, y);
-    const __m512i high = _mm512_permutex2var_epi16(x, _mm512_or_si512(even, one), y);
+    high = _mm512_permutex2var_epi16(x, _mm512_or_si512(even, one), y);
     const __m512i half = _mm512_add_epi16(_mm512_and_si512(high, one), _mm512_set1_epi16(0x7ffe));
-    const __m512i carry = _mm512_srli_epi16(_mm512_avg_epu16(low, half), 15);
+    carry = _mm512_srli_epi16(_mm512_avg_epu16(low, half), 15);
+}
+
+// Two vectors of results of arithmetic, see vec_avx2.h.
+inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
+    __m512i high, carry;
+    bf16_pair(a, b, high, carry);
     const __mmask32 number = _mm512_cmple_epu16_mask(
         _mm512_and_si512(high, _mm512_set1_epi16(0x7fff)), _mm512_set1_epi16(0x7f80));
     _mm512_storeu_si512((void *)p, _mm512_mask_add_epi16(high, number, high, carry));
@@ -172,15 +178,8 @@ inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
 inline Halves split_bytes(const uint8_t *p) { return Halves::bytes(p); }
 // A pair without NaN to bf16.
 inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) {
-    const __m512i x = _mm512_castps_si512(a.v), y = _mm512_castps_si512(b.v);
-    const __m512i even = _mm512_set_epi16(
-        62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18,
-        16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512i one = _mm512_set1_epi16(1);
-    const __m512i low = _mm512_permutex2var_epi16(x, even, y);
-    const __m512i high = _mm512_permutex2var_epi16(x, _mm512_or_si512(even, one), y);
-    const __m512i half = _mm512_add_epi16(_mm512_and_si512(high, one), _mm512_set1_epi16(0x7ffe));
-    const __m512i carry = _mm512_srli_epi16(_mm512_avg_epu16(low, half), 15);
+    __m512i high, carry;
+    bf16_pair(a, b, high, carry);
     _mm512_storeu_si512((void *)p, _mm512_add_epi16(high, carry));
 }
 
