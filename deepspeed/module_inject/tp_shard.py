@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from deepspeed import comm as dist
+from deepspeed.sequence.layer import shares
 from deepspeed.utils.errors import explain
 
 num_kv_heads: int | None = None
@@ -74,13 +75,13 @@ def get_shard_size_list(
     """
     heads = get_num_kv_heads() if num_kv_heads is None else num_kv_heads
     if heads and total_size % heads == 0 and _has_heads(name):
-        return [share * (total_size // heads) for share in _even(heads, mp_size)]
+        return [share * (total_size // heads) for share in shares(heads, mp_size)]
     grain = max(1, tp_grain_size)
     if total_size // grain < mp_size:
-        return _even(total_size, mp_size)
-    shares = [share * grain for share in _even(total_size // grain, mp_size)]
-    shares[-1] += total_size % grain
-    return shares
+        return shares(total_size, mp_size)
+    sizes = [share * grain for share in shares(total_size // grain, mp_size)]
+    sizes[-1] += total_size % grain
+    return sizes
 
 
 def get_shard_size(
@@ -112,11 +113,6 @@ def get_shard_size(
             )
         rank = dist.get_rank(group=mp_group)
     return get_shard_size_list(total_size, mp_size, name, num_kv_heads)[rank]
-
-
-def _even(units: int, ranks: int) -> list[int]:
-    """As even as it goes, the first ranks having one more."""
-    return [units // ranks + (rank < units % ranks) for rank in range(ranks)]
 
 
 def _has_heads(name: str | None) -> bool:
