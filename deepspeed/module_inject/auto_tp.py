@@ -25,7 +25,9 @@ from .layers import (
     SubParamLinearLayer,
     TensorParallelLayer,
 )
-from .tp_layer import sum_grad_over_ranks
+from .tp_cut import Cut
+from .tp_layer import _whole_shape, sum_grad_over_ranks
+from .tp_metadata import DS_AUTOTP_UC_META, _build_param_uc_restore_meta
 from .tp_parser import find_rows
 from .tp_shard import get_shard_size, get_shard_size_list
 
@@ -65,7 +67,6 @@ class AutoTP:
         self.partition_config = partition_config
         self.mp_size, self.mp_group = 1, None
         self.linear_policies: dict[type, Any] = {}
-        self.found: set[str] = set()
         self._shared = _shared_weights(module)
         # a layer that stands in several places is cut once
         self._made: dict[nn.Module, nn.Module] = {}
@@ -123,7 +124,6 @@ class AutoTP:
                     )
                 )
             return None
-        self.found.add(full_name)
         if spec.grad_allreduce:
             for param in child.parameters(recurse=False):
                 sum_grad_over_ranks(param, self._axis)
@@ -170,12 +170,10 @@ class AutoTP:
         self, child: nn.Embedding, name: str, conv_linear_layer: bool = False
     ) -> nn.Embedding:
         """An embedding with this rank's part of its width."""
-        from .tp_metadata import DS_AUTOTP_UC_META, _build_param_uc_restore_meta
-
-        rank, whole = dist.get_rank(group=self.mp_group), tuple(child.weight.shape)
+        whole = tuple(child.weight.shape)
         sizes = get_shard_size_list(whole[1], self.mp_size, name)
-        own = child.weight.data.narrow(1, sum(sizes[:rank]), sizes[rank]).contiguous()
-        sliced = nn.Embedding(whole[0], sizes[rank], child.padding_idx, device="meta")
+        own = Cut(1, (tuple(sizes),)).take(child.weight.data, dist.get_rank(group=self.mp_group))
+        sliced = nn.Embedding(*own.shape, child.padding_idx, device="meta")
         sliced.weight = nn.Parameter(own, requires_grad=child.weight.requires_grad)
         meta = _build_param_uc_restore_meta(
             partition_type="row",
@@ -246,7 +244,7 @@ def _is_linear(child: nn.Module) -> bool:
     weight = getattr(child, "weight", None)
     if isinstance(child, nn.Embedding) or type(child).__name__ == "Conv1D":
         return False
-    return isinstance(weight, torch.Tensor) and len(getattr(weight, "ds_shape", weight.shape)) == 2
+    return isinstance(weight, torch.Tensor) and len(_whole_shape(weight)) == 2
 
 
 def _shared_weights(module: nn.Module) -> set[int]:
