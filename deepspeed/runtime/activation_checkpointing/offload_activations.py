@@ -194,18 +194,14 @@ class CheckpointHiddenStatesOffload:
     def _restore(self, packed: Any) -> Tensor:
         if not isinstance(packed, _Saved):
             return packed
-        kept = self._keep_last.get(packed.number)
-        if kept is not None:
-            _refuse_changed(packed, kept)
+        tensor = self._keep_last.get(packed.number)
+        if tensor is not None:
+            _refuse_changed(packed, tensor)
             self.stats.kept_last_tensors += not packed.needed_before
-            packed.needed_before = True
-            self._prefetch(packed.number - 1)
-            return kept
-        self.stats.restored_tensors += not packed.needed_before
+        else:
+            self.stats.restored_tensors += not packed.needed_before
+            tensor = self._copy_back(packed)
         packed.needed_before = True
-        tensor, ready = self._prefetched.pop(packed.number, None) or self._copy_back(packed)
-        if ready is not None:
-            get_accelerator().current_stream().wait_event(ready)
         self._prefetch(packed.number - 1)
         return tensor
 
@@ -265,7 +261,13 @@ class CheckpointHiddenStatesOffload:
             # The stream of the work waits, so that the memory's next user in it comes after the copy.
             get_accelerator().current_stream().wait_event(copied)
 
-    def _copy_back(self, saved: _Saved) -> tuple[Tensor, Any]:
+    def _copy_back(self, saved: _Saved) -> Tensor:
+        """The tensor on its device again: the copy that was begun ahead of time, or one made now."""
+        prefetched = self._prefetched.pop(saved.number, None)
+        if prefetched is not None:
+            tensor, ready = prefetched
+            get_accelerator().current_stream().wait_event(ready)
+            return tensor
         buffer, copied = self._tracker[saved.number]
         tensor = torch.empty_strided(
             saved.size, saved.stride, dtype=buffer.dtype, device=saved.device
@@ -273,7 +275,7 @@ class CheckpointHiddenStatesOffload:
         if copied is not None:
             get_accelerator().current_stream().wait_event(copied)
         tensor.copy_(buffer, non_blocking=self.use_streams and self.use_pin_memory)
-        return tensor, None
+        return tensor
 
     def _prefetch(self, number: int) -> None:
         """Begin to copy back what the backward pass will most likely ask for next."""
@@ -307,23 +309,8 @@ class CheckpointHiddenStatesOffload:
         return event
 
 
-def get_checkpoint_hidden_states_offloading_ctx_manager(
-    use_pin_memory: bool = True,
-    use_streams: bool = True,
-    min_offload_bytes: int = 1024,
-    max_fwd_stash_count: int = 2,
-    max_cpu_buffer_pool_count: int = 64,
-    keep_last_count: int = 1,
-) -> CheckpointHiddenStatesOffload:
-    """Make a `CheckpointHiddenStatesOffload`; see there."""
-    return CheckpointHiddenStatesOffload(
-        use_pin_memory=use_pin_memory,
-        use_streams=use_streams,
-        min_offload_bytes=min_offload_bytes,
-        max_fwd_stash_count=max_fwd_stash_count,
-        max_cpu_buffer_pool_count=max_cpu_buffer_pool_count,
-        keep_last_count=keep_last_count,
-    )
+# Programs make it by this name.
+get_checkpoint_hidden_states_offloading_ctx_manager = CheckpointHiddenStatesOffload
 
 
 class _Marking:
