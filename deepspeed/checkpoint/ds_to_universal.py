@@ -153,10 +153,7 @@ def _open_grid(folder: Folder) -> list[list[_Part]]:
     """The parts by pipeline stage and tensor-parallel rank."""
     first = _open_part(folder, 0)
     degrees = first.model.get(Model.PARALLEL_DIMENSIONS) or {}
-    files = folder.glob("mp_rank_*_model_states.pt") or folder.glob(
-        "zero_pp_rank_0_*_model_states.pt"
-    )
-    world = int(first.model.get(Model.MP_WORLD_SIZE, len(files)))
+    world = int(first.model.get(Model.MP_WORLD_SIZE, len(folder.model_files())))
     stages = int(degrees.get("pp_degree", 1))
     tensor = int(degrees.get("tp_degree", max(1, world // stages)))
     return [

@@ -162,6 +162,10 @@ def zero3_model_file(dp_rank: int, mp_rank: int = 0) -> str:
     return f"zero_pp_rank_{dp_rank}_mp_rank_{mp_rank:02d}_model_states.pt"
 
 
+MODEL_FILES = ("mp_rank_*_model_states.pt", "zero_pp_rank_0_*_model_states.pt")
+"""Patterns of the first data-parallel rank's model states, stages 0 to 2 before stage 3."""
+
+
 def optim_file(dp_rank: int, mp_rank: int = 0, *, bf16: bool = False) -> str:
     """One rank's shard of the ZeRO optimizer."""
     prefix = "bf16_" if bf16 else ""

@@ -26,7 +26,7 @@ import torch
 from ..utils.env import DS_TRUST_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from .digest import CRC32, SHA256, of_file, text_of
-from .format import MANIFEST, PARTIAL_MARK
+from .format import MANIFEST, MODEL_FILES, PARTIAL_MARK
 from .harmless import Refused, check_call, harmless
 from .whole_file import WholeFile, pays, read_whole
 
@@ -305,6 +305,10 @@ class Folder:
     def glob(self, pattern: str) -> list[str]:
         """Names of the files that match, sorted."""
         return sorted(p.name for p in self.path.glob(pattern) if p.is_file())
+
+    def model_files(self) -> list[str]:
+        """Names of the files of model states, one for each model-parallel rank."""
+        return next(filter(None, map(self.glob, MODEL_FILES)), [])
 
     def glob_in(self, folder: str, pattern: str) -> list[str]:
         """As `glob`, in a folder of this one; names with the folder's."""

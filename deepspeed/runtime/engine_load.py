@@ -130,9 +130,7 @@ class _Load:
         if self.universal:  # it may be of fewer tensor-parallel ranks
             choices.append(names.model_file(0))
         self.model_path = self.path / next(filter(self.folder.has, choices), choices[0])
-        files = self.folder.glob("mp_rank_*_model_states.pt") or self.folder.glob(
-            "zero_pp_rank_0_*_model_states.pt"
-        )
+        files = self.folder.model_files()
         if not files:
             raise AssertionError(
                 explain(
