@@ -14,6 +14,7 @@ from deepspeed.comm.mesh import Mesh
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
+from .constants import DEEPSPEED_OPTIMIZERS
 from .zero.sharded_param import shape_of
 from .zero.utils import ZeRORuntimeException, is_zero_supported_optimizer
 
@@ -22,10 +23,6 @@ DeepSpeedOptimizerCallable = Callable[
 ]
 DeepSpeedSchedulerCallable = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
-NATIVE_NAMES = (
-    *("adam", "adamw", "adagrad", "lamb", "lion", "muon"),
-    *("onebitadam", "onebitlamb", "zerooneadam"),
-)
 # Types that reduce by themselves.
 COMPRESSING = {"onebitadam": "OnebitAdam", "onebitlamb": "OnebitLamb", "zerooneadam": "ZeroOneAdam"}
 # Those of the package mup (tensor programs V, arXiv:2203.03466): each makes an optimizer of torch with rates by width.
@@ -101,7 +98,7 @@ def _resolve(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict
             explain(
                 "unknown optimizer.type",
                 got=name,
-                expected=f"one of {', '.join(NATIVE_NAMES)}, or the name of a class of torch.optim",
+                expected=f"{', '.join(DEEPSPEED_OPTIMIZERS)}, or the name of a class of torch.optim",
             )
         )
     return kind, options
