@@ -31,11 +31,9 @@ def routes() -> list[dict[str, Any]]:
             route, reason = "reference", "torch has all of it"
         else:
             route, reason = _WORDS.get(ours.route, ours.route), ours.reason
-            if name == "async_io" and route == "prebuilt":
-                reason = f"{aio.backends()[0]} of {native.library_path().name}"
-            elif name == "pin_memory":
-                locks = route == "prebuilt"
-                reason = f"page locks of {native.library_path().name}" if locks else reason
+            if route == "prebuilt" and name in ("async_io", "pin_memory"):
+                part = "page locks" if name == "pin_memory" else aio.backends()[0]
+                reason = f"{part} of {native.library_path().name}"
         installed, works = route == "prebuilt", route not in ("none", "broken")
         row = {"name": name, "installed": installed, "compatible": works}
         found.append({**row, "route": route, "reason": reason})
