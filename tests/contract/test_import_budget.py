@@ -35,6 +35,7 @@ print(json.dumps(dict(
     processes=processes,
     cuda=torch.cuda.is_initialized(),
     distributed=torch.distributed.is_available() and torch.distributed.is_initialized(),
+    chosen=getattr(sys.modules.get("deepspeed.accelerator.real_accelerator"), "_current", None) is not None,
     loaded=sorted(set(sys.modules) - before),
     file=deepspeed.__file__,
 )))
@@ -97,6 +98,10 @@ def test_importing_a_leaf_does_not_import_its_siblings(what):
     assert "deepspeed.runtime.engine" not in loaded
     assert "pydantic" not in loaded
     assert len(loaded) <= 12, sorted(loaded)
+
+
+def test_importing_the_engine_does_not_choose_the_accelerator():
+    assert not probe(what=".runtime.engine")["chosen"]
 
 
 def copy_of_the_package(folder: Path) -> Path:

@@ -8,7 +8,6 @@ saved tensors are nobody's to watch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,21 +17,19 @@ from torch.nn import functional
 from deepspeed.accelerator import get_accelerator
 
 
-def noop_decorator(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function itself."""
-    return fn
+def __getattr__(name: str) -> Any:
+    """`autocast_custom_fwd` and `autocast_custom_bwd`: of torch, for the accelerator, which no import chooses."""
+    from deepspeed.runtime.utils import noop_decorator
 
-
-def _autocast_decorator(name: str) -> Callable[..., Any]:
-    """`torch.amp.custom_fwd` or `custom_bwd` for the accelerator, as this version of torch spells it."""
-    kind = get_accelerator().device_name()
-    if hasattr(torch.amp, name):
-        return partial(getattr(torch.amp, name), device_type=kind)
-    return getattr(getattr(getattr(torch, kind, None), "amp", None), name, noop_decorator)
-
-
-autocast_custom_fwd = _autocast_decorator("custom_fwd")
-autocast_custom_bwd = _autocast_decorator("custom_bwd")
+    if name == "noop_decorator":
+        return noop_decorator
+    if name not in ("autocast_custom_fwd", "autocast_custom_bwd"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    kind, decorator = get_accelerator().device_name(), name.removeprefix("autocast_")
+    if hasattr(torch.amp, decorator):
+        return partial(getattr(torch.amp, decorator), device_type=kind)
+    # torch before 2.4
+    return getattr(getattr(getattr(torch, kind, None), "amp", None), decorator, noop_decorator)
 
 
 class LinearFunctionForZeroStage3(torch.autograd.Function):

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from deepspeed.runtime import utils
+from deepspeed.runtime.zero import linear
 from deepspeed.runtime.zero.linear import (
     LinearFunctionForZeroStage3,
     LinearModuleForZeroStage3,
@@ -21,6 +25,14 @@ def test_the_linear_function_has_the_right_gradients(shape):
     of = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, (5, 4), (5,))]
     assert torch.autograd.gradcheck(LinearFunctionForZeroStage3.apply, of)
     assert torch.autograd.gradcheck(lambda x, w: zero3_linear_wrap(x, w), of[:2])
+
+
+def test_the_decorators_for_autocast_are_torchs():
+    assert linear.noop_decorator is utils.noop_decorator
+    for name in ("autocast_custom_fwd", "autocast_custom_bwd"):
+        doubled = getattr(linear, name)(lambda ctx, x: 2 * x)
+        assert doubled(SimpleNamespace(_fwd_used_autocast=False, _dtype=None), 3) == 6
+    assert not hasattr(linear, "autocast_custom")
 
 
 def test_the_linear_function_works_under_vmap():
