@@ -173,9 +173,7 @@ class Mesh:
         groups = grid(
             world, sequence=self.sequence.size, tensor=self.tensor.size, pipe=self.pipe.size
         )["sequence_data"]
-        within, across = expert_grid(groups, size)
-        if data_first:
-            across, within = expert_grid(groups, len(groups[0]) // size)
+        within, across = expert_grid(groups, size, data_first)
         return _join(rank, within), _join(rank, across)
 
 
@@ -225,13 +223,14 @@ def grid(
 
 
 def expert_grid(
-    groups: Sequence[tuple[int, ...]], expert: int
+    groups: Sequence[tuple[int, ...]], expert: int, data_first: bool = False
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Split groups of ranks with the same weights into expert and expert-data groups.
 
     Args:
         groups: lists of ranks (each the sequence-data ranks of one pipe and tensor index).
         expert: number of ranks that share one set of experts: adjacent ranks of a list.
+        data_first: adjacent ranks of a list hold the same experts instead.
 
     Returns:
         The expert groups, and the groups of ranks that hold the same experts.
@@ -249,6 +248,9 @@ def expert_grid(
                 fix="Change ep_size of the MoE layers, or the number of processes.",
             )
         )
+    if data_first:
+        across, within = neighbour_grid(groups, width // expert)
+        return within, across
     return neighbour_grid(groups, expert)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepspeed.comm.mesh import Axis, Mesh, process_group
+from deepspeed.comm.mesh import Axis, Mesh, expert_grid, grid, process_group
 
 from .errors import DeepSpeedCommError, explain
 from .exceptions import DeprecatedException
@@ -369,24 +369,13 @@ def _get_expert_parallel_ranks(
     """The global ranks of each expert-parallel and each expert-data-parallel group, in a job of any shape.
 
     Neighbours in a data-parallel group share experts; with the last argument, neighbours hold the same ones.
+
+    Raises:
+        DeepSpeedCommError: the sizes do not divide the ranks.
     """
-    spread, copies = [], []
-    stage = world_size // pipeline_parallel_size_
-    for start in range(0, world_size, stage):
-        for tensor in range(tensor_parallel_size_):
-            data = list(range(start + tensor, start + stage, tensor_parallel_size_))
-            rows = [
-                data[at : at + expert_parallel_size_]
-                for at in range(0, len(data), expert_parallel_size_)
-            ]
-            columns = [data[at::expert_parallel_size_] for at in range(expert_parallel_size_)]
-            if use_data_before_expert_parallel_:
-                held = len(data) // expert_parallel_size_
-                rows = [data[at::held] for at in range(held)]
-                columns = [data[at : at + held] for at in range(0, len(data), held)]
-            spread += rows
-            copies += columns
-    return spread, copies
+    data = grid(world_size, tensor=tensor_parallel_size_, pipe=pipeline_parallel_size_)["data"]
+    spread, copies = expert_grid(data, expert_parallel_size_, use_data_before_expert_parallel_)
+    return [list(ranks) for ranks in spread], [list(ranks) for ranks in copies]
 
 
 def _get_expert_parallel_group(group_name: str) -> Any:
