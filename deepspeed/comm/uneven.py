@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from deepspeed.utils.errors import DeepSpeedCommError, explain
 
-from .flat import _bytes, _host, _through_bytes
+from .flat import _bytes, _copy_back, _host, _through_bytes
 from .mesh import Axis
 from .profiling import watched
 
@@ -58,5 +58,4 @@ def exchange_uneven(
         [count * width for count in sent],
         group=axis.group,
     )
-    if target.device != out.device:
-        out.copy_(target)
+    _copy_back(out, target)()
