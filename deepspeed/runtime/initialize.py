@@ -46,7 +46,7 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=engine_arguments["dist_init_required"],
     )
-    config = _with_tensor_ranks(config, model, engine_arguments, tp_request)
+    config = _with_tensor_ranks(load_config(config), model, engine_arguments, tp_request)
     engine_class = _engine_class(model, engine_arguments)
     mpu = engine_arguments["mpu"]
     mesh_device = None
@@ -76,8 +76,8 @@ def initialize(
 
 
 def _with_tensor_ranks(
-    config: Any, model: torch.nn.Module, engine_arguments: dict[str, Any], pending: Any
-) -> Any:
+    config: dict[str, Any], model: torch.nn.Module, engine_arguments: dict[str, Any], pending: Any
+) -> dict[str, Any]:
     """The configuration with what `tp_model_init` was asked for; the engine's `mpu` knows the groups then.
 
     Raises:
@@ -85,8 +85,7 @@ def _with_tensor_ranks(
         DeepSpeedConfigError: the configuration asks for another kind of splitting beside.
     """
     request = request_of(model, pending)
-    raw = config if isinstance(config, dict) else load_config(config)
-    whole = merged(raw, request, engine_arguments["mpu"])
+    whole = merged(config, request, engine_arguments["mpu"])
     mpu = tensor_ranks(whole, engine_arguments["mpu"], request)
     if mpu is not engine_arguments["mpu"] and _is_pipeline(model):
         raise DeepSpeedConfigError(
