@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reaching a part of a module by its dotted name, as `named_modules` and `named_parameters` give it."""
+"""Reaching a part of a module by its dotted name, as `named_modules` gives it; a module in evaluation mode for a while."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import reduce
 from typing import Any
+
+from torch import nn
 
 
 def recursive_getattr(model: Any, module_name: str) -> Any:
@@ -29,3 +33,17 @@ def recursive_setattr(model: Any, module_name: str, module: Any) -> None:
     """
     owner, _, name = module_name.rpartition(".")
     setattr(recursive_getattr(model, owner) if owner else model, name, module)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode inside; each part goes back to its own, which may be evaluation for good."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # outer parts first, which take inner ones with them; by `train`, where a part may do more than set its flag
+        for part, training in modes:
+            if part.training != training:
+                part.train(training)

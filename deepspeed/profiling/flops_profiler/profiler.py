@@ -13,6 +13,7 @@ from torch import nn
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.errors import explain
+from deepspeed.utils.module_utils import evaluating
 
 from . import report
 from .counting import OperatorWatch
@@ -280,19 +281,16 @@ def get_model_profile(
 
 def _pass(profiler: FlopsProfiler, call: Any, warm_up: int, ignored: tuple[type, ...]) -> None:
     """Warm up, count one pass, and time another: counting costs time."""
-    training = profiler.model.training
-    profiler.model.eval()
-    try:
-        with torch.no_grad():
+    with evaluating(profiler.model), torch.no_grad():
+        try:
             for _ in range(warm_up):
                 call()
             for count in (True, False):
                 profiler._start(ignored, count)
                 call()
                 profiler.stop_profile()
-    finally:
-        profiler.end_hooks()
-        profiler.model.train(training)
+        finally:
+            profiler.end_hooks()
 
 
 def _caller(

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from deepspeed.runtime.zero.gathered import GatheredParameters
+from deepspeed.utils.module_utils import evaluating
 
 from .base import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 
@@ -52,7 +51,7 @@ class HybridEngineRollout(RolloutEngine):
         prompts = request.prompt_ids.repeat_interleave(samples, dim=0)
         mask = request.prompt_attention_mask.repeat_interleave(samples, dim=0)
         greedy = sampling.temperature == 0
-        with self._evaluating():
+        with evaluating(self.engine.module):
             if greedy and self.use_graph_capture:
                 ids = self._generate_graph(prompts, mask, sampling.max_new_tokens)
             else:
@@ -66,17 +65,6 @@ class HybridEngineRollout(RolloutEngine):
 
     def sync_weights(self, step: int) -> None:
         """Nothing to do: there is one set of weights."""
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        # one by one: a part may be in evaluation mode for good
-        training = [m for m in self.engine.module.modules() if m.training]
-        self.engine.module.eval()
-        try:
-            yield
-        finally:
-            for each in training:
-                each.training = True
 
     @staticmethod
     def _drawn(sampling: SamplingConfig) -> dict[str, Any]:

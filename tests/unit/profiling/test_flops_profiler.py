@@ -133,9 +133,10 @@ def test_ignored_modules_count_for_nobody():
 
 def test_a_forward_pass_that_raises_leaves_no_hook_and_no_mode():
     model = nn.Sequential(nn.Linear(4, 4), Call(lambda x: x.no_such_thing)).train()
+    model[0].eval()
     with pytest.raises(AttributeError, match="no_such_thing"):
         get_model_profile(model, (2, 4), print_profile=False, warm_up=0)
-    assert model.training
+    assert [part.training for part in model.modules()] == [True, False, True]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
