@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis, Mesh
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
@@ -31,7 +32,6 @@ from .plan import Placement, Plan, TierKind
 from .reducer import Reducer
 from .shard_group import ShardGroup, ShardPart
 from .spill import SpillFolder, stream, together
-from .tiers import unpin
 from .whole_params import needs_whole, step_whole
 
 _CLIP_EPSILON = 1e-6
@@ -482,9 +482,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def destroy(self) -> None:
         """Remove the hooks on the parameters, and the files of offloaded states; unlock what was page-locked for them."""
         self.reducer.remove_hooks()
-        for group in self.groups:
-            for part in group.parts:
-                unpin(part.master)
-                unpin(part.held_grad)
+        for _, part in self._parts():
+            get_accelerator().unpin_memory(part.master)
+            if part.held_grad is not None:
+                get_accelerator().unpin_memory(part.held_grad)
         if self.folder is not None:
             self.folder.close()

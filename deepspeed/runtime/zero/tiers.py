@@ -74,10 +74,3 @@ def tier_for(device: torch.device, on_host: bool, pin_memory: bool) -> Tier:
         return DeviceTier(device)
     native = pin_memory and env.DS_PIN_MEMORY_BACKEND.get() is not None
     return HostTier(pinned=pin_memory and device.type == "cuda", native=native)
-
-
-def unpin(tensor: torch.Tensor | None) -> None:
-    """Unlock the pages of a buffer of `HostTier` that is not needed any more, if it has any of its own."""
-    pins = get_active_native_pinned_memory()
-    if tensor is not None and pins is not None:
-        pins.unpin(tensor)
