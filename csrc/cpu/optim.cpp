@@ -230,23 +230,24 @@ struct Lamb {
         return a.param_dtype != a.state_dtype || a.param_dtype != a.grad_dtype || a.low;
     }
 
+    static char *place(const void *data, int32_t dtype, int64_t at) {
+        return (char *)data + at * ds::bytes_of(dtype);
+    }
     void widen(const void *data, int32_t dtype, int64_t at, int64_t n, float *to) const {
-        ds::widen(kernels, (const char *)data + at * ds::bytes_of(dtype), dtype, to, n);
+        ds::widen(kernels, place(data, dtype, at), dtype, to, n);
     }
     void narrow(const float *from, void *data, int32_t dtype, int64_t at, int64_t n) const {
-        ds::narrow(kernels, from, (char *)data + at * ds::bytes_of(dtype), dtype, n);
+        ds::narrow(kernels, from, place(data, dtype, at), dtype, n);
     }
 
     // Moments of a tile, and its param and update in t.p and t.update.
     void first_tile(Tile &t, int64_t at, int64_t n) const {
         const ds_lamb_args &a = *args;
-        const int64_t each = ds::bytes_of(a.param_dtype) * at;
         if (!mixed()) {
-            kernels->lamb_first[a.param_dtype]((const char *)a.param + each,
-                                               (char *)a.exp_avg + each,
-                                               (char *)a.exp_avg_sq + each,
-                                               (const char *)a.grad + each, n, &constants, t.p,
-                                               t.update);
+            const int32_t d = a.param_dtype;
+            kernels->lamb_first[d](place(a.param, d, at), place(a.exp_avg, d, at),
+                                   place(a.exp_avg_sq, d, at), place(a.grad, d, at), n, &constants,
+                                   t.p, t.update);
             return;
         }
         alignas(64) float param[kTile];
@@ -284,12 +285,10 @@ struct Lamb {
 
     void second_tile(Tile &t, int64_t at, int64_t n) const {
         const ds_lamb_args &a = *args;
-        const int64_t each = ds::bytes_of(a.param_dtype) * at;
         if (!mixed()) {
-            kernels->lamb_second[a.param_dtype]((char *)a.param + each,
-                                                (const char *)a.exp_avg + each,
-                                                (const char *)a.exp_avg_sq + each, n, &constants,
-                                                size);
+            const int32_t d = a.param_dtype;
+            kernels->lamb_second[d](place(a.param, d, at), place(a.exp_avg, d, at),
+                                    place(a.exp_avg_sq, d, at), n, &constants, size);
             return;
         }
         widen(a.param, a.param_dtype, at, n, t.p);
