@@ -52,7 +52,11 @@ class SubparamShape:
 
 
 def cut_for_rank(
-    saved: Mapping[str, Any], rank: int, size: int, shape: torch.Size | None = None
+    saved: Mapping[str, Any],
+    rank: int,
+    size: int,
+    shape: torch.Size | None = None,
+    cut: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
     """One tensor-parallel rank's part of a saved state.
 
@@ -60,11 +64,14 @@ def cut_for_rank(
         saved: what a state file holds.
         rank, size: which part of how many.
         shape: shape of the part, where it is known; a vocabulary is padded to it.
+        cut: what the parameter says itself of how it was cut; it goes before what the file says. The part is flat then.
 
     Raises:
         DeepSpeedCheckpointError: the whole does not divide into such parts.
     """
     whole = saved[Universal.PARAM]
+    if cut is not None:
+        return part_of(cut, whole, rank, size)
     if size == 1 and not saved.get(Universal.VOCAB):
         return whole
     if shape is not None and whole.shape == shape:
@@ -188,10 +195,7 @@ def _slot(
         if not isinstance(saved, Mapping):
             slot.numbers[key] = saved
             continue
-        if cut is None:
-            part = cut_for_rank(saved, *tensor, shape)
-        else:
-            part = part_of(cut, saved[Universal.PARAM], *tensor)
+        part = cut_for_rank(saved, *tensor, shape, cut)
         if part.numel() != shape.numel():
             raise DeepSpeedCheckpointError(
                 explain(
@@ -228,20 +232,15 @@ def load_hp_checkpoint_state(
     """
     from ..utils.tensor_fragment import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    step = None
+    step, cut = None, _get_param_uc_restore_meta(self)
     for path in sorted(Path(folder).glob("*.pt")):
         saved = load_file(path)
-        cut = _get_param_uc_restore_meta(self)
         if isinstance(saved, torch.Tensor) and saved.dim() > 0:
             saved = {Universal.PARAM: saved if cut else saved.view(self.shape)}
         if not isinstance(saved, Mapping):
             step = saved if path.stem == "step" else step
             continue
-        if cut is None:
-            value = cut_for_rank(saved, tp_rank, tp_world_size, self.shape).view(self.shape)
-        else:
-            whole = saved[Universal.PARAM]
-            value = part_of(cut, whole, tp_rank, tp_world_size).view(self.shape)
+        value = cut_for_rank(saved, tp_rank, tp_world_size, self.shape, cut).view(self.shape)
         value = value.to(self.device)
         if path.stem == FP32:
             safe_set_full_fp32_param(self, value)

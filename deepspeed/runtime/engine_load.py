@@ -18,10 +18,10 @@ import torch
 from ..checkpoint import format as names
 from ..checkpoint import model_states, random_states
 from ..checkpoint.atomic import resolve
-from ..checkpoint.constants import DS_AUTOTP_UC_META
 from ..checkpoint.format import Model, Optim, Zero
 from ..checkpoint.reader import Folder, own_memory, read_tag
 from ..checkpoint.reshard import SavedState, from_inline, from_shards
+from ..checkpoint.tensor_parts import _get_param_uc_restore_meta
 from ..checkpoint.universal_checkpoint import open_universal
 from ..utils.env import DS_RESUME_POSITION, DS_VERIFY_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
@@ -226,9 +226,9 @@ class _Load:
         groups = [list(group) for group in self.model.get(Model.PARAM_SHAPES) or ()]
         tensor = engine.mesh.tensor
         cuts = {
-            there[name]: getattr(p, DS_AUTOTP_UC_META)
+            there[name]: cut
             for p, name in engine.param_names.items()
-            if hasattr(p, DS_AUTOTP_UC_META)
+            if (cut := _get_param_uc_restore_meta(p)) is not None
         }
         saved = open_universal(self.folder, shapes, groups, tensor.rank, tensor.size, cuts)
         return saved.under_names(there)
