@@ -124,21 +124,19 @@ def _joined_by_sub_params(slices: Sequence[torch.Tensor], count: int) -> dict[st
 def _joined_by_shape(
     slices: Sequence[torch.Tensor], shape: SubparamShape, widths: Any, version: Any
 ) -> dict[str, Any]:
-    dim, world = shape.partition_dim, len(slices)
-    viewed = [part if len(shape.shape) == part.dim() else None for part in slices]
-    total = sum(part.shape[dim] for part in slices) if viewed[0] is not None else None
-    sizes = _sizes(shape.shape[dim], total)
-    per_rank = checked_widths(sizes, widths, world, version)
+    dim, as_given = shape.partition_dim, len(shape.shape) == slices[0].dim()
+    sizes = _sizes(shape.shape[dim], sum(part.shape[dim] for part in slices) if as_given else None)
+    per_rank = checked_widths(sizes, widths, len(slices), version)
     parts = []
     for rank, part in enumerate(slices):
         own = [w[rank] for w in per_rank]
-        if viewed[rank] is None:
+        if not as_given:
             view = [sum(n) if isinstance(n, (tuple, list)) else int(n) for n in shape.shape]
             view[dim] = sum(own)
             part = part.reshape(view)
         parts.append(part.split(own, dim))
     whole = torch.cat([part[i] for i in range(len(sizes)) for part in parts], dim)
-    if viewed[0] is None and slices[0].dim() > 0:
+    if not as_given and slices[0].dim() > 0:
         whole = whole.reshape(-1, *slices[0].shape[1:])
     final = tuple(tuple(sizes) if at == dim else n for at, n in enumerate(shape.shape))
     rule = {name: getattr(shape, name) for name in _SUB_PARAM_FIELDS} | {"shape": final}
