@@ -82,24 +82,20 @@ class Eigenvalue:
             ``id(parameter)`` -> (share of the greatest eigenvalue, from 0 to 1; number of the block). Blocks without
             a second derivative count as 1, the most sensitive.
         """
-        blocks = [
-            [p for p in block.parameters() if p.grad is not None and p.grad.requires_grad]
-            for block in self.get_layers(module)
-        ]
+        blocks = [list(block.parameters()) for block in self.get_layers(module)]
         values = [self._of_block(params, scale) for params in blocks]
         greatest = max((abs(value) for value in values), default=0.0)
         if self.verbose:
             log_dist(f"eigenvalues of {len(values)} blocks: {values}", ranks=[0])
         return {
             id(param): (abs(value) / greatest if value and greatest else 1.0, number)
-            for number, (block, value) in enumerate(
-                zip(self.get_layers(module), values, strict=True)
-            )
-            for param in block.parameters()
+            for number, (params, value) in enumerate(zip(blocks, values, strict=True))
+            for param in params
         }
 
     def _of_block(self, params: list[nn.Parameter], scale: float) -> float:
         """The eigenvalue of one block with the greatest absolute value; 0.0 where there is no curvature."""
+        params = [p for p in params if p.grad is not None and p.grad.requires_grad]
         if not params:
             return 0.0
         grads = [param.grad for param in params]
