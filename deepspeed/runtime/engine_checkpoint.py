@@ -439,13 +439,11 @@ def consolidated_16bit_state_dict(
     leads = engine.mesh.world.rank == 0
     whole: dict[torch.nn.Parameter, torch.Tensor] = {}
     for param in engine.module.parameters():
-        divided = hasattr(param, "gather_params")  # over tensor-parallel ranks
         if exclude_frozen_parameters and not param.requires_grad:
             continue
-        if not (has_slices(engine) or divided):
+        if not (has_slices(engine) or hasattr(param, "gather_params")):  # of tensor-parallel ranks
             continue
-        gathered = GatheredParameters(param) if has_slices(engine) else contextlib.nullcontext()
-        with gathered, GatherReplacedLayerParams(param, enabled=divided):
+        with GatheredParameters(param), GatherReplacedLayerParams(param):
             if leads:
                 whole[param] = param.detach().cpu().clone()
     if not leads:
