@@ -4,7 +4,7 @@
 Mapping a file costs least where little of it is needed. Where all of it has to be summed before it is trusted, small
 pages of the page cache and of what it is copied to cost more time than the transfer: here each byte is moved once, into
 large pages of our own, past the page cache if it is not there. A large record has memory of its own, so that who wants
-the tensor in it can keep that (`Slot.lent`) rather than a copy.
+the tensor in it can keep that (`Slot.is_lent`) rather than a copy.
 """
 
 from __future__ import annotations
