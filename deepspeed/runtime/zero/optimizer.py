@@ -400,12 +400,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if step_shard is None and self.folder is None:
             self._step_inner(grad_scale)
             return
-        groups = self.optimizer.param_groups
-        whole = [g for g in self.groups if needs_whole(self.optimizer, groups[g.param_group_index])]
-        if step_shard is not None:
-            for group in whole:
-                step_whole(self.optimizer, groups[group.param_group_index], group, grad_scale)
-        owner = {id(part): group for group, part in self._parts() if group not in whole}
+        owner: dict[int, ShardGroup] = {}
+        for group in self.groups:
+            inner = self.optimizer.param_groups[group.param_group_index]
+            if needs_whole(self.optimizer, inner):
+                step_whole(self.optimizer, inner, group, grad_scale)
+            else:
+                owner.update((id(part), group) for part in group.parts)
         parts = (part for _, part in self._parts() if id(part) in owner)
         for part in stream(parts, self.optimizer.state):
             group = owner[id(part)]
