@@ -15,10 +15,6 @@ class _Tracker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.reset()
-
-    def reset(self) -> None:
-        """Start again from nothing."""
         self._bytes = 0
         self._calls = 0
         self._next_checkpoint = _FIRST_CHECKPOINT
