@@ -32,9 +32,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from tests.helpers.libraries import VOCABULARY, forget, llama
 from tests.helpers.ranks import RankError, RankPool
 
-STEPS, SAVE_AT, ACCUMULATION, BATCH, VOCABULARY = 4, 2, 2, 2, 32
+STEPS, SAVE_AT, ACCUMULATION, BATCH = 4, 2, 2, 2
 # The largest distance of a loss: in fp32 it is the order of sums; in bf16 the run without
 # DeepSpeed keeps fp32 weights under autocast, and ours computes with weights of eight bits.
 LOSS_LIMIT = {"fp32": 1e-5, "bf16": 1e-2}
@@ -66,14 +67,9 @@ CELLS = [
 ]
 
 
-def forget() -> None:
-    """Drop what the libraries keep of a run in their modules."""
-    from accelerate.state import AcceleratorState, GradientState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    unset_hf_deepspeed_config()
+def clear() -> None:
+    """Drop what the libraries keep of a run, and the run."""
+    forget()
     gc.collect()
 
 
@@ -87,23 +83,7 @@ def zero_section(cell: Cell) -> dict[str, Any]:
     return section
 
 
-def llama(adapters: bool) -> torch.nn.Module:
-    """Two layers with tied weights, alone or under LoRA adapters."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=True,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    if not adapters:
-        return model
+def with_adapters(model: torch.nn.Module) -> torch.nn.Module:
     import peft
 
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -119,7 +99,7 @@ def rows() -> torch.Tensor:
 def make_trainer(cell: Cell, ranks: int, folder: Path) -> Any:
     import transformers
 
-    forget()
+    clear()
     settings = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
@@ -149,7 +129,7 @@ def make_trainer(cell: Cell, ranks: int, folder: Path) -> Any:
         seed=3,
     )
     data = [{"input_ids": row, "labels": row} for row in rows()]
-    model = llama(cell.library == "peft")
+    model = with_adapters(llama()) if cell.library == "peft" else llama()
     return transformers.Trainer(model=model, args=arguments, train_dataset=data)
 
 
@@ -195,7 +175,7 @@ def read_checkpoint(folder: Path, cell: Cell) -> dict[str, torch.Tensor]:
 def make_loop(cell: Cell, ranks: int) -> tuple[Any, ...]:
     import accelerate
 
-    forget()
+    clear()
     options: dict[str, Any] = {"cpu": True}
     if cell.stage is not None:
         config = {
@@ -211,7 +191,7 @@ def make_loop(cell: Cell, ranks: int) -> tuple[Any, ...]:
     else:
         options["mixed_precision"] = "bf16" if cell.dtype == "bf16" else "no"
     runner = accelerate.Accelerator(gradient_accumulation_steps=ACCUMULATION, **options)
-    net = llama(adapters=False)
+    net = llama()
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
     batch = BATCH * (ranks if cell.stage is None else 1)
@@ -277,7 +257,7 @@ def run_cell(rank: int, cell: Cell, ranks: int, folder: str) -> dict[str, Any]:
     """Train the cell on this rank; weights only from the first."""
     warnings.simplefilter("ignore")
     found = train(cell, ranks, Path(folder))
-    forget()
+    clear()
     return {} if rank else found
 
 
@@ -311,7 +291,7 @@ def run_plain(cells: list[Cell], ranks: int) -> dict[tuple[str, str], dict[str, 
     for library, dtype in dict.fromkeys((cell.library, cell.dtype) for cell in cells):
         with tempfile.TemporaryDirectory() as folder:
             found[library, dtype] = train(Cell(library, None, dtype), ranks, Path(folder))
-        forget()
+        clear()
     return found
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ecosystem.conftest import forget
+from tests.helpers.libraries import forget
 
 accelerate = pytest.importorskip("accelerate", minversion="1.1")
 pytestmark = pytest.mark.filterwarnings("ignore")

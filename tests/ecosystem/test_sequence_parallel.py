@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from tests.ecosystem.conftest import forget
+from tests.helpers.libraries import forget
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("transformers.trainer", exc_type=ImportError)  # what it needs may be broken

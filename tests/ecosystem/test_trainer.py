@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ecosystem.conftest import forget
+from tests.helpers.libraries import forget, llama
 
 transformers = pytest.importorskip("transformers", minversion="4.45")
 pytest.importorskip("transformers.trainer", exc_type=ImportError)  # what it needs may be broken
@@ -43,20 +43,6 @@ def settings(stage, offload):
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {**SETTINGS, "zero_optimization": zero}
-
-
-def llama():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=32,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def arguments(folder, stage=None, offload=False, **options):
