@@ -21,7 +21,6 @@ from ..checkpoint.atomic import Crew, Publication, checked_tag, disk, replace_fi
 from ..checkpoint.format import Model, Optim, Zero
 from ..checkpoint.writer import plain, save_file, warn_of_objects
 from ..git_version_info import version
-from ..module_inject.tp_layer import GatherReplacedLayerParams
 from ..utils.errors import explain
 from ..utils.logging import logger
 from .zero import state as zero_state
@@ -436,6 +435,9 @@ def consolidated_16bit_state_dict(
     engine: Any, exclude_frozen_parameters: bool = False
 ) -> dict[str, Any] | None:
     """The whole module's weights in host memory on rank 0, None on the others; a collective where they are divided."""
+    # here, as few engines have layers that are divided
+    from ..module_inject.tp_layer import GatherReplacedLayerParams
+
     leads = engine.mesh.world.rank == 0
     whole: dict[torch.nn.Parameter, torch.Tensor] = {}
     for param in engine.module.parameters():

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from deepspeed import comm as dist
-from deepspeed.module_inject.tp_layer import set_autotp_mode
 from deepspeed.utils import groups
 from deepspeed.utils.errors import explain
 
@@ -54,7 +53,7 @@ def record(model: torch.nn.Module, tp_size: int, dtype: Any, tp_group: Any = Non
     asked = DtypeEnum.parse(dtype, "tp_model_init's dtype") if dtype is not None else None
     request = TPRequest(tp_size, asked, tp_group)
     model.__dict__[_ON_MODEL] = request
-    set_autotp_mode(training=True)
+    _note_training()
     return request
 
 
@@ -129,7 +128,7 @@ def tensor_ranks(config: Mapping[str, Any], mpu: Any, request: TPRequest | None)
             groups.reset()  # an engine before this one was tensor-parallel, and this one is not
             _made_mesh = None
         return mpu
-    set_autotp_mode(training=True)
+    _note_training()
     groups._init_tp_mesh_device(tensor_model_parallel_size=size)
     mesh = groups.current_mesh()
     _made_mesh = mesh
@@ -140,6 +139,13 @@ def tensor_ranks(config: Mapping[str, Any], mpu: Any, request: TPRequest | None)
         ranks = tuple(dist.get_all_ranks_from_group(request.tp_group))
         _check_place("the ranks of tp_group", ranks, mesh.tensor.ranks)
     return groups
+
+
+def _note_training() -> None:
+    # here, as few engines have layers that are divided
+    from deepspeed.module_inject.tp_layer import set_autotp_mode
+
+    set_autotp_mode(training=True)
 
 
 def _check_place(what: str, got: Any, expected: Any) -> None:
