@@ -109,7 +109,7 @@ def clip_grad_norm_(
     norm_type = float(norm_type)
     grads = [param.grad for param in _counted(params, mpu) if param.grad is not None]
     total = _over_model(_norms(grads, norm_type), norm_type, mpu)
-    if any(not getattr(param, "allreduce", True) for param in params) and dist.is_initialized():
+    if _has_experts(params) and dist.is_initialized():
         # experts' gradients differ between data-parallel ranks; shared params need one factor
         from deepspeed.utils import groups
 
