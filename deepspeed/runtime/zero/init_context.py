@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
 from typing import Any
@@ -266,24 +267,18 @@ class InitContext:
         return together(self.home, "write its params")
 
 
+@dataclass(frozen=True)
 class _Settings:
     """What a configuration says of sharded construction."""
 
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        param_device: str | None = None,
-        pin_memory: bool = False,
-        scheme: GroupScheme | None = None,
-        mics_shard_size: int = -1,
-        nvme_path: Any = None,
-        aio: dict[str, Any] | None = None,
-        checks_sanity: bool = False,
-    ) -> None:
-        self.dtype, self.param_device, self.pin_memory = dtype, param_device, pin_memory
-        self.scheme, self.mics_shard_size = scheme, mics_shard_size
-        self.nvme_path, self.aio = nvme_path, aio or {}
-        self.checks_sanity = checks_sanity
+    dtype: torch.dtype
+    param_device: str | None = None
+    pin_memory: bool = False
+    scheme: GroupScheme | None = None
+    mics_shard_size: int = -1
+    nvme_path: Any = None
+    aio: dict[str, Any] = field(default_factory=dict)
+    checks_sanity: bool = False
 
 
 def _settings(config: Any) -> _Settings:
