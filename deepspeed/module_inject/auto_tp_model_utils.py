@@ -11,7 +11,7 @@ import torch
 
 from deepspeed.utils import groups
 
-from .tp_shard import get_num_kv_heads, get_shard_size_list
+from .tp_shard import get_shard_size_list
 
 _ORIGINAL = "_ds_original_"
 
@@ -119,8 +119,7 @@ def install_head_sharded_helper(
     fixed: dict[str, Any] = {}
     if num_heads is not None:
         world = groups.get_tensor_model_parallel_world_size()
-        kv_heads = get_num_kv_heads() if num_kv_heads is None else num_kv_heads
-        sizes = get_shard_size_list(num_heads, world, num_kv_heads=kv_heads)
+        sizes = get_shard_size_list(num_heads, world, num_kv_heads=num_kv_heads)
         fixed = {"head_shard_sizes": sizes, "total_num_heads": num_heads}
 
     def of_own_heads(self: Any, *args: Any, **kwargs: Any) -> Any:
