@@ -113,8 +113,9 @@ def cast_module(
 def prepare_moe(model: torch.nn.Module, config: Any, mpu: Any = None) -> tuple[bool, list[int]]:
     """Make the expert-parallel groups of MoE layers; returns whether there are any, and their expert counts."""
     layers = [m for m in model.modules() if hasattr(m, "set_deepspeed_parallelism")]
-    if any(getattr(layer, "enable_expert_tensor_parallelism", False) for layer in layers):
-        groups.mpu = groups.mpu if mpu is None else mpu
+    divided = any(getattr(layer, "enable_expert_tensor_parallelism", False) for layer in layers)
+    if divided and mpu is not None:
+        groups.mpu = mpu
     for layer in layers:
         layer.set_deepspeed_parallelism(config.use_data_before_expert_parallel_)
     counts = [layer.num_experts for layer in layers if hasattr(layer, "num_experts")]
