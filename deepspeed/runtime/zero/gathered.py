@@ -133,23 +133,27 @@ class GatheredParameters:
         _refresh_masters([p for p in self.params if hasattr(p, "_refresh_master")])
 
     def _drop_edits(self) -> None:
+        versions = list(zip(self.params, self._versions, strict=True))
         if self._before:
-            touched = zip(self.params, self._versions, strict=True)
-            edited = [p for p, version in touched if p._version != version or self._is_edited(p)]
+            edited = [p for p, version in versions if self._is_edited(p, version)]
             if not _all_agree(self.params, not edited):
                 _restore_all(edited, self._before)
                 raise RuntimeError(_lost_edit(edited))
             return
-        for param, version in zip(self.params, self._versions, strict=True):
+        for param, version in versions:
             if param._version != version and is_its_slice(param):
                 _undo(param)
 
-    def _is_edited(self, param: Any) -> bool:
+    def _is_edited(self, param: Any, version: int) -> bool:
         before = self._before.get(id(param))
         if before is None:
             return False
         now = param.data
-        return now.shape != before.shape or not torch.equal(_bits(now), _bits(before))
+        return (
+            param._version != version
+            or now.shape != before.shape
+            or not torch.equal(_bits(now), _bits(before))
+        )
 
 
 def _refresh_masters(params: list[Any]) -> None:

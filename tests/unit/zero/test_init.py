@@ -129,3 +129,20 @@ def test_sanity_checks_of_the_configuration_hold_before_there_is_an_engine():
         torch.no_grad(),
     ):
         net.weight.add_(0.0)  # even one that changes nothing
+
+
+def test_sanity_checks_leave_parameters_alone_that_are_gathered_beside_and_not_checked():
+    nets = []
+    for checks in (True, False):
+        config = {"zero_optimization": {"stage": 3, "enable_sanity_checks": checks}}
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            nets.append(torch.nn.Linear(4, 4))
+    weights = [net.weight for net in nets]
+    with deepspeed.zero.GatheredParameters(weights), torch.no_grad():
+        weights[1].add_(1.0)
+    with (
+        pytest.raises(RuntimeError, match="in-place modification"),
+        deepspeed.zero.GatheredParameters(weights),
+        torch.no_grad(),
+    ):
+        weights[0].add_(1.0)
