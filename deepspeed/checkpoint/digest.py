@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ SHA256 = "sha256"
 """What manifests of format 1 hold; read, and written no more."""
 
 _POLYNOMIAL = 0xEDB88320
-_PIECE = 1 << 23
+_PIECE = 1 << 20
 _ONE_THREAD = 1 << 22
 _BY_LIBRARY = 1 << 10
 
@@ -75,17 +74,29 @@ def of_file(path: Path, algorithm: str = CRC32) -> str:
     size = path.stat().st_size
     if size == 0:
         return text_of(0)
-    begins = range(0, size, _PIECE)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if hasattr(os, "posix_fadvise"):  # many transfers at once, where the file is not cached
-            os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
+    share = max(_PIECE, -(-size // threads()))
 
-        def piece(begin: int) -> tuple[int, int]:
-            length = min(_PIECE, size - begin)
-            with memoryview(mapped)[begin : begin + length] as view:
-                return crc32(view), length
+    def stretch(begin: int) -> tuple[int, int]:
+        return _sum_of(path, begin, min(share, size - begin))
 
-        return text_of(combine_all(in_parallel(piece, begins, size)))
+    return text_of(combine_all(in_parallel(stretch, range(0, size, share), size)))
+
+
+def _sum_of(path: Path, begin: int, length: int) -> tuple[int, int]:
+    """The CRC-32 of a part of a file and the part's length.
+
+    Its bytes pass through a small piece of memory: a file mapped whole, or read into new memory, takes longer.
+    """
+    value, left = 0, length
+    with open(path, "rb", buffering=0) as file, memoryview(bytearray(min(_PIECE, length))) as piece:
+        file.seek(begin)
+        while left:
+            got = file.readinto(piece[:left])
+            if not got:
+                raise OSError(f"{path} ends before byte {begin + length}")
+            value = crc32(piece[:got], value)
+            left -= got
+    return value, length
 
 
 def in_parallel(action: Callable[[int], Any], items: Iterable[int], nbytes: int) -> list[Any]:

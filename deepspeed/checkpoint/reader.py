@@ -13,11 +13,9 @@ import io
 import json
 import os
 import pickle
-import sys
 import types
 import zipfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,10 +23,9 @@ import torch
 
 from ..utils.env import DS_TRUST_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
-from .digest import CRC32, SHA256, of_file, text_of
+from .digest import CRC32, SHA256, of_file
 from .format import MANIFEST, MODEL_FILES, PARTIAL_MARK
 from .harmless import Refused, check_call, harmless
-from .whole_file import WholeFile, pays, read_whole
 
 _MAX_PICKLE = 1 << 30
 
@@ -151,35 +148,6 @@ def _restricted(sizes: dict[str, int] | None) -> Any:
     )
 
 
-class _MemoryUnpickler(_Unpickler):
-    """Takes storages from a file in memory."""
-
-    def __init__(self, data: bytes, file: WholeFile, records: dict[str, tuple[int, int]]) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._file, self._records = file, records
-        self.sizes = {name: nbytes for name, (_, nbytes) in records.items()}  # type: ignore[misc]
-        self._made: dict[str, torch.UntypedStorage] = {}
-
-    def persistent_load(self, saved_id: Any) -> Any:
-        _, kind, key, _, _ = saved_id
-        dtype = torch.uint8 if kind is torch.UntypedStorage else kind._dtype
-        begin, nbytes = self._records[f"data/{key}"]
-        if key not in self._made:
-            self._made[key] = self._file.record(begin, nbytes)
-        return torch.storage.TypedStorage(wrap_storage=self._made[key], dtype=dtype, _internal=True)
-
-
-def _from_memory(path: Path, file: WholeFile) -> Any:
-    records = file.records(path)
-
-    def text(name: str) -> bytes:
-        return file.text(*records[name]) if name in records else b""
-
-    if text("byteorder") not in (b"", sys.byteorder.encode()):
-        return _by_torch(path, "cpu", False, None)
-    return _MemoryUnpickler(text("data.pkl"), file, records).load()
-
-
 def _by_torch(path: Path, map_location: Any, mmap: bool, sizes: dict[str, int] | None) -> Any:
     return torch.load(
         str(path),
@@ -195,7 +163,6 @@ def load_file(
     map_location: Any = "cpu",
     *,
     mmap: bool = True,
-    whole: WholeFile | None = None,
 ) -> Any:
     """Read one checkpoint file.
 
@@ -204,7 +171,6 @@ def load_file(
         map_location: as for `torch.load`.
         mmap: map tensors from the file rather than read them (pages are read when touched; copy what outlives the
             file). Falls back to reading where the file or torch cannot.
-        whole: the file's content, if it was read already; tensors then share its memory.
 
     Returns:
         The object in the file; classes of older checkpoints come as `Record`s, enumerations as numbers.
@@ -216,8 +182,6 @@ def load_file(
     path = Path(path)
     sizes = _check_archive(path)
     try:
-        if whole is not None and sizes is not None and map_location == "cpu":
-            return _from_memory(path, whole)
         return _by_torch(path, map_location, mmap and sizes is not None, sizes)
     except Refused as error:
         raise DeepSpeedCheckpointError(
@@ -283,20 +247,17 @@ class Folder:
     Args:
         path: the tag's folder.
         verify: whether sizes and checksums are compared (folders without a manifest have none).
-        whole: read files that are checked into memory at once, as far as there is room: for who needs all of them.
 
     Raises:
         DeepSpeedCheckpointError: the folder is an unfinished save, or its manifest is damaged.
     """
 
-    def __init__(self, path: Path, verify: bool = True, whole: bool = False) -> None:
-        self.path, self._whole = path, whole
+    def __init__(self, path: Path, verify: bool = True) -> None:
+        self.path = path
         if (path / PARTIAL_MARK).exists():
             raise damaged(path, "a save that did not finish")
         self._expected = _read_manifest(path / MANIFEST) if verify else {}
         self._checked: set[str] = set()
-        self._ahead: dict[str, Future[WholeFile]] = {}
-        self._in_memory: set[str] = set()
 
     def has(self, name: str) -> bool:
         """Whether the file is there."""
@@ -317,48 +278,8 @@ class Folder:
 
     def load(self, name: str, map_location: Any = "cpu", *, mmap: bool = True) -> Any:
         """Check one file and read it; see `load_file`."""
-        whole = self._read_checked(name) if self._whole and mmap else None
         self.check(name)
-        (self._in_memory.add if whole is not None else self._in_memory.discard)(name)
-        return load_file(self.path / name, map_location, mmap=mmap, whole=whole)
-
-    def is_in_memory(self, name: str) -> bool:
-        """Whether the tensors that the last `load` of a file gave have memory of their own, not the file's."""
-        return name in self._in_memory
-
-    def begin(self, names: Sequence[str]) -> None:
-        """Begin to read files that `load` is going to be asked for, as far as they are read into memory."""
-        wanted = [name for name in names if self._whole and self._is_whole(name)]
-        if not wanted or not pays(*(self.path / name for name in wanted)):
-            return
-        # not as a context, whose end would wait for what is only begun; `load` and `close` wait
-        pool = ThreadPoolExecutor(len(wanted), "checkpoint-ahead")
-        try:
-            self._ahead.update((name, pool.submit(read_whole, self.path / name)) for name in wanted)
-        finally:
-            pool.shutdown(wait=False)
-
-    def close(self) -> None:
-        """Wait for what was begun, and drop it."""
-        while self._ahead:
-            self._ahead.popitem()[1].exception()
-
-    def _is_whole(self, name: str) -> bool:
-        """Whether a file is still to be checked by its CRC-32, and is as long as it was."""
-        path, entry = self.path / name, self._expected.get(name, {})
-        if CRC32 not in entry or name in self._checked or not path.is_file():
-            return False
-        return path.stat().st_size == entry["size"]
-
-    def _read_checked(self, name: str) -> WholeFile | None:
-        """The content of a file if it is to be checked and there is room for it; compared with the manifest."""
-        path, ahead = self.path / name, self._ahead.pop(name, None)
-        if ahead is None and not (self._is_whole(name) and pays(path)):
-            return None
-        found = read_whole(path) if ahead is None else ahead.result()
-        self._compare(path, CRC32, text_of(found.crc32), self._expected[name])
-        self._checked.add(name)
-        return found
+        return load_file(self.path / name, map_location, mmap=mmap)
 
     def check(self, name: str) -> None:
         """Compare a file with the manifest.
@@ -376,14 +297,11 @@ class Folder:
                 path, f"{path.stat().st_size} bytes where the manifest says {entry['size']}"
             )
         algorithm = next(name for name in (CRC32, SHA256) if name in entry)
-        self._compare(path, algorithm, of_file(path, algorithm), entry)
-        self._checked.add(name)
-
-    def _compare(self, path: Path, algorithm: str, found: str, entry: dict[str, Any]) -> None:
-        if found != entry[algorithm]:
+        if of_file(path, algorithm) != entry[algorithm]:
             raise damaged(
                 path, f"content that differs from what was saved (its {algorithm} is another)"
             )
+        self._checked.add(name)
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,6 @@ import torch
 
 from ..runtime.zero.layout import Layout
 from ..utils.errors import DeepSpeedCheckpointError, explain
-from . import whole_file
 from .format import SCALER_FIELDS, Zero
 from .model_states import expert_renumbered, experts_by_layer
 
@@ -44,12 +43,10 @@ class Slot:
     Attributes:
         tensors: element-wise values by state key, flat; `FP32` for the master weights.
         numbers: states that are one value for the whole slot (`step`).
-        is_lent: whether the tensors' memory is nobody else's and no file's, so that a loader may keep it.
     """
 
     tensors: dict[str, torch.Tensor]
     numbers: dict[str, Any] = field(default_factory=dict)
-    is_lent: bool = False
 
 
 @dataclass
@@ -119,18 +116,6 @@ class SavedState:
                 slot = self.slots(piece.rank)[piece.slot]
                 yield lo - start, slot, piece.start + lo - piece.param_start, hi - lo
 
-    def is_padding(self, slot: Slot, start: int, length: int) -> bool:
-        """Whether `[start, start + length)` of an open slot holds elements of no parameter."""
-        places = {
-            (r, i) for r, slots in self._shards.items() for i, s in enumerate(slots) if s is slot
-        }
-        return not any(
-            (piece.rank, piece.slot) in places
-            and max(start, piece.start) < min(start + length, piece.start + piece.length)
-            for pieces in self.pieces.values()
-            for piece in pieces
-        )
-
     def full(self, name: str, key: str = FP32) -> torch.Tensor | None:
         """All elements of one state of a parameter, flat; None when it was not saved."""
         first = self.first_slot(name)
@@ -147,7 +132,6 @@ def from_shards(
     shapes: Sequence[Mapping[str, torch.Size]],
     near: int = 0,
     data_first: bool = False,
-    is_lent: Callable[[int], bool] = lambda rank: False,
 ) -> SavedState:
     """See the shard files of ZeRO stages 1, 2 or 3 as one state. Experts have the numbers of all ranks in their names.
 
@@ -156,7 +140,6 @@ def from_shards(
         shapes: `param_shapes` of the model file: names and shapes in flat order, one mapping a group.
         near: a rank whose file is certainly at hand; what all shards have in common is read from it.
         data_first: ranks with the same experts, not those that share a set, were numbered side by side.
-        is_lent: whether what `open_dict` gave for a rank lies in memory that a loader may keep.
 
     Raises:
         DeepSpeedCheckpointError: the shards and the shapes contradict each other.
@@ -197,10 +180,10 @@ def from_shards(
         stage=stage,
         world=world,
         has_masters=True,
-        open_shard=lambda rank: _lend(_shard_slots(open_dict(rank), numels), is_lent(rank)),
+        open_shard=lambda rank: _shard_slots(open_dict(rank), numels),
         shapes=sizes,
         # it was read already; only here, where `close` lets go of it
-        _shards=OrderedDict({near: _lend(_shard_slots(head, numels), is_lent(near))}),
+        _shards=OrderedDict({near: _shard_slots(head, numels)}),
     )
 
 
@@ -363,16 +346,6 @@ def _shard_slots(saved: Mapping[str, Any], shard_numels: Sequence[int]) -> list[
         slot = _slot({**step, **states.get(index, {})}, master.numel(), numel)
         slot.tensors[FP32] = master.detach()
         slots.append(slot)
-    return slots
-
-
-def _lend(slots: list[Slot], is_lent: bool) -> list[Slot]:
-    """Mark slots whose memory a loader may keep: each tensor has its own, and it holds nothing else."""
-    tensors = [tensor for slot in slots for tensor in slot.tensors.values() if tensor.numel()]
-    own = len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
-    for slot in slots:
-        least = min(flat.numel() * flat.element_size() for flat in slot.tensors.values())
-        slot.is_lent = is_lent and own and least >= whole_file.OWN_BLOCK
     return slots
 
 

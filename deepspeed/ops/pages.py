@@ -50,21 +50,3 @@ def zeros(numel: int, dtype: torch.dtype) -> Tensor:
     end = (buffer.data_ptr() + nbytes) // _HUGE_PAGE * _HUGE_PAGE
     advise(begin, end - begin, _MADV_HUGEPAGE)
     return buffer
-
-
-def free_large(listing: str = "/proc/buddyinfo") -> int | None:
-    """Bytes that the system could hand out in large pages at once; None where it does not tell.
-
-    Memory that is free in smaller runs has to be moved together first, which takes longer than small pages cost.
-    """
-    try:
-        with open(listing, encoding="ascii") as file:
-            zones = [line.split()[4:] for line in file]
-        return sum(
-            int(runs) * size
-            for zone in zones
-            for order, runs in enumerate(zone)
-            if (size := mmap.PAGESIZE << order) >= _HUGE_PAGE
-        )
-    except (OSError, ValueError):
-        return None

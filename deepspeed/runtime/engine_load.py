@@ -124,7 +124,7 @@ class _Load:
 
     def open(self) -> None:
         """Read the model states, and the parts of the optimizer that this rank is going to copy."""
-        self.folder = Folder(self.path, verify=DS_VERIFY_CHECKPOINTS.get(), whole=True)
+        self.folder = Folder(self.path, verify=DS_VERIFY_CHECKPOINTS.get())
         mp_rank = mp_rank_of(self.engine)
         choices = [names.model_file(mp_rank), names.zero3_model_file(0, mp_rank)]
         if self.universal:  # it may be of fewer tensor-parallel ranks
@@ -143,8 +143,6 @@ class _Load:
                 )
             )
         sharded = isinstance(self.engine.optimizer, ZeroOptimizer) or self.with_states
-        shard = self._shard_name(self._near()) if sharded else None
-        self.folder.begin([self.model_path.name, *([shard] if shard else [])])
         self.model = self.folder.load(self.model_path.name)
         self._check_model(len(files))
         if sharded:
@@ -205,7 +203,7 @@ class _Load:
         config = self.model.get(Model.DS_CONFIG) or {}
         data_first = bool(config.get(names.DATA_BEFORE_EXPERT))
         shapes = self.model[Model.PARAM_SHAPES]
-        saved = from_shards(self._open_shard, shapes, self._near(), data_first, self._is_lent)
+        saved = from_shards(self._open_shard, shapes, self._near(), data_first)
         return saved.under_names(self._saved_names(saved.pieces))
 
     def _saved_names(self, found: Iterable[str]) -> dict[str, str]:
@@ -278,10 +276,6 @@ class _Load:
                 )
             )
         return self.folder.load(name)[Optim.STATE]
-
-    def _is_lent(self, rank: int) -> bool:
-        """Whether a rank's shard, read last, lies in memory of its own."""
-        return self.folder.is_in_memory(self._shard_name(rank) or "")
 
     def _check_version(self) -> None:
         text = self.model.get(Model.DS_VERSION)
@@ -402,6 +396,16 @@ class _Load:
         else:
             logger.warning(f"{self.path} holds no optimizer states")
 
+    def _sparse_names(self) -> None:
+        """Take over which weights are said to have sparse gradients, of those that the file and the model both have."""
+        model, engine = self.model, self.engine
+        said = model.get(Model.SPARSE_MODULES) or model.get(Model.SPARSE_MODULES_OLD) or ()
+        own = set(engine.param_names.values())
+        lacking = own - set(model.get(Model.MODULE) or own)
+        engine.sparse_tensor_module_names = (set(said) & own) | (
+            engine.sparse_tensor_module_names & lacking
+        )
+
     def counters(self, with_scheduler: bool) -> None:
         """Load the counters, the scheduler and the samplers."""
         engine, model = self.engine, self.model
@@ -412,9 +416,7 @@ class _Load:
         engine.skipped_steps = model.get(Model.SKIPPED_STEPS, 0)
         engine.loaded_checkpoint_mp_world_size = model[Model.MP_WORLD_SIZE]
         engine.loaded_checkpoint_dp_world_size = model[Model.DP_WORLD_SIZE]
-        engine.sparse_tensor_module_names = set(
-            model.get(Model.SPARSE_MODULES) or model.get(Model.SPARSE_MODULES_OLD) or ()
-        )
+        self._sparse_names()
         if with_scheduler:
             _give_state(
                 engine.lr_scheduler, model.get(Model.LR_SCHEDULER), "learning-rate scheduler"
@@ -455,8 +457,6 @@ class _Load:
     def close(self) -> None:
         """Let go of the files (Windows neither renames nor deletes mapped ones)."""
         self.model = {}
-        if hasattr(self, "folder"):
-            self.folder.close()
         vars(self).pop("_inline", None)
         if self.saved is not None:
             self.saved.close()

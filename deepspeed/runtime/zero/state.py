@@ -21,7 +21,6 @@ from deepspeed.git_version_info import version
 from deepspeed.utils.errors import DeepSpeedCheckpointError, explain
 
 from .diagnose import some_of
-from .lent import dtypes_of, lent_states
 from .sharded_param import numel_of, shape_of
 
 if TYPE_CHECKING:
@@ -329,22 +328,20 @@ def _start_states(
         if type(inner).__module__.startswith("deepspeed.")
         else None
     )
-    lent = lent_states(optimizer, group, saved, keys)
     for part in group.parts:
         old = inner.state.pop(part.master, {})
         if slot is None or not (slot.numbers or len(slot.tensors) > 1):
             continue
         state = inner.state[part.master]
-        kept = lent.get(id(part), {})
-        if prepare is not None:  # of no elements first, for the names and dtypes alone
-            prepare(part.master.new_empty(0) if kept else part.master, state)
-        if kept and dtypes_of(state or {key: old.get(key, kept[key]) for key in kept}) == dtypes_of(
-            kept
-        ):
-            state.update(kept)
-        elif kept and prepare is not None:
-            state.clear()
-            prepare(part.master, state)
+        kept = _in_use(old, keys, part)
+        if prepare is not None:
+            prepare(part.master.new_empty(0), state)  # for the names and dtypes alone
+            made = {key: v.dtype for key, v in state.items() if isinstance(v, torch.Tensor)}
+            if any(key not in kept or kept[key].dtype != dtype for key, dtype in made.items()):
+                kept = {}
+                state.clear()
+                prepare(part.master, state)
+        state.update(kept)
         for key in keys:
             like = state.get(key, old.get(key))
             dtype = like.dtype if isinstance(like, torch.Tensor) else slot.tensors[key].dtype
@@ -355,6 +352,19 @@ def _start_states(
             state[key] = _number(
                 value, inner, options, part, counted=isinstance(state.get(key), int)
             )
+
+
+def _in_use(
+    old: Mapping[str, Any], keys: Iterable[str], part: ShardPart
+) -> dict[str, torch.Tensor]:
+    """The states of before that can be filled again: new memory costs more time than what is read into it."""
+    return {
+        key: value
+        for key in keys
+        if isinstance(value := old.get(key), torch.Tensor)
+        and value.shape == part.master.shape
+        and value.device == part.master.device
+    }
 
 
 def _number(
@@ -389,6 +399,7 @@ def _copy_runs(
 ) -> None:
     """Copy what this rank owns of a group, run by run."""
     state = optimizer.optimizer.state
+    filled = {(id(part), key): 0 for part in group.parts for key in keys}
     for segment in group.layout.segments(group.shard_axis.rank):
         name = optimizer.param_names[group.params[segment.param]]
         for part, offset, within, length in group.runs(segment.shard_start, segment.length):
@@ -397,11 +408,18 @@ def _copy_runs(
                 targets[FP32] = part.master.data
             for shift, slot, start, run in saved.runs(name, segment.param_start + offset, length):
                 for key, target in targets.items():
-                    if key in slot.tensors:
-                        source = slot.tensors[key].narrow(0, start, run)
-                        own = target.view(-1).narrow(0, within + shift, run)
-                        if own.data_ptr() != source.data_ptr():  # not lent
-                            own.copy_(source)
+                    if key not in slot.tensors:
+                        continue
+                    flat, begin = target.view(-1), within + shift
+                    flat.narrow(0, begin, run).copy_(slot.tensors[key].narrow(0, start, run))
+                    if key in keys:  # what nobody saved, padding for one, is zero
+                        done = filled[id(part), key]
+                        flat[done:begin].zero_()
+                        filled[id(part), key] = begin + run
+    for part in group.parts:
+        for key in keys:
+            if key in state.get(part.master, {}):
+                state[part.master][key].view(-1)[filled[id(part), key] :].zero_()
 
 
 def _load_options(optimizer: ZeroOptimizer, saved: SavedState) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepspeed.checkpoint import atomic, snapshot, stream
+from deepspeed.checkpoint import archive, atomic, pace, snapshot, stream
 from deepspeed.checkpoint.archive import Archive
 from deepspeed.checkpoint.reader import Folder, load_file
 from deepspeed.checkpoint.snapshot import Snapshot, can_all_copy
@@ -107,13 +107,37 @@ def test_a_save_beside_training_is_published_at_the_boundary_after_it_is_written
     train(made, 1, 3)  # changes the state while nothing of it is written yet
     assert not (tmp_path / "global_step1").exists() and not (tmp_path / "latest").exists()
     disk.go.set()
-    made.checkpoint_engine._pending._thread.join()
+    made.checkpoint_engine._pending.writing._thread.join()
     assert not (tmp_path / "global_step1").exists()
     train(made, 3, 4)
+    made.checkpoint_engine._pending.publishing.result()
     assert (tmp_path / "latest").read_text(encoding="utf-8") == "global_step1"
     fresh = engine(2, "fp32", seed=4)
     fresh.load_checkpoint(tmp_path)
     assert same(state_of(fresh), before) == []
+    train(made, 4, 5)
+    assert made.checkpoint_engine._pending is None
+    made.destroy()
+
+
+@pytest.mark.parametrize("how", ["finish", "save", "destroy"])
+def test_a_save_beside_training_takes_its_time_until_somebody_waits(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "BY_QUEUE", 0)
+    monkeypatch.setattr(archive, "LARGE", 64)
+    monkeypatch.setattr(pace, "SHARE", 1e-9)  # an hour and more, if nobody waits
+    made = engine(2, "fp32", checkpoint=DECOUPLED)
+    made.save_checkpoint(tmp_path)
+    train(made, 0, 2)
+    assert not made.checkpoint_engine._pending.is_ready
+    if how == "finish":
+        made.checkpoint_engine.finish()
+    elif how == "save":
+        made.save_checkpoint(tmp_path, tag="more")
+    else:
+        made.destroy()
+    assert (tmp_path / "latest").read_text(encoding="utf-8") == "global_step0"
     made.destroy()
 
 
@@ -128,7 +152,7 @@ def test_an_error_beside_training_is_raised_at_the_next_occasion(
     disk.go.set()
     monkeypatch.setattr(atomic, "disk", disk)
     made.save_checkpoint(tmp_path, tag="lost")
-    made.checkpoint_engine._pending._thread.join()
+    made.checkpoint_engine._pending.writing._thread.join()
     with pytest.raises(OSError, match="no space at all"):
         if where == "step":
             train(made, 0, 1)

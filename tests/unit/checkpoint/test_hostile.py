@@ -8,7 +8,6 @@ import os
 import shutil
 import struct
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepspeed.checkpoint import reader, whole_file
+from deepspeed.checkpoint import reader
 from deepspeed.checkpoint.atomic import resolve
 from deepspeed.checkpoint.format import LATEST, MANIFEST
 from deepspeed.checkpoint.reader import Folder, load_file
@@ -113,14 +112,6 @@ def test_pickles_that_reach_for_code_are_refused(
             assert name == "build_with_slots"
         except (DeepSpeedCheckpointError, AssertionError) as error:
             assert "f.pt" in str(error) or "old.pt" in str(error) or name.startswith("persistent")
-    content = Path("f.pt").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(whole_file, "_LEAST", 0)
-        memory = torch.frombuffer(bytearray(content), dtype=torch.uint8).untyped_storage()
-        whole = whole_file.WholeFile([memory], zlib.crc32(content))
-        if name != "build_with_slots":
-            with pytest.raises(DeepSpeedCheckpointError):
-                load_file(path, whole=whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.pt", "old.pt"]
 
 
@@ -141,7 +132,6 @@ def view(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ..
 
 
 @ON_CPP
-@pytest.mark.parametrize("whole", [False, True], ids=["mapped", "whole"])
 @pytest.mark.parametrize(
     ("offset", "size", "stride"),
     [
@@ -160,24 +150,17 @@ def test_tensors_outside_of_their_storage_are_refused(
     offset: int,
     size: tuple[int, ...],
     stride: tuple[int, ...],
-    whole: bool,
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "f.pt"
     save_file(path, {"a": view(torch.zeros(16).untyped_storage(), offset, size, stride)})
-    content = path.read_bytes()
-    memory = torch.frombuffer(bytearray(content), dtype=torch.uint8).untyped_storage()
-    given = whole_file.WholeFile([memory], 0) if whole else None
     with pytest.raises(DeepSpeedCheckpointError, match="damaged"):
-        load_file(path, whole=given)
+        load_file(path)
 
 
 @ON_CPP
-@pytest.mark.parametrize("whole", [False, True], ids=["mapped", "whole"])
 @pytest.mark.parametrize("count", [-1, 0, 15, 17, 1 << 62])
-def test_storages_of_another_size_than_their_record_are_refused(
-    count: int, whole: bool, tmp_path: Path
-) -> None:
+def test_storages_of_another_size_than_their_record_are_refused(count: int, tmp_path: Path) -> None:
     storage = torch.zeros(16).untyped_storage()
     path = tmp_path / "f.pt"
     save_file(path, {"a": view(storage, 0, (16,), (1,))})
@@ -191,10 +174,8 @@ def test_storages_of_another_size_than_their_record_are_refused(
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in records.items():
             archive.writestr(name, data)
-    memory = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).untyped_storage()
-    given = whole_file.WholeFile([memory], 0) if whole else None
     with pytest.raises(DeepSpeedCheckpointError, match="damaged"):
-        load_file(path, whole=given)
+        load_file(path)
 
 
 # - archives that are not what they say
