@@ -10,7 +10,7 @@
 Every rename is preceded by a flush of what it publishes. Killed before the rename: the previous tag is untouched, or
 found under `<tag>.old` (`resolve` looks there). Killed after it: the new tag is complete.
 
-Steps 1 and 3 are collective and step 2 is not, so training may go on in between (`Publication`).
+Steps 1 and 3 are collective, 2 and 4 are not: training may go on meanwhile (`Publication`).
 """
 
 from __future__ import annotations
@@ -326,10 +326,14 @@ class Publication:
 
     def finish(self, write: Callable[[], Sequence[Entry]]) -> Path:
         """Collectively: call `write` for this rank's entries (it may raise), vote, and publish; returns the folder."""
-        with self._cleaned():
-            written = self.crew.together(lambda: list(write()))
+        written = self.collect(write)
         self._lead(lambda: self.publish_alone(written))
         return self.final
+
+    def collect(self, write: Callable[[], Sequence[Entry]]) -> list[list[Entry]]:
+        """Collectively: call `write` for this rank's entries (it may raise), and vote; returns those of all ranks."""
+        with self._cleaned():
+            return self.crew.together(lambda: list(write()))
 
     def publish_alone(self, written: Iterable[Iterable[Entry]]) -> None:
         """Without the others: publish what all ranks have written."""

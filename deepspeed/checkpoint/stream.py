@@ -19,6 +19,7 @@ from . import atomic
 from .archive import Archive, Record, byte_view, record_bytes
 from .atomic import Entry, HashedFile
 from .digest import combine_all, crc32, crc32_of_address, text_of, threads
+from .pace import Pace
 from .progress import Progress
 
 FAST, PYTHON, MOCK = "FAST", "PYTHON", "MOCK"
@@ -26,6 +27,9 @@ BY_QUEUE = 4 << 20
 """Smaller files are not worth a queue."""
 _CHUNK = 16 << 20
 _IN_FLIGHT = 8
+_PACED_CHUNK = 4 << 20
+_COST = 2.0
+"""A piece takes so many times the seconds of its sum: the transfer passes through memory too."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def write_archive(
     settings: Settings | None = None,
     progress: Progress | None = None,
     *,
+    pace: Pace | None = None,
     flush: bool = True,
 ) -> Entry:
     """Write one file and flush it to the disk.
@@ -64,6 +69,7 @@ def write_archive(
         archive: what to write; its storages must stay as they are meanwhile.
         settings: how; the fast way if None.
         progress: is told of every byte.
+        pace: when each piece may go; at once if None.
         flush: False leaves that to the caller (`atomic.flush_files`).
 
     Returns:
@@ -79,9 +85,9 @@ def write_archive(
         if settings.type == MOCK:
             entry = _mock(path, archive)
         elif settings.type == PYTHON or archive.size < BY_QUEUE:
-            entry = _in_a_row(path, archive, progress, flush)
+            entry = _in_a_row(path, archive, progress, pace, flush)
         else:
-            entry = _Parallel(path, archive, settings, progress).write(flush)
+            entry = _Parallel(path, archive, settings, progress, pace).write(flush)
     if settings.show_statistics:
         seconds = time.perf_counter() - start
         moved = archive.size * settings.io_multiplier
@@ -96,7 +102,9 @@ def _mock(path: Path, archive: Archive) -> Entry:
     return Entry(path.name, archive.size, text_of(0))
 
 
-def _in_a_row(path: Path, archive: Archive, progress: Progress, flush: bool) -> Entry:
+def _in_a_row(
+    path: Path, archive: Archive, progress: Progress, pace: Pace | None, flush: bool
+) -> Entry:
     for record in archive.records:
         record.crc = crc32(record_bytes(record)) if record.is_large else None
     pieces: list[Any] = [record for record in archive.records if record.is_large]
@@ -104,14 +112,17 @@ def _in_a_row(path: Path, archive: Archive, progress: Progress, flush: bool) -> 
         for start, gap in archive.gaps():
             progress.add(file.write(gap))
             if pieces and pieces[0].begin == start + len(gap):  # a long gap comes in parts
-                progress.add(file.write(record_bytes(pieces.pop(0))))
+                begun = time.thread_time()
+                progress.add(written := file.write(record_bytes(pieces.pop(0))))
+                if pace is not None:
+                    pace.rest(time.thread_time() - begun, written)
     return file.entry()
 
 
 class _Flight(NamedTuple):
     record: Record
     ticket: int
-    sum: Future[int]
+    sum: Future[tuple[int, float]]
     length: int
     lent: torch.Tensor | None
     """The buffer that is free again afterwards."""
@@ -121,9 +132,14 @@ class _Parallel:
     """One file on its way through a queue."""
 
     def __init__(
-        self, path: Path, archive: Archive, settings: Settings, progress: Progress
+        self,
+        path: Path,
+        archive: Archive,
+        settings: Settings,
+        progress: Progress,
+        pace: Pace | None = None,
     ) -> None:
-        self.path, self.archive, self.progress = path, archive, progress
+        self.path, self.archive, self.progress, self.pace = path, archive, progress, pace
         self.summers = settings.summers
         self.halves = 2 if settings.io_buffer_double else 1
         self.buffer_bytes = max(1 << 20, settings.io_buffer_size // self.halves)
@@ -155,7 +171,7 @@ class _Parallel:
         self.sums[id(record)] = []
         at = record.begin
         for piece, lent in self._pieces(record):
-            if len(self.flights) >= _IN_FLIGHT:
+            while len(self.flights) >= (1 if self._is_paced else _IN_FLIGHT):
                 self._retire()
             length = piece.numel()
             summed = summers.submit(_sum, piece)
@@ -170,7 +186,10 @@ class _Parallel:
             return
         view = byte_view(source)
         if view.device.type == "cpu":
-            yield from ((piece, None) for piece in view.split(_CHUNK))
+            while view.numel():
+                size = _PACED_CHUNK if self._is_paced else _CHUNK
+                yield view[:size], None
+                view = view[size:]
             return
         for piece in view.split(self.buffer_bytes):
             buffer = self._take_buffer()
@@ -192,10 +211,17 @@ class _Parallel:
     def _retire(self) -> None:
         flight = self.flights.popleft()
         atomic.disk.settle(self.queue, flight.ticket)
-        self.sums[id(flight.record)].append((flight.sum.result(), flight.length))
+        value, seconds = flight.sum.result()
+        self.sums[id(flight.record)].append((value, flight.length))
         self.progress.add(flight.length)
         if flight.lent is not None and self.free is not None:
             self.free.append(flight.lent)
+        if self.pace is not None:
+            self.pace.rest(_COST * seconds, flight.length)
+
+    @property
+    def _is_paced(self) -> bool:
+        return self.pace is not None and not self.pace.is_lifted
 
     def _send_gap(self, start: int, gap: bytearray) -> tuple[int, int, int]:
         if gap:
@@ -205,5 +231,7 @@ class _Parallel:
         return start, crc32(gap), len(gap)
 
 
-def _sum(piece: torch.Tensor) -> int:
-    return crc32_of_address(piece.data_ptr(), piece.numel())
+def _sum(piece: torch.Tensor) -> tuple[int, float]:
+    """The checksum, and the seconds of a core that it took."""
+    begun = time.thread_time()
+    return crc32_of_address(piece.data_ptr(), piece.numel()), time.thread_time() - begun

@@ -3,12 +3,13 @@
 
 [Note: A save beside training]
 `save_checkpoint` copies the state into memory of its own (`Snapshot`), starts a thread that writes the copy, and
-returns. The thread takes no part in communication. After each optimizer step while a save is on its way the ranks ask
-each other whether all threads are through; when they are, all ranks vote and the leading one publishes, or all raise
-what went wrong. The next save, a load and `destroy` wait for that. A program that ends before waits for its thread, and
-the leading rank publishes by the notes that the others' threads leave beside their files, because at that time there
-may be nobody left to vote. Memory: one copy of this rank's state; where that would be more than half of the free
-memory on any rank, all save at once instead.
+returns. The thread takes no part in communication, and takes its time (`Pace`). After each optimizer step while a save
+is on its way the ranks ask each other whether all threads are through; when they are, all ranks vote, and a thread of
+the leading one publishes, or all raise what went wrong. After the step that finds it published too, the save is over.
+The next save, a load and `destroy` wait for all that, and the threads then go as fast as they can. A program that ends
+before waits for its thread, and the leading rank publishes by the notes that the others' threads leave beside their
+files, because at that time there may be nobody left to vote. Memory: one copy of this rank's state; where that would be
+more than half of the free memory on any rank, all save at once instead.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
 from ...checkpoint.archive import Archive
 from ...checkpoint.atomic import Entry, Publication
+from ...checkpoint.pace import Pace
 from ...checkpoint.snapshot import Snapshot, can_all_copy
 from ...checkpoint.stream import MOCK, Settings
 from ...comm.flat import all_ok
@@ -33,42 +35,82 @@ from ...utils.thread_priority import step_back
 from .checkpoint_engine import CheckpointCommitInfo
 from .torch_checkpoint_engine import FastCheckpointEngine, lay_out, total_size, write_all
 
+T = TypeVar("T")
+
 _EXIT_SECONDS = 120.0
 """How long a rank that ends waits for the others' notes."""
 
 
+class _Beside(Generic[T]):
+    """Work on a thread of its own, that steps back behind training."""
+
+    def __init__(self, action: Callable[[], T]) -> None:
+        self._value: T | None = None
+        self._failure: Exception | None = None
+
+        def run() -> None:
+            step_back()  # a core that this takes from one thread of an operator holds up all of them
+            try:
+                self._value = action()
+            except Exception as error:  # raised where it is waited for
+                self._failure = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint-writer")
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the thread is through."""
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """Wait for the thread; raises what it met."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return cast(T, self._value)
+
+
 class _Pending:
-    """A save on its way, and the thread that writes it."""
+    """A save on its way: first each rank's files are written, then the leading rank publishes them."""
 
     def __init__(
         self, publication: Publication, archives: Mapping[str, Archive], settings: Settings
     ) -> None:
         self.publication, self.peers = publication, publication.peers()
-        self._entries: list[Entry] = []
-        self._failure: Exception | None = None
+        self.pace = Pace(total_size(archives))
+        self.publishing: _Beside[None] | None = None
 
-        def write() -> None:
-            step_back()  # a core that this takes from one thread of an operator holds up all of them
-            try:
-                self._entries = write_all(publication.partial, archives, settings)
-                publication.note_done(self._entries)
-            except Exception as error:  # raised where it is waited for
-                self._failure = error
+        def write() -> list[Entry]:
+            entries = write_all(publication.partial, archives, settings, pace=self.pace)
+            publication.note_done(entries)
+            return entries
 
-        self._thread = threading.Thread(target=write, name="checkpoint-writer")
-        self._thread.start()
+        self.writing = _Beside(write)
 
     @property
-    def is_written(self) -> bool:
-        """Whether this rank's thread is through."""
-        return not self._thread.is_alive()
+    def is_ready(self) -> bool:
+        """Whether this rank's thread is through with what it does now."""
+        return (self.publishing or self.writing).is_over
 
-    def result(self) -> list[Entry]:
-        """Wait for this rank's thread; raises what it met."""
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        return self._entries
+    def publish(self) -> None:
+        """Collectively vote, and have the leading rank begin to publish."""
+        publication = self.publication
+        written = publication.collect(self.writing.result)
+
+        def publish() -> None:
+            if publication.crew.leads:
+                publication.publish_alone(written)
+
+        self.publishing = _Beside(publish)
+
+    def finish(self) -> None:
+        """Collectively complete what is left."""
+        self.pace.lift()
+        if self.publishing is None:
+            self.publication.finish(self.writing.result)
+        else:
+            self.publication.crew.together(self.publishing.result)
 
 
 class DecoupledCheckpointEngine(FastCheckpointEngine):
@@ -87,6 +129,11 @@ class DecoupledCheckpointEngine(FastCheckpointEngine):
 
     def is_decoupled(self) -> bool:
         return True
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is on its way."""
+        return self._pending is not None
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """Wait until everything is stored."""
@@ -116,11 +163,18 @@ class DecoupledCheckpointEngine(FastCheckpointEngine):
     def finish(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.publication.finish(pending.result)
+            pending.finish()
 
     def at_boundary(self, axis: Any) -> None:
-        if self._pending is not None and all_ok(self._pending.is_written, axis):
-            self.finish()
+        pending = self._pending
+        if pending is None or not all_ok(pending.is_ready, axis):
+            return
+        self._pending = None  # and stays so if what follows raises
+        if pending.publishing is None:
+            pending.publish()
+            self._pending = pending
+        else:
+            pending.finish()
 
     def cleanup(self) -> None:
         """Collectively complete what is on its way, and give the memory back."""
@@ -137,8 +191,12 @@ class DecoupledCheckpointEngine(FastCheckpointEngine):
         if pending is None:
             return
         publication = pending.publication
+        pending.pace.lift()
         try:
-            own = pending.result()
+            if pending.publishing is not None:
+                pending.publishing.result()
+                return
+            own = pending.writing.result()
             if not publication.crew.leads:
                 return
             others = [rank for rank in pending.peers if rank != publication.crew.rank]

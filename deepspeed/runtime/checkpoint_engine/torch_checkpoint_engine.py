@@ -11,6 +11,7 @@ from typing import Any
 from ...checkpoint.archive import Archive
 from ...checkpoint.atomic import Entry, Publication, disk, flush_files
 from ...checkpoint.format import PARTIAL_SUFFIX
+from ...checkpoint.pace import Pace
 from ...checkpoint.progress import Progress
 from ...checkpoint.reader import load_file
 from ...checkpoint.stream import MOCK, Settings, write_archive
@@ -98,13 +99,17 @@ def total_size(archives: Mapping[str, Archive]) -> int:
 
 
 def write_all(
-    folder: Path, archives: Mapping[str, Archive], settings: Settings, label: str | None = None
+    folder: Path,
+    archives: Mapping[str, Archive],
+    settings: Settings,
+    label: str | None = None,
+    pace: Pace | None = None,
 ) -> list[Entry]:
     """Write files one after the other and flush them, and show how far this is under `label`; returns their entries."""
     progress = Progress(total_size(archives) if label else 0, label or "")
     try:
         entries = [
-            write_archive(folder / name, archive, settings, progress, flush=False)
+            write_archive(folder / name, archive, settings, progress, pace=pace, flush=False)
             for name, archive in archives.items()
         ]
         if settings.type != MOCK:
