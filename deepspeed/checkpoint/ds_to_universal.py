@@ -38,9 +38,9 @@ from .fragments import _merge_zero_shards as _merge_zero_shards
 from .fragments import _validate_autotp_conversion_support as _validate_autotp_conversion_support
 from .fragments import merge_tp_slices as merge_tp_slices
 from .merge_slices import MergeRules
-from .model_states import whole_frozen
 from .reader import Folder
 from .reshard import FP32, SavedState, from_inline, from_shards
+from .weights import of_frozen
 from .writer import plain, save_file
 
 # One rank's copy of the states that all ranks share; `ds_config` is as long as the model file's.
@@ -206,7 +206,7 @@ def _model_files(folder: Folder, parts: Sequence[_Part]) -> Iterator[tuple[str, 
         model[Model.PARAM_SHAPES] = _shapes_by_group(part)
         module = OrderedDict(model.get(Model.MODULE) or {})
         if part.saved.stage == 3:
-            module.update(whole_frozen(folder.load, model, part.saved.world, mp_rank))
+            module.update(_frozen(folder, part, mp_rank))
             model[Model.FROZEN_PARAM_FRAGMENTS] = model[Model.FROZEN_PARAM_SHAPES] = None
         model[Model.MODULE] = module
         yield names.model_file(mp_rank), model
@@ -217,6 +217,19 @@ def _model_files(folder: Folder, parts: Sequence[_Part]) -> Iterator[tuple[str, 
         )
         light = {**model, Model.MODULE: hollow, Model.FROZEN_PARAM_FRAGMENTS: None}
         yield names.zero3_model_file(0, mp_rank), {**light, Model.FROZEN_PARAM_SHAPES: None}
+
+
+def _frozen(folder: Folder, part: _Part, mp_rank: int) -> dict[str, torch.Tensor]:
+    """The frozen parameters of stage 3, put together."""
+    opened: dict[int, Any] = {}
+
+    def open_rank(rank: int) -> Any:
+        if rank not in opened:
+            opened[rank] = folder.load(names.zero3_model_file(rank, mp_rank))
+        return opened[rank]
+
+    weights = of_frozen(part.model, part.saved.world, open_rank)
+    return {name: weight.whole() for name, weight in weights.items()}
 
 
 def _shapes_by_group(part: _Part) -> list[OrderedDict[str, torch.Size]]:
@@ -243,10 +256,7 @@ def _left_over(
     if first.saved.stage < 3:
         held = [part.model.get(Model.MODULE) or {} for part in parts]
     else:
-        held = [
-            dict(whole_frozen(folder.load, part.model, part.saved.world, rank)) if divided else {}
-            for rank, part in enumerate(parts)
-        ]
+        held = [_frozen(folder, part, rank) if divided else {} for rank, part in enumerate(parts)]
     for name, value in held[0].items():
         if name in first.shapes or not isinstance(value, torch.Tensor):
             continue

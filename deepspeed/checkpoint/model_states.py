@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-
-from .format import Model, zero3_model_file
 
 _EXPERT_KEY = re.compile(
     r"(?P<layer>.+)\.deepspeed_moe\.experts\.deepspeed_experts\.(?P<expert>\d+)\.(?P<param>.+)"
@@ -55,25 +53,6 @@ def shared_names(module: torch.nn.Module) -> dict[str, str]:
 def frozen_params(module: torch.nn.Module) -> OrderedDict[str, torch.nn.Parameter]:
     """Parameters that do not require a gradient, by name."""
     return OrderedDict((name, p) for name, p in module.named_parameters() if not p.requires_grad)
-
-
-def whole_frozen(
-    load: Callable[[str], Mapping[str, Any]], model: Mapping[str, Any], world: int, mp_rank: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Frozen parameters of stage 3 with their names, put together from what each rank saved of them.
-
-    Args:
-        load: gives the content of a model file; called once for each rank, if any parameter is frozen.
-        model: the model file of the first rank.
-        world: over how many ranks they are spread.
-        mp_rank: the model-parallel rank.
-    """
-    shapes = model.get(Model.FROZEN_PARAM_SHAPES) or {}
-    files = [zero3_model_file(rank, mp_rank) for rank in range(world if shapes else 0)]
-    fragments = [load(file)[Model.FROZEN_PARAM_FRAGMENTS] for file in files]
-    for name, shape in shapes.items():
-        flat = torch.cat([held[name].reshape(-1) for held in fragments])
-        yield name, flat[: shape.numel()].view(shape)
 
 
 def moe_prefixes(module: torch.nn.Module) -> list[str]:

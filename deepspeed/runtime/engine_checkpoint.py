@@ -25,8 +25,8 @@ from ..utils.errors import explain
 from ..utils.logging import logger
 from .zero import state as zero_state
 from .zero.optimizer import ZeroOptimizer
+from .zero.own_slice import is_zero_param, shape_of, values_of_slice
 from .zero.partition_parameters import GatheredParameters
-from .zero.sharded_param import is_zero_param, shape_of, values_of_slice
 
 GRAD_SCALER = "grad_scaler"
 """Ours: state of torch's scaler where fp16 autocast runs without a wrapper."""
@@ -60,9 +60,13 @@ def mp_rank_of(engine: Any) -> int:
 def _writes_model(engine: Any) -> bool:
     if has_slices(engine):
         return _writes_shard(engine)
+    rank = engine.mesh.sequence_data.rank
     if _uses_node_storage(engine):
-        return engine.local_rank == 0
-    return engine.mesh.sequence_data.rank == 0
+        # of each machine one, and those that write with it
+        return engine.local_rank == 0 or (
+            rank > 0 and engine.checkpoint_engine.is_data_parallel_writer(rank)
+        )
+    return engine.checkpoint_engine.is_data_parallel_writer(rank)
 
 
 def _writes_shard(engine: Any) -> bool:

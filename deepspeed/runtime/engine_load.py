@@ -23,6 +23,7 @@ from ..checkpoint.reader import Folder, own_memory, read_tag
 from ..checkpoint.reshard import SavedState, from_inline, from_shards
 from ..checkpoint.tensor_parts import _get_param_uc_restore_meta
 from ..checkpoint.universal_checkpoint import open_universal
+from ..checkpoint.weights import of_frozen, of_masters
 from ..utils.env import DS_RESUME_POSITION, DS_VERIFY_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from ..utils.logging import logger
@@ -39,7 +40,7 @@ from .engine_checkpoint import (
 from .engine_weights import load_module_state_dict
 from .zero import state as zero_state
 from .zero.optimizer import ZeroOptimizer
-from .zero.sharded_param import shape_of
+from .zero.own_slice import shape_of
 
 _OLDEST_STAGE1 = (0, 3, 17)
 
@@ -118,6 +119,7 @@ class _Load:
         self.engine, self.path, self.with_states = engine, path, with_states
         self.universal = engine.load_universal_checkpoint()
         self.model: dict[str, Any] = {}
+        self._models: dict[int, Mapping[str, Any]] = {}
         self.saved: SavedState | None = None
 
     # - opening
@@ -302,32 +304,35 @@ class _Load:
         elif self.is_zero3 and self.saved is None:
             self.saved = self._from_shards()
         in_pieces = self.is_zero3 or self.universal
-        weights = self._whole_weights() if in_pieces else self.model[Model.MODULE]
+        weights = self._weights_in_pieces() if in_pieces else self.model[Model.MODULE]
         weights = self._with_experts(weights)
         load_module_state_dict(
             self.engine, {Model.MODULE: weights}, strict=strict, custom_load_fn=custom_load_fn
         )
 
-    def _whole_weights(self) -> dict[str, torch.Tensor]:
-        """The weights of a stage 3 or universal checkpoint, put together from its master weights."""
+    def _weights_in_pieces(self) -> dict[str, Any]:
+        """The weights of a stage 3 or universal checkpoint, by their master weights; nothing is read yet."""
         saved, weights = self.saved, OrderedDict(self.model[Model.MODULE] or {})
         assert saved is not None
-        own = {name: p for p, name in self.engine.param_names.items()}
-        for name, saved_shape in saved.shapes.items():
-            values = saved.full(name)
-            if values is None and 0 in saved_shape:
-                values = torch.empty(0)  # no shard has a piece of it
-            if values is not None:
-                dtype = own[name].dtype if name in own else values.dtype
-                weights[name] = values.to(dtype).view(saved_shape)
+        for name, shape in saved.shapes.items():
+            if saved.pieces[name] or 0 in shape:
+                weights[name] = of_masters(saved, name)
         if self.is_zero3:
             world = self.model[Model.DP_WORLD_SIZE] if self.universal else saved.world
-            mp_rank = mp_rank_of(self.engine)
-            weights.update(model_states.whole_frozen(self.folder.load, self.model, world, mp_rank))
+            weights.update(of_frozen(self.model, world, self._model_of_rank))
         for alias, name in (self.model.get(Model.SHARED_PARAMS) or {}).items():
             if name in weights:  # frozen ones may have been left out
                 weights[alias] = weights[name]
         return weights
+
+    def _model_of_rank(self, rank: int) -> Mapping[str, Any]:
+        """A rank's model file of stage 3."""
+        if rank not in self._models:
+            name = names.zero3_model_file(rank, mp_rank_of(self.engine))
+            self._models[rank] = (
+                self.model if name == self.model_path.name else self.folder.load(name)
+            )
+        return self._models[rank]
 
     def _with_experts(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self.engine.has_moe_layers or Model.NUM_EXPERTS not in self.model:
@@ -457,6 +462,7 @@ class _Load:
     def close(self) -> None:
         """Let go of the files (Windows neither renames nor deletes mapped ones)."""
         self.model = {}
+        self._models.clear()
         vars(self).pop("_inline", None)
         if self.saved is not None:
             self.saved.close()

@@ -24,7 +24,7 @@ from deepspeed.utils.errors import explain
 from .engine import DeepSpeedEngine
 from .zero import offload_states
 from .zero.gathered import GatheredParameters
-from .zero.sharded_param import ZeroParamStatus, is_zero_param
+from .zero.own_slice import ZeroParamStatus, is_zero_param
 
 _LORA_NAMES = ("weight", "lora_right_weight", "lora_left_weight", "lora_scaling", "fuse_lora")
 

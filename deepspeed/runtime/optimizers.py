@@ -15,7 +15,7 @@ from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
 from .constants import DEEPSPEED_OPTIMIZERS
-from .zero.sharded_param import shape_of
+from .zero.own_slice import shape_of
 from .zero.utils import ZeRORuntimeException, is_zero_supported_optimizer
 
 DeepSpeedOptimizerCallable = Callable[

@@ -15,9 +15,10 @@ from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 
 from .zero.codec import GroupCodec, schemes_of_weights
 from .zero.optimizer import expert_group_name
+from .zero.own_slice import is_zero_param, spill, unspill
 from .zero.plan import Placement, TierKind
 from .zero.residency import Residency, ResidencyPolicy
-from .zero.sharded_param import is_zero_param, release, shard_param, spill, unspill
+from .zero.sharded_param import release, shard_param
 from .zero.slice_forms import keep_quantized, keep_second, move_to_axis, recode, send_quantized
 from .zero.spill import SpillFolder, open_folder, together
 from .zero.tiers import Tier, tier_for

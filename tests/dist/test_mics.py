@@ -12,7 +12,7 @@ import torch
 
 import deepspeed
 from deepspeed.runtime.zero.mics import MiCS_Init, MiCS_Optimizer
-from deepspeed.runtime.zero.sharded_param import piece_of
+from deepspeed.runtime.zero.own_slice import piece_of
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

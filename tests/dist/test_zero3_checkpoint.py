@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 import deepspeed
+from deepspeed.checkpoint.reader import Folder
+from deepspeed.checkpoint.weights import SavedWeight
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from tests.dist.test_zero3 import NOTHING_STAYS, net_of, x_of
 
@@ -61,6 +65,57 @@ def test_training_resumes_at_another_stage_as_if_nothing_had_been(
     files = {p.name for p in (tmp_path / "global_step3").iterdir()}
     if old == 3:
         assert {f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in (0, 1)} <= files
+
+
+def frozen_net(seed):
+    net = net_of(seed)
+    next(net.parameters()).requires_grad_(False)
+    return net
+
+
+def save_frozen(rank, folder):
+    net = frozen_net(7)
+    engine = start(3, "bf16", net)
+    steps(engine, 0, 2)
+    engine.save_checkpoint(folder)
+    with deepspeed.zero.GatheredParameters(list(net.parameters())):
+        return [p.detach().float().clone() for p in net.parameters()]
+
+
+def resume_watched(rank, folder):
+    """Load; return the weights, the files that this rank opened and the most elements that it read of one weight."""
+    net = frozen_net(8 + rank)
+    engine = start(3, "bf16", net)
+    opened, most = set(), 0
+    plain_load, plain_elements = Folder.load, SavedWeight.elements
+
+    def load(self, name, *args, **options):
+        opened.add(name)
+        return plain_load(self, name, *args, **options)
+
+    def elements(self, start, length, dtype):
+        nonlocal most
+        most = max(most, length / max(self.shape.numel(), 2))
+        return plain_elements(self, start, length, dtype)
+
+    with (
+        mock.patch.object(Folder, "load", load),
+        mock.patch.object(SavedWeight, "elements", elements),
+        mock.patch.object(SavedWeight, "whole", None),
+    ):
+        engine.load_checkpoint(folder)
+    with deepspeed.zero.GatheredParameters(list(net.parameters())):
+        return [p.detach().float().clone() for p in net.parameters()], opened, most
+
+
+def test_a_rank_reads_its_own_slices_alone(ranks2, tmp_path):
+    want = ranks2.run(save_frozen, tmp_path)[0]
+    for rank, (got, opened, most) in enumerate(ranks2.run(resume_watched, tmp_path)):
+        for mine, theirs in zip(got, want, strict=True):
+            assert torch.equal(mine, theirs)
+        other = f"zero_pp_rank_{1 - rank}_mp_rank_00"
+        assert not any("optim_states" in name and other in name for name in opened)
+        assert most <= 2 / 3  # of a weight of three elements one rank keeps two
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

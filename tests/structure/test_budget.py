@@ -36,13 +36,13 @@ BUDGET = {
     "deepspeed/runtime/engine_dtypes.py": 1000,
     # every rule of loading: three stages, two wrappers, older names, experts, any number of ranks
     "deepspeed/runtime/engine_checkpoint.py deepspeed/runtime/engine_load.py "
-    "deepspeed/runtime/engine_weights.py": 850,
+    "deepspeed/runtime/engine_weights.py": 872,
     # requests are refused here, in words: more than half of it is messages
     "deepspeed/runtime/build.py deepspeed/runtime/build_*.py deepspeed/runtime/optimizers.py": 720,
     # configurations and model files of several kinds, and the words of the report
     "deepspeed/runtime/memory_plan.py": 265,
     "deepspeed/runtime/clock.py deepspeed/runtime/observers.py": 360,
-    "deepspeed/runtime/backward.py deepspeed/runtime/drivers.py deepspeed/runtime/module_prep.py": 560,
+    "deepspeed/runtime/backward.py deepspeed/runtime/drivers.py deepspeed/runtime/module_prep.py": 580,
     "deepspeed/runtime/precision.py deepspeed/runtime/fp16": 850,
     # each key of the schema is a typed field with its description, the unbuilt ones too
     "deepspeed/runtime/config*.py deepspeed/runtime/precision_config.py deepspeed/runtime/constants.py": 1900,
@@ -53,7 +53,7 @@ BUDGET = {
     "deepspeed/runtime/activation_checkpointing": 1040,
     # with the memory plan, packed weights, states that go and come back, files on disk, smaller groups and fewer bits;
     # one norm over experts and tensor-parallel shares; names of upstream's that callers import;
-    # whole matrices for Muon, memory that is used again or lent by a checkpoint
+    # whole matrices for Muon, memory that is used again
     "deepspeed/runtime/zero": 7200,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned; so is what
     # tensor-parallel parts are cut and joined by, and reading whole files at once

@@ -11,10 +11,10 @@ from deepspeed.comm import flat
 from deepspeed.runtime.torch_autocast import get_comm_dtype
 
 from .blocks import Blocks
+from .own_slice import shape_of
 from .plan import Plan
 from .quantized_sum import ErrorFeedback, QuantizedSum, RowCodec
 from .shard_group import ShardGroup
-from .sharded_param import shape_of
 
 
 class Bucket:

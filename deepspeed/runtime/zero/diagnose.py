@@ -12,7 +12,7 @@ import torch
 
 from deepspeed.utils.errors import explain
 
-from .sharded_param import ZeroParamStatus
+from .own_slice import ZeroParamStatus
 from .utils import is_zero_param
 
 # What torch raises for tensors of a wrong shape.
@@ -27,10 +27,11 @@ def add_hint(error: BaseException | None) -> None:
     """Add to an error of a forward pass which parameters its frames hold that are not gathered, if there are any."""
     if error is None or type(error) not in _KINDS or getattr(error, "_ds_hinted", False):
         return
+    # The innermost module's hook comes first; by the time of the outer ones' its parameters are released.
+    error._ds_hinted = True  # type: ignore[attr-defined]
     found = list(dict.fromkeys(_missing(error.__traceback__)))
     if not found:
         return
-    error._ds_hinted = True  # type: ignore[attr-defined]
     hint = (
         "ZeRO stage 3: used here while only a slice of it was there: "
         + ", ".join(found)

@@ -22,15 +22,9 @@ from deepspeed.comm.mesh import Axis
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
+from .own_slice import ZeroParamStatus, is_its_slice, write_back
 from .residency import register_external
-from .sharded_param import (
-    ZeroParamStatus,
-    finish_gather,
-    gather,
-    is_its_slice,
-    release,
-    write_back,
-)
+from .sharded_param import finish_gather, gather, release
 from .spill import together
 from .utils import is_zero_param
 

@@ -20,12 +20,9 @@ from .init_context import (
     shutdown_init_context,
 )
 from .linear import zero3_linear_wrap
+from .own_slice import ZeroParamStatus, ZeroParamType
 from .residency import register_external, unregister_external
-from .sharded_param import (
-    ZeroParamStatus,
-    ZeroParamType,
-    release,
-)
+from .sharded_param import release
 from .utils import is_zero_param
 
 __all__ = [

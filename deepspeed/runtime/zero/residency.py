@@ -35,16 +35,10 @@ from deepspeed.runtime.compiler import disable
 
 from .blocks import Blocks
 from .diagnose import add_hint
+from .own_slice import ZeroParamStatus, is_its_slice
 from .prefetch import Record
 from .saved_weights import SavedWeights
-from .sharded_param import (
-    ZeroParamStatus,
-    finish_gather,
-    in_backward,
-    is_its_slice,
-    release,
-    start_gather,
-)
+from .sharded_param import finish_gather, in_backward, release, start_gather
 from .utils import is_zero_param
 
 

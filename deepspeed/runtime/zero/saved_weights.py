@@ -21,7 +21,7 @@ import torch
 
 from deepspeed.utils.errors import explain
 
-from .sharded_param import ZeroParamStatus
+from .own_slice import ZeroParamStatus
 
 # torch before 2.7 cannot tell who watches what is saved: there, buffers stay until the backward pass.
 _top_hooks: Callable[[bool], Any] | None = getattr(

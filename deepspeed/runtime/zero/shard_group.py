@@ -20,8 +20,8 @@ from deepspeed.ops.norms import squared_norm
 from deepspeed.runtime.precision import Precision
 
 from .layout import Layout, round_robin_order
+from .own_slice import hold, numel_of, piece_of, slice_of
 from .plan import Placement, Plan, TierKind
-from .sharded_param import hold, numel_of, piece_of, slice_of
 from .slab import Slab
 from .spill import SpilledGrad, SpilledStates, SpillFolder
 from .tiers import DeviceTier, Tier, tier_for

@@ -12,7 +12,6 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -24,51 +23,23 @@ from deepspeed.utils.errors import explain
 
 from .blocks import Blocks
 from .codec import GroupCodec, SliceCodec
+from .own_slice import (
+    ZeroParamStatus,
+    ZeroParamType,
+    cut,
+    is_zero_param,
+    piece_of,
+    slice_of,
+    write_back,
+)
 from .second_copy import SecondCopy
-from .spill import SpilledSlice, SpillFolder, together
+from .spill import SpillFolder, together
 from .tiers import Tier
 
 # Slices below this many elements travel together: one message costs more than their bytes.
 SMALL_SLICE = 64 * 1024
 
 _ids = itertools.count()
-
-
-class ZeroParamType(Enum):
-    """How a parameter takes part in sharding."""
-
-    NORMAL = 1
-    """Whole on every rank."""
-    PARTITIONED = 2
-    """Sharded, gathered before use."""
-    REMOTE = 3
-    """Held by another device."""
-
-
-class ZeroParamStatus(Enum):
-    """Where a sharded parameter's values are."""
-
-    AVAILABLE = 1
-    """Gathered: whole on this rank."""
-    NOT_AVAILABLE = 2
-    """Only this rank's slice is here."""
-    INFLIGHT = 3
-    """Being gathered."""
-
-
-def is_zero_param(parameter: Any) -> bool:
-    """Whether a parameter is sharded by ZeRO stage 3."""
-    return torch.is_tensor(parameter) and hasattr(parameter, "ds_id")
-
-
-def shape_of(param: torch.Tensor) -> torch.Size:
-    """The shape of a parameter when whole."""
-    return param.ds_shape if is_zero_param(param) else param.shape
-
-
-def numel_of(param: torch.Tensor) -> int:
-    """The number of elements of a parameter when whole."""
-    return param.ds_numel if is_zero_param(param) else param.numel()
 
 
 def shard_param(
@@ -94,83 +65,6 @@ def shard_param(
     describe(param, axis, device, home or axis)
     cut(param, tier, folder, codec)
     param.data = torch.empty(0, dtype=param.dtype, device=device)
-
-
-def cut(
-    param: torch.nn.Parameter, tier: Tier, folder: SpillFolder | None, codec: GroupCodec | None
-) -> None:
-    """Take a new slice from the whole values."""
-    param.ds_codec = codec
-    plain = codec is None and not param.ds_packed
-    shard = tier.alloc(stored_numel(param), param.dtype if plain else torch.uint8)
-    own = _own_of_whole(param)
-    shard[: own.numel()].copy_(own)
-    if folder is None:
-        hold(param, shard)
-    else:
-        spill(param, folder, shard)
-
-
-def _own_of_whole(param: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's slice of the whole values, in the form that slices have, without padding."""
-    values, piece, rank = param.data.detach(), piece_of(param), param.ds_axis.rank
-    values = values.reshape(-1) if param.ds_codec is None else param.ds_codec.encode(values)
-    own = values[rank * piece : (rank + 1) * piece]
-    if not param.ds_packed:
-        return own
-    padded = own.new_zeros(piece)
-    padded[: own.numel()] = own
-    return param.ds_wire.encode(padded)
-
-
-def spill(param: torch.nn.Parameter, folder: SpillFolder, shard: torch.Tensor) -> None:
-    """Move a parameter's slice into a file."""
-    param.ds_spill = SpilledSlice(folder, f"{param.ds_id}_param.tensor.swp", shard)
-    hold(param, shard.new_empty(0, device="cpu"))
-    param.ds_tensor.ds_numel = shard.numel()
-    param.ds_tensor.status = ZeroParamStatus.NOT_AVAILABLE
-    param.ds_tensor.final_location = "nvme"
-
-
-def unspill(param: torch.nn.Parameter, tier: Tier) -> None:
-    """Move a parameter's slice out of its file."""
-    values = param.ds_spill.take()
-    param.ds_spill = None
-    shard = tier.alloc(values.numel(), values.dtype)
-    hold(param, shard.copy_(values))
-
-
-def piece_of(param: torch.nn.Parameter) -> int:
-    """Elements that one rank's slice stands for (bytes, if the parameter is encoded whole), padding included."""
-    total = param.ds_numel if param.ds_codec is None else param.ds_codec.nbytes
-    return -(-total // param.ds_axis.size)
-
-
-def stored_numel(param: torch.nn.Parameter) -> int:
-    """Elements of the tensor that is one rank's slice: bytes, if it is encoded."""
-    return param.ds_wire.nbytes if param.ds_packed else piece_of(param)
-
-
-def is_its_slice(param: torch.nn.Parameter) -> bool:
-    """Whether this rank's slice is all of the values, as they are, where the parameter is gathered to."""
-    return (
-        param.ds_axis.size == 1
-        and param.ds_codec is None
-        and not param.ds_packed
-        and param.ds_spill is None
-        and param.ds_tensor.device == param.ds_device
-    )
-
-
-def slice_of(param: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's slice, flat: the slice itself, or a copy read from its file."""
-    return param.ds_tensor if param.ds_spill is None else param.ds_spill.take()
-
-
-def values_of_slice(param: torch.nn.Parameter) -> torch.Tensor:
-    """The values of this rank's slice, flat, whatever form it is kept in (not if the parameter is encoded whole)."""
-    data = slice_of(param)
-    return param.ds_wire.decode(data) if param.ds_packed else data
 
 
 def describe(param: torch.nn.Parameter, axis: Axis, device: torch.device, home: Axis) -> None:
@@ -202,15 +96,6 @@ def describe(param: torch.nn.Parameter, axis: Axis, device: torch.device, home: 
     param.item = partial(_item, param)
     param.reduce_gradients_at_owner = partial(_reduced_by_hooks, "reduce_gradients_at_owner")
     param.partition_gradients = partial(_reduced_by_hooks, "partition_gradients")
-
-
-def hold(param: torch.nn.Parameter, shard: torch.Tensor) -> None:
-    """Make `shard` the parameter's slice (its values are already right)."""
-    shard.ds_numel = shard.numel()
-    shard.status = ZeroParamStatus.AVAILABLE
-    shard.final_location = None
-    shard.ds_quant_scale = None
-    param.ds_tensor = shard
 
 
 # - gather
@@ -397,17 +282,6 @@ def release(params: Iterable[torch.nn.Parameter]) -> None:
         if param.ds_status is ZeroParamStatus.AVAILABLE:
             param.data = torch.empty(0, dtype=param.dtype, device=param.ds_device)
             param.ds_status = ZeroParamStatus.NOT_AVAILABLE
-
-
-def write_back(param: torch.nn.Parameter) -> None:
-    """Take this rank's slice from the whole values."""
-    own = _own_of_whole(param)
-    if param.ds_second is not None:
-        param.ds_second.take(param.data)
-    if param.ds_spill is not None:
-        param.ds_spill.write(0, own)
-    elif own.data_ptr() != param.ds_tensor.data_ptr():
-        param.ds_tensor[: own.numel()].copy_(own)
 
 
 # - the methods that callers know

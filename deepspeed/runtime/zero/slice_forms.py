@@ -8,17 +8,9 @@ import torch
 from deepspeed.comm.mesh import Axis
 
 from .codec import GroupCodec, SliceCodec
+from .own_slice import cut, hold, piece_of, slice_of, spill
 from .second_copy import SecondCopy
-from .sharded_param import (
-    cut,
-    describe,
-    gather,
-    hold,
-    piece_of,
-    release,
-    slice_of,
-    spill,
-)
+from .sharded_param import describe, gather, release
 from .spill import SpillFolder
 from .tiers import Tier
 

@@ -26,9 +26,9 @@ from .estimate import (
 )
 from .grad_norm import square_of_groups
 from .optimizer import ZeroOptimizer
+from .own_slice import piece_of
 from .parameter_offload import DeepSpeedZeRoOffload
 from .plan import TierKind
-from .sharded_param import piece_of
 
 __all__ = [
     "DeepSpeedZeroOptimizer_Stage3",

@@ -21,7 +21,7 @@ from deepspeed.git_version_info import version
 from deepspeed.utils.errors import DeepSpeedCheckpointError, explain
 
 from .diagnose import some_of
-from .sharded_param import numel_of, shape_of
+from .own_slice import numel_of, shape_of
 
 if TYPE_CHECKING:
     from .optimizer import ZeroOptimizer

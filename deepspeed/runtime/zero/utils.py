@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .sharded_param import is_zero_param
+from .own_slice import is_zero_param
 
 __all__ = ["ZeRORuntimeException", "is_zero_param", "is_zero_supported_optimizer"]
 

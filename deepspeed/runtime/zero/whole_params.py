@@ -18,8 +18,8 @@ from deepspeed.comm.mesh import Axis
 from deepspeed.comm.uneven import exchange_uneven
 
 from .layout import Layout
+from .own_slice import shape_of
 from .shard_group import ShardGroup
-from .sharded_param import shape_of
 
 
 class WholeRule(Protocol):

@@ -19,7 +19,7 @@ from torch import Tensor
 from deepspeed.ops.rules import adam_step
 from deepspeed.utils.errors import explain
 
-from ..sharded_param import shape_of
+from ..own_slice import shape_of
 from .newton_schulz import NS_METHODS, NS_STEPS, orthogonalize
 
 MUON_GROUP, ADAM_GROUP = "muon-params", "adam-params"
