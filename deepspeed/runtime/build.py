@@ -18,6 +18,7 @@ from .fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase, Ung
 from .module_prep import named_strays
 from .precision import Precision
 from .sharding import spill_folder
+from .sparse_gradients import row_layers
 from .torch_autocast import forget_autocast_params, init_autocast_params
 from .zero.optimizer import ZeroOptimizer, expert_group_name
 from .zero.parameter_offload import DeepSpeedZeRoOffload
@@ -275,6 +276,7 @@ def _plain_driver(engine: Any) -> PlainDriver:
             name = expert_group_name(param)
             axis = engine.mesh.sequence_data if name is None else engine.mesh.expert_data[name]
             by_axis.setdefault(axis, []).append(param)
+    layers = row_layers(engine.module, config.sparse_gradients_enabled)
     scaler = None
     if engine.precision.autocast == torch.float16:
         scaler = torch.amp.GradScaler(engine.device.type)
@@ -286,6 +288,7 @@ def _plain_driver(engine: Any) -> PlainDriver:
         config.communication_data_type,
         scaler,
         engine.mesh,
+        {layer.weight: layer.sparse for layer in layers.values()},
     )
 
 

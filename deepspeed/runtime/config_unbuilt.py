@@ -105,12 +105,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         lambda config: config.amp_enabled,
         "Use 'bf16', 'fp16' or 'torch_autocast'.",
     ),
-    Unbuilt(
-        "sparse_gradients",
-        "sparse reduction of embedding gradients",
-        lambda config: config.sparse_gradients_enabled,
-        "Set it to false: dense gradients give the same result.",
-    ),
     Unbuilt("graph_harvesting", "CUDA graphs in the step", lambda c: c.graph_harvesting, _OFF),
     Unbuilt(
         "data_types.keep_in_fp32_modules",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from deepspeed.comm.mesh import Axis, Mesh
 from deepspeed.ops.norms import squared_norm
 from deepspeed.utils.errors import explain
 
+from .sparse_gradients import average_rows, grad_values
 from .zero.buckets import repeats
 from .zero.grad_norm import counted_elsewhere, largest_norm, spread_experts, whole_square
 from .zero.optimizer import ZeroOptimizer
@@ -63,6 +64,17 @@ class SlabDriver:
             self.residency.after_step()
         return not self.optimizer.overflow
 
+    def change_scaling(self, plan: Plan) -> None:
+        """Refuse to."""
+        raise NotImplementedError(
+            explain(
+                "engine.gradient_average cannot be changed where gradients are kept in slabs",
+                got=f"stage {self.optimizer.plan.stage} in {self.optimizer.precision.compute or 'fp32'}",
+                expected="stage 0 in fp32",
+                fix="set 'gradient_allreduce_op' in the configuration",
+            )
+        )
+
     @property
     def grad_norm(self) -> Any:
         return self.optimizer._global_grad_norm
@@ -92,6 +104,7 @@ class PlainDriver:
         reduce_dtype: dtype of gradients on the wire; None is their own.
         scaler: for fp16 autocast.
         mesh: the ranks, whose parts of the model share one norm and one verdict on overflow; None for one rank.
+        rows: weights whose gradients travel as rows, and whether they are sparse tensors; see `runtime.sparse_gradients`.
     """
 
     reduces_each_backward = False
@@ -105,7 +118,9 @@ class PlainDriver:
         reduce_dtype: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
         mesh: Mesh | None = None,
+        rows: Mapping[torch.nn.Parameter, bool] | None = None,
     ) -> None:
+        self.rows = dict(rows or {})
         self.optimizer, self.params, self.plan, self.clip_grad = (
             optimizer,
             list(params),
@@ -132,7 +147,11 @@ class PlainDriver:
             return
         self._before_adding()
         for axis, params in self.params:
-            average_grads(params, axis, self.plan, self.reduce_dtype)
+            whole = [param for param in params if param not in self.rows]
+            average_grads(whole, axis, self.plan, self.reduce_dtype)
+            for param in params:
+                if param in self.rows:
+                    average_rows(param, self.rows[param], axis, self.plan, self.reduce_dtype)
         self._unreduced, self._summed = False, True
 
     def _before_adding(self) -> None:
@@ -144,6 +163,12 @@ class PlainDriver:
                     if param.grad is not None:
                         param.grad.div_(times)
         self._summed = False
+
+    def change_scaling(self, plan: Plan) -> None:
+        """Add gradients up, or average them, as `plan` says from now on; those not stepped yet are, too."""
+        self._unreduced = self._unreduced or self._summed
+        self._before_adding()
+        self.plan = plan
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)
@@ -179,7 +204,7 @@ class PlainDriver:
             return
         with_grad = [p for _, params in self.params for p in params if p.grad is not None]
         apart = _reduces_itself(self.optimizer)
-        if self._axes or apart:
+        if self._axes or apart or self.rows:
             norm = self._clip_over_ranks(with_grad, apart)
         else:
             norm = torch.nn.utils.clip_grad_norm_(with_grad, self.clip_grad)
@@ -210,7 +235,7 @@ class PlainDriver:
             key = (alone, spread_experts(param, self.mesh))
             squares.setdefault(key, torch.zeros((), dtype=torch.float64, device=param.device))
             if param.grad is not None and not counted_elsewhere(param, self.mesh):
-                squares[key] += squared_norm(param.grad).to(param.device)
+                squares[key] += squared_norm(grad_values(param)).to(param.device)
         device = params[0].device if params else torch.device("cpu")
         norm = torch.tensor(whole_square(squares, self.mesh), dtype=torch.float64).sqrt().float()
         if apart:
@@ -219,8 +244,7 @@ class PlainDriver:
         norm = norm.to(device)
         factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         for param in params:
-            assert param.grad is not None
-            param.grad.mul_(factor.to(param.grad.device))
+            grad_values(param).mul_(factor.to(param.device))
         return norm
 
     def zero_grad(self) -> None:
@@ -255,6 +279,9 @@ class NoDriver:
 
     def reduce_now(self) -> None:
         """Nothing to reduce for."""
+
+    def change_scaling(self, plan: Plan) -> None:
+        """Nothing to scale."""
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss

@@ -31,10 +31,11 @@ from .engine_accessors import ConfigAccessors
 from .engine_checkpoint import parallel_metadata as _checkpoint_parallel_metadata  # noqa: F401
 from .engine_data import DataControl
 from .observers import build_observers
+from .sparse_gradients import SparseGradients, row_names
 from .zero import offload_states
 
 
-class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
+class DeepSpeedEngine(ConfigAccessors, DataControl, SparseGradients, torch.nn.Module):
     """Wraps a module with its optimizer, scheduler, precision and sharding; see `deepspeed.initialize`.
 
     Args:
@@ -133,7 +134,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, torch.nn.Module):
         self.save_non_zero_checkpoint = mesh.sequence_data.rank == 0
         self.save_zero_checkpoint = self.plan.stage > 0
         self.loaded_checkpoint_mp_world_size = self.loaded_checkpoint_dp_world_size = None
-        self.sparse_tensor_module_names: set[str] = set()
+        self.sparse_tensor_module_names = row_names(self)
         self.moe_layers = module_prep.moe_layers(self.module)
         self.gate_modules = [layer.gate for layer in self.moe_layers if hasattr(layer, "gate")]
         self.losses: Any = None

@@ -179,6 +179,8 @@ class Reducer:
     def _on_grad(self, group: ShardGroup, index: int, param: torch.nn.Parameter) -> None:
         if not getattr(param, "ds_grad_is_ready", True):
             return  # the module adds its gradient up in instalments and raises the flag with the last one
+        if param.grad is not None and param.grad.is_sparse:
+            param.grad = param.grad.to_dense()  # slabs are dense
         if not self.active and self.before_first_grad is not None:
             self.before_first_grad()
         if self.plan.every_gradient:

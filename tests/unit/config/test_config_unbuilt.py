@@ -37,7 +37,6 @@ ASKING = {
     "zero_optimization.zenflow": zero(2, zenflow={}),
     "zero_optimization.legacy_stage1": zero(1, legacy_stage1=True),
     "amp.enabled": {"amp": {"enabled": True}},
-    "sparse_gradients": {"sparse_gradients": True},
     "graph_harvesting": {"graph_harvesting": True},
     "data_types.keep_in_fp32_modules": {"data_types": {"keep_in_fp32_modules": ["norm"]}},
     "expert_parallel.enabled": {"expert_parallel": {"enabled": True}},
