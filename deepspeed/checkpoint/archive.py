@@ -109,11 +109,14 @@ class Archive:
     Attributes:
         records: in the order of the file.
         size: bytes of the whole file.
+        leads: whether this process writes what is not a large record, if several write the file.
     """
 
     records: list[Record] = field(default_factory=list)
     size: int = 0
+    leads: bool = True
     _directory: int = 0
+    _own: list[Record] | None = None
 
     @classmethod
     def of(cls, content: Any) -> Archive:
@@ -150,9 +153,37 @@ class Archive:
         self.size = at + len(self._tail(known=False))
 
     @property
+    def pieces(self) -> list[Record]:
+        """What this process writes from where it lies: large records, or its parts of them."""
+        return [r for r in self.records if r.is_large] if self._own is None else self._own
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether several processes write the file."""
+        return self._own is not None
+
+    @property
+    def own_size(self) -> int:
+        """Bytes that this process writes."""
+        if self._own is None:
+            return self.size
+        others = self.size - sum(r.size for r in self.records if r.is_large)
+        return sum(r.size for r in self._own) + (others if self.leads else 0)
+
+    @property
     def storages(self) -> list[Record]:
-        """The records that hold storages."""
-        return [record for record in self.records if not isinstance(record.source, bytes)]
+        """What this process writes of storages."""
+        small = [r for r in self.records if not r.is_large] if self.leads else []
+        return [r for r in (*small, *self.pieces) if not isinstance(r.source, bytes)]
+
+    def follow(self, pickled: int) -> None:
+        """Lay the file out as one whose pickle has `pickled` bytes: somebody else writes that."""
+        self.records[0].size = pickled
+        self._lay_out()
+
+    def keep(self, own: list[Record], leads: bool) -> None:
+        """Write only these parts of large records, whose sums are known, and the rest if this process leads."""
+        self._own, self.leads = own, leads
 
     def gaps(self) -> Iterator[tuple[int, bytearray]]:
         """What is not a large record, in the file's order: offsets and bytes; needs the sums of large records."""

@@ -64,6 +64,10 @@ class Disk:
         """Open a file for writing, truncating it."""
         return open(path, "wb", buffering=0)
 
+    def reopen(self, path: Path) -> BinaryIO:
+        """Open a file that is there, to write more into it."""
+        return open(path, "r+b", buffering=0)
+
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         """Write all of `data`."""
         view = memoryview(data)
@@ -317,12 +321,23 @@ class Publication:
         self.final = save_dir / self.tag
         self.partial = _beside(self.final, PARTIAL_SUFFIX)
 
-    def begin(self, needed: int) -> None:
-        """Collectively: check that there is room for `needed` bytes of this rank, and make the partial folder."""
+    def begin(self, needed: int, shared: Sequence[str] | None = None) -> None:
+        """Collectively: check that there is room for `needed` bytes of this rank, and make the partial folder.
+
+        Args:
+            needed: bytes.
+            shared: files that this rank makes for others to write into, too; None on all ranks if there are none.
+        """
         with self._cleaned():
             shares = self.crew.together(lambda: (needed, self.crew.leads))
             total = sum(share for share, _ in shares) // sum(leads for _, leads in shares)
             self._lead(lambda: _prepare(self.final, self.partial, total))
+            if shared is not None:
+                self.crew.together(lambda: self._make_files(shared))
+
+    def _make_files(self, names: Sequence[str]) -> None:
+        for name in names:
+            disk.create(self.partial / name).close()
 
     def finish(self, write: Callable[[], Sequence[Entry]]) -> Path:
         """Collectively: call `write` for this rank's entries (it may raise), vote, and publish; returns the folder."""

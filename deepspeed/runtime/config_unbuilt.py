@@ -204,12 +204,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
     ),
     # ------------------------------------------------------------------ checkpoints
     Unbuilt(
-        "checkpoint.writer.data_parallel",
-        "files that several ranks write together",
-        lambda config: bool((config.checkpoint_config["writer"] or {}).get("data_parallel")),
-        "Remove the key: each rank writes the files of its own state at once with the others.",
-    ),
-    Unbuilt(
         "aio.use_gds",
         "GPUDirect Storage",
         lambda config: config.aio_config["use_gds"],

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from deepspeed.checkpoint import archive, atomic, stream
+from deepspeed.checkpoint import archive, atomic, joint, stream
 from tests.helpers.checkpointing import engine, same, state_of, train
-from tests.helpers.deaths import CHANGES
+from tests.helpers.deaths import CHANGES, SECTIONS, send_everything
 from tests.helpers.launching import environment
 
 
@@ -29,7 +29,7 @@ from tests.helpers.launching import environment
     ("cases", "least"),
     [
         (["1-now-same", "1-queue-new", "1-beside-new"], [[28], [40], [26]]),
-        (["2-now-same", "2-beside-new"], [[28, 3], [26, 5]]),
+        (["2-joint-same", "2-beside-new"], [[40, 9], [26, 5]]),
     ],
     ids=["one_rank", "two_ranks"],
 )
@@ -82,11 +82,9 @@ for _name in CHANGES:
 
 def fail_everywhere(rank: int, ranks: int, root: Path, mode: str) -> dict[str, Any]:
     """Save with an error at each change of each rank; returns how many changes there are and what went wrong."""
-    by_queue, large = stream.BY_QUEUE, archive.LARGE
-    if mode == "queue":
-        stream.BY_QUEUE, archive.LARGE = 0, 256
-    checkpoint = {"writer": {"decoupled": True}} if mode == "beside" else None
-    made = engine(2, "bf16", checkpoint=checkpoint)
+    before = stream.BY_QUEUE, archive.LARGE, joint._PAGE
+    send_everything(mode)
+    made = engine(2, "bf16", checkpoint=SECTIONS.get(mode))
     train(made, 0, 2, rank, ranks)
     states = {2: state_of(made)}
     try:
@@ -111,7 +109,7 @@ def fail_everywhere(rank: int, ranks: int, root: Path, mode: str) -> dict[str, A
                     wrong.append(f"{bad} {at}: {raised!r}")
                 wrong += [f"{bad} {at}: {text}" for text in _look(folder, states)]
     finally:
-        stream.BY_QUEUE, archive.LARGE = by_queue, large
+        stream.BY_QUEUE, archive.LARGE, joint._PAGE = before
     return {"counts": counts, "wrong": wrong}
 
 
@@ -143,7 +141,7 @@ def _look(folder: Path, states: dict[int, Any]) -> list[str]:
     return same(state, states[fresh.global_steps]) + sorted(left - {"old.tmp", "new.tmp"})
 
 
-@pytest.mark.parametrize("mode", ["queue", "beside"])
+@pytest.mark.parametrize("mode", ["joint", "beside"])
 def test_an_error_at_any_change_on_any_rank_is_raised_on_all_and_costs_nothing(
     mode: str, ranks2: Any, tmp_path: Path
 ) -> None:

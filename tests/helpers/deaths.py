@@ -2,8 +2,8 @@
 """Kills ranks at every change that a save makes to the disk, and looks at what a load finds; a program for POSIX.
 
 `python -m tests.helpers.deaths FOLDER RANKS-MODE-TAG...` prints one line of JSON: for each case how many points each rank
-has, and what went wrong. MODE: `now` writes small files, `queue` sends every file through the file queue, `beside` saves
-while it trains. TAG: `new`, or `same` to replace the tag that is there. Each trial is made of forked processes, because
+has, and what went wrong. MODE: `now` writes small files, `queue` sends every file through the file queue, `joint` has
+all ranks write the common file so, `beside` saves while it trains. TAG: `new`, or `same` to replace the tag that is there. Each trial is made of forked processes, because
 starting torch anew would cost seconds; what they import lazily is imported before them for the same reason.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from deepspeed.checkpoint import archive, atomic, stream
+from deepspeed.checkpoint import archive, atomic, joint, stream
 from tests.helpers.checkpointing import engine, same, state_of, train
 
 CHANGES = (
@@ -39,9 +39,20 @@ CHANGES = (
     "remove",
     "remove_tree",
 )
+SECTIONS: dict[str, Any] = {
+    "beside": {"writer": {"decoupled": True}},
+    "joint": {"writer": {"data_parallel": "replica"}},
+}
+"""What a mode says in the section `checkpoint`."""
 LIMIT = 30.0
 """Seconds after which a rank counts as hanging."""
 FINISHED, REFUSED = 0, 3
+
+
+def send_everything(mode: str) -> None:
+    """Have small files sent as large ones are, in modes that are about those."""
+    if mode in ("queue", "joint"):
+        stream.BY_QUEUE, archive.LARGE, joint._PAGE = 0, 256, 64
 
 
 class Watched(atomic.Disk):
@@ -131,10 +142,8 @@ class Trials:
                 rank=rank,
                 world_size=self.ranks,
             )
-        if self.mode == "queue":
-            stream.BY_QUEUE, archive.LARGE = 0, 256
-        checkpoint = {"writer": {"decoupled": True}} if self.mode == "beside" else None
-        return engine(2, "bf16", checkpoint=checkpoint)
+        send_everything(self.mode)
+        return engine(2, "bf16", checkpoint=SECTIONS.get(self.mode))
 
     def prepare(self, rank: int) -> None:
         """Make what each trial begins with: a complete save after two steps, and both states."""
@@ -169,8 +178,7 @@ class Trials:
 
     def look(self, folder: Path, whole: bool) -> int:
         """What one rank loads is one of the two states, and the next save leaves nothing of the dead one."""
-        if self.mode == "queue":
-            stream.BY_QUEUE, archive.LARGE = 0, 256
+        send_everything(self.mode)
         made = engine(2, "bf16", seed=9)
         made.load_checkpoint(folder)
         expected = torch.load(self.root / f"state{made.global_steps}.pt", weights_only=True)

@@ -147,12 +147,13 @@ class DecoupledCheckpointEngine(FastCheckpointEngine):
             super().store(publication, files, as_zip)
             return
         archives = lay_out(publication, files)
+        shared = self.divide(publication, archives)
         wanted = self._snapshot.wants(archives.values())
         if not can_all_copy(publication.crew.exchange, wanted):
             logger.warning("too little free memory for a copy of the state: training waits")
             super().store(publication, files, as_zip)
             return
-        publication.begin(total_size(archives))
+        publication.begin(total_size(archives), shared)
         try:
             publication.crew.together(lambda: self._snapshot.take(archives.values()))
         except Exception:

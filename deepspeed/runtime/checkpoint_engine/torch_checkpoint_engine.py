@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint import stream
 from ...checkpoint.archive import Archive
 from ...checkpoint.atomic import Entry, Publication, disk, flush_files
 from ...checkpoint.format import PARTIAL_SUFFIX
+from ...checkpoint.joint import divide, of_first_ranks
 from ...checkpoint.pace import Pace
 from ...checkpoint.progress import Progress
 from ...checkpoint.reader import load_file
@@ -49,6 +51,8 @@ class TorchCheckpointEngine(CheckpointEngine):
 
     def store(self, publication: Publication, files: Mapping[str, Any], as_zip: bool) -> None:
         if not as_zip:
+            if self.settings.data_parallel is not None:
+                files = of_first_ranks(publication.crew, files)
             publication.begin(sum(map(tensor_bytes, files.values())))
             publication.finish(
                 lambda: [
@@ -61,11 +65,25 @@ class TorchCheckpointEngine(CheckpointEngine):
         if self.settings.type == MOCK:
             write_all(publication.partial, archives, self.settings)
             return
-        publication.begin(total_size(archives))
+        shared = self.divide(publication, archives)
+        publication.begin(total_size(archives), shared)
         label = f"saving {publication.tag}" if publication.crew.rank == 0 else None
         publication.finish(
             lambda: write_all(publication.partial, archives, self.settings, label=label)
         )
+
+    def divide(
+        self, publication: Publication, archives: dict[str, Archive]
+    ) -> Sequence[str] | None:
+        """Collectively divide files among the ranks that have them, if so asked.
+
+        Returns:
+            The files that this rank makes for others, too; None on all ranks if no file is divided.
+        """
+        among = self.settings.data_parallel
+        if among is None or not divide(publication.crew, archives, among, stream.BY_QUEUE):
+            return None
+        return [name for name, made in archives.items() if made.is_divided and made.leads]
 
 
 class FastCheckpointEngine(TorchCheckpointEngine):
@@ -83,6 +101,10 @@ class FastCheckpointEngine(TorchCheckpointEngine):
         known = {key: writer[key] for key in Settings.__dataclass_fields__ if key in writer}
         return replace(Settings(), **known)
 
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        """Every rank may write a part, if so asked; which do is agreed upon at each save."""
+        return dp_rank == 0 or self.settings.data_parallel is not None
+
 
 def lay_out(publication: Publication, files: Mapping[str, Any]) -> dict[str, Archive]:
     """The files' archives; raises on every rank if one cannot pickle its own."""
@@ -94,8 +116,8 @@ def lay_out(publication: Publication, files: Mapping[str, Any]) -> dict[str, Arc
 
 
 def total_size(archives: Mapping[str, Archive]) -> int:
-    """Bytes of all files."""
-    return sum(archive.size for archive in archives.values())
+    """Bytes of all files that this rank writes."""
+    return sum(archive.own_size for archive in archives.values())
 
 
 def write_all(
@@ -114,6 +136,6 @@ def write_all(
         ]
         if settings.type != MOCK:
             flush_files([folder / name for name in archives])
-        return entries
+        return [entry for entry in entries if archives[entry.name].leads]
     finally:
         progress.close()

@@ -34,7 +34,9 @@ class CheckpointWriterConfig(PlainSection):
     )
     show_statistics: bool = Field(default=False, description="Print speeds when a file is closed.")
     data_parallel: str | None = Field(
-        default=None, description="Share files among ranks of a REPLICA, SOCKET or MACHINE."
+        default=None,
+        description="Which ranks with equal weights write a file together: each REPLICA, or one of each "
+        "SOCKET (NUMA node) or MACHINE; the first alone if absent.",
     )
     decoupled: bool = Field(default=False, description="Write while training goes on.")
     io_multiplier: int = Field(default=1, description="Write all so many times (to measure).")

@@ -256,7 +256,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     def layer_files(self, exclude_frozen_parameters: bool = False) -> Mapping[str, dict[str, Any]]:
         """The files of this rank's layers: name -> content; empty where another rank writes them."""
-        if self.grid.data_parallel_id != 0:
+        if not self.checkpoint_engine.is_data_parallel_writer(self.grid.data_parallel_id):
             return {}
         return self.module.layer_states(exclude_frozen_parameters)
 

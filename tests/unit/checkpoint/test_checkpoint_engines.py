@@ -24,7 +24,6 @@ from deepspeed.runtime.checkpoint_engine import (
     TorchCheckpointEngine,
     create_checkpoint_engine,
 )
-from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.helpers.checkpointing import engine, same, state_of, train
 from tests.helpers.launching import environment
 
@@ -42,8 +41,9 @@ def contents(folder: Path) -> dict[str, bytes]:
         ({"type": "FAST", "io_buffer_size": 1 << 20}, FastCheckpointEngine),
         ({"type": "PYTHON", "io_multiplier": 2, "show_statistics": True}, FastCheckpointEngine),
         ({"decoupled": True}, DecoupledCheckpointEngine),
+        ({"data_parallel": "socket"}, FastCheckpointEngine),
     ],
-    ids=["none", "fast", "python", "decoupled"],
+    ids=["none", "fast", "python", "decoupled", "data_parallel"],
 )
 def test_every_writer_saves_the_same_state(
     writer: Any, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -74,11 +74,6 @@ def test_mock_publishes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     made.checkpoint_engine.save({"a": torch.ones(2)}, str(tmp_path / "f.pt"))
     assert not list(tmp_path.iterdir())
-
-
-def test_files_of_several_ranks_are_refused_by_name() -> None:
-    with pytest.raises(DeepSpeedConfigError, match=r"checkpoint\.writer\.data_parallel"):
-        engine(1, "fp32", checkpoint={"writer": {"data_parallel": "replica"}})
 
 
 class Slow(atomic.Disk):

@@ -69,7 +69,6 @@ ASKING = {
         "quantize_training": {"eigenvalue": {"enabled": True}}
     },
     "data_efficiency.enabled": {"data_efficiency": {"enabled": True}},
-    "checkpoint.writer.data_parallel": {"checkpoint": {"writer": {"data_parallel": "REPLICA"}}},
     "aio.use_gds": {"aio": {"use_gds": True}},
     "nebula.enabled": {"nebula": {"enabled": True}},
     "datastates_ckpt": {"datastates_ckpt": {}},
