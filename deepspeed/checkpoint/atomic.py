@@ -5,8 +5,9 @@
 1. The leading rank clears what an earlier, killed save left, and makes `<tag>.tmp` with a mark in it.
 2. Every rank writes its files there, each flushed to the disk, summing what it writes.
 3. All ranks tell each other how it went. One failure raises on all of them and the partial folder is removed.
-4. The leading rank writes the manifest (sizes and checksums), takes the mark away, marks an existing `<tag>` and
-   moves it aside to `<tag>.old`, renames `<tag>.tmp` to `<tag>`, then replaces `latest`, and removes `<tag>.old`.
+4. The leading rank writes the manifest (sizes and checksums) and the next `latest` beside its place, takes the mark
+   away, marks an existing `<tag>`, and flushes all that. It moves an existing `<tag>` aside to `<tag>.old`, renames
+   `<tag>.tmp` to `<tag>`, flushes that, then replaces `latest`, and removes `<tag>.old`.
 Every rename is preceded by a flush of what it publishes. Killed before the rename: the previous tag is untouched, or
 found under `<tag>.old` (`resolve` looks there). Killed after it: the new tag is complete.
 
@@ -239,21 +240,25 @@ def replace_file(path: Path, data: bytes, flush: bool = True) -> None:
         disk.sync_folder(path.parent)
 
 
-def flush_files(paths: Sequence[Path]) -> None:
-    """Flush files that were written without it, side by side: the disk then flushes once rather than for each."""
+def flush_files(paths: Sequence[Path], folders: Sequence[Path] = ()) -> None:
+    """Flush files that were written without it, and folders, side by side: the disk then flushes once, not for each."""
 
     def flush(path: Path) -> None:
         with open(path, "r+b", buffering=0) as file:
             disk.sync(file)
 
     def one(path: Path) -> None:
-        _persist(lambda: flush(path))
+        if path in folders:
+            disk.sync_folder(path)
+        else:
+            _persist(lambda: flush(path))
 
-    if len(paths) == 1:
-        one(paths[0])
-    elif paths:
-        with ThreadPoolExecutor(min(len(paths), _FLUSHES), "checkpoint-flush") as pool:
-            list(pool.map(one, paths))
+    everything = [*paths, *folders]
+    if len(everything) == 1:
+        one(everything[0])
+    elif everything:
+        with ThreadPoolExecutor(min(len(everything), _FLUSHES), "checkpoint-flush") as pool:
+            list(pool.map(one, everything))
 
 
 def checked_tag(tag: object) -> str:
@@ -457,20 +462,28 @@ def _publish(
         e.name: {"size": e.size, CRC32: e.crc32} for e in entries if (partial / e.name).exists()
     }
     manifest = {"format": 2, "tag": tag, "files": dict(sorted(files.items()))}
-    write_small(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    small = [partial / MANIFEST]
+    write_small(small[0], json.dumps(manifest, indent=1).encode(), flush=False)
     for note in sorted(partial.glob(f"{DONE_PREFIX}*")):
         disk.remove(note)
     disk.remove(partial / PARTIAL_MARK)
-    disk.sync_folder(partial)
+    pointer = None if latest is None else save_dir / latest
+    if pointer is not None:
+        small.append(pointer.with_name(pointer.name + PARTIAL_SUFFIX))
+        write_small(small[-1], tag.encode(), flush=False)
     aside = leftovers.free_aside(final)
     replacing = final.exists()
     if replacing:
-        write_small(final / REPLACED_MARK, b"")
+        small.append(final / REPLACED_MARK)
+        write_small(small[-1], b"", flush=False)
+    flush_files(small, [partial])
+    if replacing:
         disk.replace(final, aside)
     disk.replace(partial, final)
     disk.sync_folder(final.parent)
-    if latest is not None:
-        replace_file(save_dir / latest, tag.encode())
+    if pointer is not None:
+        disk.replace(pointer.with_name(pointer.name + PARTIAL_SUFFIX), pointer)
+        disk.sync_folder(save_dir)
     if replacing:
         _keep_foreign(aside, final)
         write_small(aside / PARTIAL_MARK, b"")

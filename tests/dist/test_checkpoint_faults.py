@@ -28,8 +28,8 @@ from tests.helpers.launching import environment
 @pytest.mark.parametrize(
     ("cases", "least"),
     [
-        (["1-now-same", "1-queue-new", "1-beside-new"], [[28], [40], [26]]),
-        (["2-joint-same", "2-beside-new"], [[40, 9], [26, 5]]),
+        (["1-now-same", "1-queue-new", "1-beside-new"], [[28], [40], [20]]),
+        (["2-joint-same", "2-beside-new"], [[40, 9], [20, 5]]),
     ],
     ids=["one_rank", "two_ranks"],
 )

@@ -83,7 +83,8 @@ class _Pending:
 
         def write() -> list[Entry]:
             entries = write_all(publication.partial, archives, settings, pace=self.pace)
-            publication.note_done(entries)
+            if not publication.crew.leads:
+                publication.note_done(entries)
             return entries
 
         self.writing = _Beside(write)
