@@ -9,21 +9,18 @@
 
 namespace {
 
-enum { kTile = 1024, kChunk = 32 * kTile };
+enum { kTile = 1024, kChunk = 32 * kTile, kKept = 4096 };
 
 struct Format {
     Tiny form;
     int bits;
     int64_t group_size, packed;  // bytes of a packed group
+    float most;                  // the greatest value
 
     Format(int32_t exponent, int32_t mantissa, int64_t size)
         : form{exponent, mantissa}, bits(1 + exponent + mantissa), group_size(size),
-          packed(size * bits / 8 + 4) {}
-
-    float most() const {
-        const int top = (1 << form.exponent) - (1 << (form.exponent - 1));
-        return (float)ldexp(2 - ldexp(1, -form.mantissa), top);
-    }
+          packed(size * bits / 8 + 4),
+          most((float)ldexp(2 - ldexp(1, -mantissa), 1 << (exponent - 1))) {}
 
     int64_t groups_each() const { return group_size < kChunk ? kChunk / group_size : 1; }
 };
@@ -37,14 +34,21 @@ struct Pack {
         const Pack &p = *(const Pack *)context;
         const int64_t each = p.format.groups_each(), begin = index * each;
         const int64_t end = begin + each < p.a->groups ? begin + each : p.a->groups;
-        for (int64_t group = begin; group < end; ++group) p.one(group);
+        const int64_t fit = p.format.group_size < kKept ? kKept / p.format.group_size : 1;
+        for (int64_t group = begin; group < end; group += fit)
+            p.some(group, end - group < fit ? end - group : fit);
     }
 
-    void one(int64_t group) const {
+    // Groups that stay in the first-level cache between the walk that finds their scales and the one that rounds.
+    void some(int64_t group, int64_t n) const {
+        float most[kKept / 4];
+        ds::extents(kernels, place(group * format.group_size), a->x_dtype, n, format.group_size,
+                    nullptr, most);
+        for (int64_t i = 0; i < n; ++i) one(group + i, most[i] == 0 ? 1.0f : most[i] / format.most);
+    }
+
+    void one(int64_t group, float scale) const {
         const int64_t size = format.group_size, at = group * size;
-        float most = 0;
-        ds::extents(kernels, place(at), a->x_dtype, 1, size, nullptr, &most);
-        const float scale = most == 0 ? 1.0f : most / format.most();
         uint8_t *home = (uint8_t *)a->out + group * format.packed;
         for (int64_t i = 0; i < size; i += kTile)
             encode(at + i, size - i < kTile ? size - i : (int64_t)kTile, scale,

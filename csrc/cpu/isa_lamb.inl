@@ -41,12 +41,8 @@ inline void lamb_first_pair(const LambRule &rule, const typename P::Kept *param,
     P::load_pair(grad, g, h);
     rule.moments(m, v, g);
     rule.moments(n, u, h);
-    P::store_pair(m, n, first);
-    P::store_pair(v, u, second);
-    if (sizeof(typename P::Kept) == 2) {
-        P::load_pair(first, m, n);
-        P::load_pair(second, v, u);
-    }
+    P::keep_pair(m, n, first);
+    P::keep_pair(v, u, second);
     P::load_pair(param, p, q);
     F32::store_pair(p, q, wide);
     F32::store_pair(rule.update(p, m, v), rule.update(q, n, u), update);
@@ -73,10 +69,12 @@ void lamb_first(const void *param, void *first, void *second, const void *grad, 
     Kept *m = (Kept *)first, *v = (Kept *)second;
     int64_t i = 0;
     for (; i + w <= n; i += w) {
-        fetch(p + i);
-        fetch(m + i);
-        fetch(v + i);
-        fetch(g + i);
+        if (i % kBlock == 0) {
+            fetch_block(p + i);
+            fetch_block(m + i);
+            fetch_block(v + i);
+            fetch_block(g + i);
+        }
         lamb_first_pair<P>(rule, p + i, m + i, v + i, g + i, wide + i, update + i);
     }
     if (i == n) return;
@@ -122,9 +120,11 @@ void lamb_second(void *param, const void *first, const void *second, int64_t n,
     const Kept *m = (const Kept *)first, *v = (const Kept *)second;
     int64_t i = 0;
     for (; i + w <= n; i += w) {
-        fetch(p + i);
-        fetch(m + i);
-        fetch(v + i);
+        if (i % kBlock == 0) {
+            fetch_block(p + i);
+            fetch_block(m + i);
+            fetch_block(v + i);
+        }
         lamb_second_pair<P>(rule, by, p + i, m + i, v + i);
     }
     if (i == n) return;

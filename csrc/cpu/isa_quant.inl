@@ -83,40 +83,66 @@ void extent(const float *x, int64_t groups, int64_t size, float *low, float *hig
 inline Halves in_order(Halves x) { return x ^ (right(x, 15) & Halves::all(0x7fff)); }
 inline uint16_t float_bits(int x) { return (uint16_t)(x < 0 ? x ^ 0x7fff : x); }
 
-void extent_halves(const uint16_t *x, int64_t groups, int64_t size, int infinity, uint16_t *low,
-                   uint16_t *high) {
-    enum { w = Halves::width };
-    const bool sizes = low == nullptr;
-    const Halves size_bits = Halves::all(0x7fff);
-    for (int64_t group = 0; group < groups; ++group, x += size) {
-        const Halves first = Halves::all(x[0]);
-        Halves most = sizes ? first & size_bits : in_order(first), least = most;
-        const auto add = [&](const uint16_t *at) {
-            const Halves bits = Halves::load(at);
-            if (sizes) {
-                most = larger(most, bits & size_bits);
-                return;
-            }
-            const Halves value = in_order(bits);
-            most = larger(most, value);
-            least = smaller(least, value);
-        };
-        int64_t i = 0;
-        for (; i + w <= size; i += w) {
-            fetch(x + i);
-            add(x + i);
+// The greatest of a group's sizes, or its extent. Floats are in order as whole numbers where they have no sign, and in the
+// reverse order where they have one. So the greatest whole number is the greatest float unless all have a sign, the
+// greatest without regard to signs is the least float unless none has one; else the least whole number is.
+template <bool Sizes>
+struct HalfExtent {
+    Halves most, farthest, least;
+
+    explicit HalfExtent(Halves first)
+        : most(Sizes ? Halves::all(0) : first), farthest(first), least(first) {}
+
+    inline void add(Halves x) {
+        if (Sizes) {
+            most = larger(most, x & Halves::all(0x7fff));
+            return;
         }
+        most = larger(most, x);
+        farthest = farther(farthest, x);
+        least = smaller(least, x);
+    }
+    // As whole numbers in order.
+    inline int high() const {
+        return highest(Sizes ? most : in_order(most ^ ((most ^ least) & right(most, 15))));
+    }
+    inline int low() const {
+        return lowest(in_order(least ^ ((least ^ farthest) & right(farthest, 15))));
+    }
+};
+
+template <bool Sizes>
+inline void extent_halves_as(const uint16_t *x, int64_t groups, int64_t size, int infinity,
+                             uint16_t *low, uint16_t *high) {
+    enum { w = Halves::width };
+    for (int64_t group = 0; group < groups; ++group, x += size) {
+        HalfExtent<Sizes> found(Halves::all(x[0]));
+        int64_t i = 0;
+        for (; i + 2 * w <= size; i += 2 * w) {
+            for (int byte = 0; byte < 2 * w * 2; byte += kLine) fetch((const char *)(x + i) + byte);
+            found.add(Halves::load(x + i));
+            found.add(Halves::load(x + i + w));
+        }
+        for (; i + w <= size; i += w) found.add(Halves::load(x + i));
         if (i < size) {
             uint16_t last[w];
             for (int64_t k = 0; k < w; ++k) last[k] = x[i + k < size ? i + k : i];
-            add(last);
+            found.add(Halves::load(last));
         }
         // Beyond infinity lie the NaN, of either sign.
-        const int top = highest(most), bottom = sizes ? top : lowest(least);
+        const int top = found.high(), bottom = Sizes ? top : found.low();
         const bool spoilt = top > infinity || bottom < (infinity ^ -1);
         high[group] = spoilt ? 0x7fff : float_bits(top);
-        if (!sizes) low[group] = spoilt ? 0x7fff : float_bits(bottom);
+        if (!Sizes) low[group] = spoilt ? 0x7fff : float_bits(bottom);
     }
+}
+
+void extent_halves(const uint16_t *x, int64_t groups, int64_t size, int infinity, uint16_t *low,
+                   uint16_t *high) {
+    if (low == nullptr)
+        extent_halves_as<true>(x, groups, size, infinity, low, high);
+    else
+        extent_halves_as<false>(x, groups, size, infinity, low, high);
 }
 
 void extent_columns(const float *x, int64_t n, float *low, float *high) {
@@ -171,14 +197,8 @@ struct Rounder {
 
     inline Vec within(Vec x) const { return smaller(larger(x, least), most); }
 
-    // Moved: groups have a shift or an offset.
-    template <bool Moved>
-    inline Vec exact(Vec x) const {
-        return within(Moved ? (x - shift) * scale + offset : x * scale);
-    }
-
     // Nearest, still with kMagic in it.
-    inline Vec nearest(Vec x) const { return exact<true>(x) + Vec::all(kMagic); }
+    inline Vec nearest(Vec x) const { return within((x - shift) * scale + offset) + Vec::all(kMagic); }
 
     // The whole number below the sum with a number from [0, 1).
     inline Vec random(Vec x, const uint32_t *bits_at) const {
@@ -193,52 +213,64 @@ struct Rounder {
     }
 };
 
-// As many codes of a group, to nearest, as fill the widest stores; returns how many.
-template <class P, bool Moved>
-inline int64_t quantize_most(const typename P::Kept *x, int64_t size, const Rounder &round,
-                             const Rounding *rule, uint8_t *codes) {
+// Some codes, to random or to nearest.
+template <class P>
+inline void quantize_some(const typename P::Kept *x, int64_t n, const Rounder &round,
+                          const Rounding &rule, const uint32_t *random, uint8_t *codes) {
     enum { w = Vec::width };
-    const Halves bias = Halves::all(rule->bias), mask = Halves::all(rule->mask);
+    const Ints bias = Ints::all(rule.bias), mask = Ints::all(rule.mask);
     int64_t i = 0;
-    for (; i + 4 * w <= size; i += 4 * w) {
-        Vec a, b, c, d;
-        P::load_pair(x + i, a, b);
-        P::load_pair(x + i + 2 * w, c, d);
-        whole_bytes(round.exact<Moved>(a), round.exact<Moved>(b), round.exact<Moved>(c),
-                    round.exact<Moved>(d), bias, mask)
-            .store(codes + i);
+    for (; i + w <= n; i += w) {
+        const Vec y = round(P::load(x + i), random ? random + i : nullptr);
+        ((bits(y) + bias) & mask).store_bytes(codes + i);
     }
-    return i;
+    if (i == n) return;
+    typename P::Kept last[w] = {0};
+    uint32_t last_random[w] = {0};
+    uint8_t last_codes[w];
+    copy_some(x + i, last, n - i);
+    if (random) copy_some(random + i, last_random, n - i);
+    const Vec y = round(P::load(last), random ? last_random : nullptr);
+    ((bits(y) + bias) & mask).store_bytes(last_codes);
+    copy_some(last_codes, codes + i, n - i);
+}
+
+// To nearest, as many codes of a group at a time as fill the widest stores.
+template <class P, int Moved>
+inline void quantize_nearest(const typename P::Kept *x, int64_t groups, int64_t size,
+                             const Rounding &rule, uint8_t *codes) {
+    enum { w = Vec::width };
+    const Whole whole(rule.least, rule.most, rule.bias, rule.mask);
+    for (int64_t group = 0; group < groups; ++group, x += size, codes += size) {
+        const Vec scale = Vec::all(rule.scale[group]);
+        const Vec by = Vec::all(Moved == kShift ? rule.shift[group] : rule.offset[group]);
+        const auto place = [&](Vec v) {
+            return Moved == kShift ? (v - by) * scale : Moved ? v * scale + by : v * scale;
+        };
+        int64_t i = 0;
+        const int64_t most = rule.scale[group] < 3e38f ? size - 4 * w : -1;
+        for (; i <= most; i += 4 * w) {
+            Vec a, b, c, d;
+            P::load_four(x + i, a, b, c, d);
+            P::store_four(whole(place(a), place(b), place(c), place(d)), codes + i);
+        }
+        if (i < size)
+            quantize_some<P>(x + i, size - i, Rounder(rule, group), rule, nullptr, codes + i);
+    }
 }
 
 template <class P>
-void quantize(const void *from, int64_t groups, int64_t size, const Rounding *rule,
+void quantize(const void *from, int64_t groups, int64_t size, const Rounding *given,
               const uint32_t *random, uint8_t *codes) {
-    typedef typename P::Kept Kept;
-    const Ints bias = Ints::all(rule->bias), mask = Ints::all(rule->mask);
-    const Kept *x = (const Kept *)from;
-    for (int64_t group = 0; group < groups; ++group, x += size, codes += size) {
-        const Rounder round(*rule, group);
-        int64_t i = 0;
-        if (random == nullptr)
-            i = rule->moved ? quantize_most<P, true>(x, size, round, rule, codes)
-                            : quantize_most<P, false>(x, size, round, rule, codes);
-        for (; i + Vec::width <= size; i += Vec::width) {
-            const Vec y = round(P::load(x + i), random ? random + i : nullptr);
-            ((bits(y) + bias) & mask).store_bytes(codes + i);
-        }
-        if (i < size) {
-            Kept last[Vec::width] = {0};
-            uint32_t last_random[Vec::width] = {0};
-            uint8_t last_codes[Vec::width];
-            copy_some(x + i, last, size - i);
-            if (random) copy_some(random + i, last_random, size - i);
-            const Vec y = round(P::load(last), random ? last_random : nullptr);
-            ((bits(y) + bias) & mask).store_bytes(last_codes);
-            copy_some(last_codes, codes + i, size - i);
-        }
-        if (random) random += size;
+    const typename P::Kept *x = (const typename P::Kept *)from;
+    const Rounding rule = *given;  // a copy, which no code can be stored into
+    if (random == nullptr) {
+        if (rule.moved == kShift) return quantize_nearest<P, kShift>(x, groups, size, rule, codes);
+        if (rule.moved) return quantize_nearest<P, kOffset>(x, groups, size, rule, codes);
+        return quantize_nearest<P, 0>(x, groups, size, rule, codes);
     }
+    for (int64_t group = 0; group < groups; ++group, x += size, random += size, codes += size)
+        quantize_some<P>(x, size, Rounder(rule, group), rule, random, codes);
 }
 
 void round_trip(float *x, int64_t groups, int64_t size, const Rounding *rule,
@@ -305,13 +337,29 @@ struct Decoder {
         return ordinary && shift - shift == 0 && base - base == 0;
     }
 
-    inline Vec operator()(Ints code) const {
-        Vec x = to_float(Signed ? (code ^ half) - half : code);
+    inline Vec operator()(Ints code) const { return value(Signed ? (code ^ half) - half : code); }
+    // Of a code whose sign has been spread.
+    inline Vec value(Ints code) const {
+        Vec x = to_float(code);
         if (Signed == Asym) x = x - shift;
         x = Signed ? x * by : x / by;
         return !Signed && Asym ? x + base : x;
     }
 };
+
+// Codes of eight bits with a sign.
+template <class P, class Value>
+inline int64_t decode_signed(const uint8_t *codes, typename P::Kept *to, int64_t n,
+                             const Value &decoder) {
+    enum { w = Vec::width };
+    int64_t i = 0;
+    for (; i + 2 * w <= n; i += 2 * w) {
+        Ints a, b;
+        P::signed_codes(codes + i, a, b);
+        P::store_pair(decoder.value(a), decoder.value(b), to + i);
+    }
+    return i;
+}
 
 template <class P, class Value>
 inline void decode_run(const uint8_t *codes, typename P::Kept *to, int64_t n, const Value &value) {
@@ -345,13 +393,18 @@ inline void dequantize_as(const uint8_t *codes, typename P::Kept *to, int64_t gr
     typedef Decoder<Signed, Asym> Value;
     for (int64_t group = 0; group < groups; ++group, codes += size, to += size) {
         const Value value(by[group], shifts[group], bases[group], width);
+        const bool finite = Value::finite(by[group], shifts[group], bases[group]);
+        int64_t done = 0;
+        if (Signed && width == 8 && finite)
+            done = decode_signed<Finite<P>>(codes, to, size, value);
+        if (done == size) continue;
         if (width == 4) {
             float table[16];
             values_of_fours<F32>(value, table);
             const Table values(table);
             decode_run<Plain<P>>(codes, to, size, [&](Ints code) { return values[code]; });
-        } else if (Value::finite(by[group], shifts[group], bases[group])) {
-            decode_run<Finite<P>>(codes, to, size, value);
+        } else if (finite) {
+            decode_run<Finite<P>>(codes + done, to + done, size - done, value);
         } else {
             decode_run<Plain<P>>(codes, to, size, value);
         }

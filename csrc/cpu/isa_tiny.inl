@@ -97,12 +97,13 @@ struct QuickCoder {
 enum { kEncodeRun = 1024 };
 
 // Some whole vectors by division.
-template <class P>
-void divide(const typename P::Kept *x, uint8_t *codes, int64_t n, float scale, Tiny form) {
+template <class P, class Codes>
+void divide(const typename P::Kept *x, typename Codes::Kept *codes, int64_t n, float scale,
+            Tiny form) {
     const TinyCoder coder(form);
     const Vec by = Vec::all(scale);
     for (int64_t i = 0; i < n; i += Vec::width)
-        coder.nearest(P::load(x + i) / by).store_bytes(codes + i);
+        Codes::store(coder.nearest(P::load(x + i) / by), codes + i);
 }
 
 // A run of whole blocks, four vectors each. Those with a code on a border come last: to branch off in their midst would
@@ -118,8 +119,7 @@ inline void encode_blocks(const typename P::Kept *x, uint8_t *codes, int64_t n, 
     int count = 0;
     for (int64_t i = 0; i < n; i += 4 * w) {
         Vec a, b, c, d;
-        P::load_pair(x + i, a, b);
-        P::load_pair(x + i + 2 * w, c, d);
+        P::load_four(x + i, a, b, c, d);
         const Ints p = quick(a), q = quick(b), r = quick(c), s = quick(d);
         const Ints nearest = smaller(smaller(quick.fraction(p), quick.fraction(q)),
                                      smaller(quick.fraction(r), quick.fraction(s)));
@@ -128,26 +128,43 @@ inline void encode_blocks(const typename P::Kept *x, uint8_t *codes, int64_t n, 
         const Bytes sizes = to_bytes(right(p, quick.drop), right(q, quick.drop),
                                      right(r, quick.drop), right(s, quick.drop));
         const Bytes signs = right(sign_bytes(bits(a), bits(b), bits(c), bits(d)), place) & sign;
-        (sizes | signs).store(codes + i);
+        P::store_four(sizes | signs, codes + i);
     }
     for (int k = 0; k < count; ++k)
-        divide<P>(x + late[k], codes + late[k], 4 * w, scale, form);
+        divide<P, Narrow>(x + late[k], codes + late[k], 4 * w, scale, form);
+}
+
+template <class P>
+inline void encode_blocks(const typename P::Kept *x, uint16_t *codes, int64_t n, float scale,
+                          Tiny form) {
+    enum { w = Vec::width };
+    const QuickCoder quick(scale, form);
+    const int sign_at = form.exponent + form.mantissa;
+    int32_t late[kEncodeRun / (2 * w) + 1];
+    int count = 0;
+    for (int64_t i = 0; i < n; i += 2 * w) {
+        Vec a, b;
+        P::load_pair(x + i, a, b);
+        const Ints p = quick(a), q = quick(b);
+        late[count] = (int32_t)i;
+        count += quick.border(smaller(quick.fraction(p), quick.fraction(q)));
+        const Ints first = right(p, quick.drop) | left(right(bits(a), 31), sign_at);
+        const Ints second = right(q, quick.drop) | left(right(bits(b), 31), sign_at);
+        store_words_pair(first, second, codes + i);
+    }
+    for (int k = 0; k < count; ++k)
+        divide<P, Wide>(x + late[k], codes + late[k], 2 * w, scale, form);
 }
 
 // As many codes as fill the widest stores; returns how many.
-template <class P>
-inline int64_t encode_most(const typename P::Kept *x, uint8_t *codes, int64_t n, float scale,
+template <class P, class Code>
+inline int64_t encode_most(const typename P::Kept *x, Code *codes, int64_t n, float scale,
                            Tiny form) {
     const int64_t whole = n - n % (4 * Vec::width);
     for (int64_t i = 0; i < whole; i += kEncodeRun)
         encode_blocks<P>(x + i, codes + i, whole - i < kEncodeRun ? whole - i : (int64_t)kEncodeRun,
                          scale, form);
     return whole;
-}
-
-template <class P>
-inline int64_t encode_most(const typename P::Kept *, uint16_t *, int64_t, float, Tiny) {
-    return 0;
 }
 
 template <class P, class Codes>
@@ -234,31 +251,9 @@ void decode(const void *from, void *out, int64_t n, float scale, Tiny form) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// codes of few bits in the bytes of memory; plain loops, for the compiler to widen
+// codes of few bits in the bytes of memory
 
-inline uint64_t load_bytes(const uint8_t *p, int n) {
-    uint64_t x = 0;
-    for (int i = 0; i < n; ++i) x |= (uint64_t)p[i] << (8 * i);
-    return x;
-}
-
-inline void store_low(uint64_t x, uint8_t *p, int n) {
-    for (int i = 0; i < n; ++i) p[i] = (uint8_t)(x >> (8 * i));
-}
-
-// Eight codes of six bits in eight bytes: their 48 bits, and back, by halves.
-inline uint64_t join_sixes(uint64_t x) {
-    x = (x & 0x003f003f003f003full) | (x >> 2 & 0x0fc00fc00fc00fc0ull);
-    x = (x & 0x00000fff00000fffull) | (x >> 4 & 0x00fff00000fff000ull);
-    return (x & 0xffffffull) | (x >> 8 & 0xffffff000000ull);
-}
-
-inline uint64_t part_sixes(uint64_t x) {
-    x = (x & 0xffffffull) | (x << 8 & 0x00ffffff00000000ull);
-    x = (x & 0x00000fff00000fffull) | (x << 4 & 0x0fff00000fff0000ull);
-    return (x & 0x003f003f003f003full) | (x << 2 & 0x3f003f003f003f00ull);
-}
-
+// What does not fill a vector passes through padded copies.
 void pack(const uint8_t *codes, uint8_t *out, int64_t n, int width, bool high_first) {
     int64_t i = 0;
     if (width == 4) {
@@ -267,8 +262,12 @@ void pack(const uint8_t *codes, uint8_t *out, int64_t n, int width, bool high_fi
         for (; i < n; i += 2) out[i / 2] = (uint8_t)(codes[i] << first | codes[i + 1] << second);
         return;
     }
-    for (; i + 8 <= n; i += 8) store_low(join_sixes(load_bytes(codes + i, 8)), out + i / 4 * 3, 6);
-    if (i < n) store_low(join_sixes(load_bytes(codes + i, 4)), out + i / 4 * 3, 3);
+    for (; i + kSixes <= n; i += kSixes) join_sixes(codes + i, out + i / 4 * 3);
+    if (i == n) return;
+    uint8_t last[kSixes] = {0}, made[kSixes / 4 * 3];
+    copy_some(codes + i, last, n - i);
+    join_sixes(last, made);
+    copy_some(made, out + i / 4 * 3, (n - i) / 4 * 3);
 }
 
 void unpack(const uint8_t *in, uint8_t *codes, int64_t n, int width, bool high_first) {
@@ -281,24 +280,34 @@ void unpack(const uint8_t *in, uint8_t *codes, int64_t n, int width, bool high_f
         return;
     }
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8) store_low(part_sixes(load_bytes(in + i / 4 * 3, 6)), codes + i, 8);
-    if (i < n) store_low(part_sixes(load_bytes(in + i / 4 * 3, 3)), codes + i, 4);
+    for (; i + kSixes <= n; i += kSixes) part_sixes(in + i / 4 * 3, codes + i);
+    if (i == n) return;
+    uint8_t last[kSixes / 4 * 3] = {0}, made[kSixes];
+    copy_some(in + i / 4 * 3, last, (n - i) / 4 * 3);
+    part_sixes(last, made);
+    copy_some(made, codes + i, n - i);
 }
 
 void pack_wide(const uint16_t *codes, uint8_t *out, int64_t n) {
-    for (int64_t i = 0; i < n / 2; ++i) {
-        const uint32_t two = (uint32_t)codes[2 * i] | (uint32_t)codes[2 * i + 1] << 12;
-        out[3 * i] = (uint8_t)two;
-        out[3 * i + 1] = (uint8_t)(two >> 8);
-        out[3 * i + 2] = (uint8_t)(two >> 16);
-    }
+    int64_t i = 0;
+    for (; i + kTwelves <= n; i += kTwelves) join_twelves(codes + i, out + i / 2 * 3);
+    if (i == n) return;
+    uint16_t last[kTwelves] = {0};
+    uint8_t made[kTwelves / 2 * 3];
+    copy_some(codes + i, last, n - i);
+    join_twelves(last, made);
+    copy_some(made, out + i / 2 * 3, (n - i) / 2 * 3);
 }
 
 void unpack_wide(const uint8_t *in, uint16_t *codes, int64_t n) {
-    for (int64_t i = 0; i < n / 2; ++i) {
-        codes[2 * i] = (uint16_t)(in[3 * i] | (in[3 * i + 1] & 15) << 8);
-        codes[2 * i + 1] = (uint16_t)(in[3 * i + 1] >> 4 | in[3 * i + 2] << 4);
-    }
+    int64_t i = 0;
+    for (; i + kTwelves <= n; i += kTwelves) part_twelves(in + i / 2 * 3, codes + i);
+    if (i == n) return;
+    uint8_t last[kTwelves / 2 * 3] = {0};
+    uint16_t made[kTwelves];
+    copy_some(in + i / 2 * 3, last, (n - i) / 2 * 3);
+    part_twelves(last, made);
+    copy_some(made, codes + i, n - i);
 }
 
 }  // namespace

@@ -67,8 +67,9 @@ struct Rounding {
     const float *scale, *shift, *offset, *step;
     float least, most;
     int32_t bias, mask;
-    int32_t moved;  // 0: all of shift and offset are 0
+    int32_t moved;  // 0, kShift or kOffset: which of them may be other than 0
 };
+enum { kShift = 1, kOffset };
 
 // A float of few bits: of its exponent and of its mantissa.
 struct Tiny {

@@ -225,6 +225,8 @@ struct Lamb {
         alignas(64) float p[kTile], m[kTile], v[kTile], g[kTile], update[kTile];
     };
 
+    int64_t chunks() const { return (args->numel + kChunk - 1) / kChunk; }
+
     bool mixed() const {
         const ds_lamb_args &a = *args;
         return a.param_dtype != a.state_dtype || a.param_dtype != a.grad_dtype || a.low;
@@ -299,9 +301,10 @@ struct Lamb {
         if (a.low) narrow(t.p, a.low, a.low_dtype, at, n);
     }
 
+    // Each thread walks its part of the first walk back: what it saw last is still in the caches.
     static void second(void *context, int64_t index) {
         const Lamb &l = *(const Lamb *)context;
-        const int64_t begin = index * kChunk;
+        const int64_t begin = ds::mirrored(index, l.chunks(), l.args->threads) * kChunk;
         const int64_t end = begin + kChunk < l.args->numel ? begin + kChunk : l.args->numel;
         Tile t;
         for (int64_t at = begin; at < end; at += kTile)
@@ -335,7 +338,7 @@ extern "C" int ds_lamb_step(const ds_lamb_args *args) {
     c.eps = (float)args->eps;
     c.decay = (float)args->decay;
     c.eps_inside = args->eps_inside;
-    const int64_t chunks = (args->numel + kChunk - 1) / kChunk;
+    const int64_t chunks = lamb.chunks();
     lamb.sums = new (std::nothrow) double[(size_t)(2 * chunks) + 1];
     if (lamb.sums == nullptr)
         return ds::fail(DS_NO_MEMORY, "ds_lamb_step: no memory for %lld partial sums",

@@ -23,6 +23,11 @@ struct alignas(64) Part {
     int64_t end;
 };
 
+// Where the part of a thread ends.
+int64_t part_end(uint32_t index, int64_t count, uint32_t threads) {
+    return count * (index + 1) / threads;
+}
+
 struct Job {
     ds::Task task;
     void *context;
@@ -33,9 +38,10 @@ struct Job {
         task = t;
         context = c;
         parts = threads;
+        int64_t begin = 0;
         for (uint32_t i = 0; i < threads; ++i) {
-            part[i].next.store(count * i / threads, std::memory_order_relaxed);
-            part[i].end = count * (i + 1) / threads;
+            part[i].next.store(begin, std::memory_order_relaxed);
+            part[i].end = begin = part_end(i, count, threads);
         }
     }
 
@@ -145,6 +151,17 @@ Pool *pool() {
 }  // namespace
 
 namespace ds {
+
+int64_t mirrored(int64_t index, int64_t count, uint32_t threads) {
+    if ((int64_t)threads > count) threads = (uint32_t)count;
+    int64_t begin = 0;
+    for (uint32_t i = 0; i < threads; ++i) {
+        const int64_t end = part_end(i, count, threads);
+        if (index < end) return begin + end - 1 - index;
+        begin = end;
+    }
+    return begin + count - 1 - index;  // no threads: the calling one alone
+}
 
 void parallel_for(Task task, void *context, int64_t count, uint32_t threads) {
     if ((int64_t)threads > count) threads = (uint32_t)count;

@@ -13,4 +13,7 @@ typedef void (*Task)(void *context, int64_t index);
 // threads: which of them runs an index must not matter. Tasks must not throw.
 void parallel_for(Task task, void *context, int64_t count, uint32_t threads);
 
+// The index as far from the end of its thread's part as `index` is from the beginning.
+int64_t mirrored(int64_t index, int64_t count, uint32_t threads);
+
 }  // namespace ds

@@ -90,11 +90,12 @@ struct Quantize {
 
     Rounding rounding(const Sides &s) const {
         Rounding r = {s.scale, s.shift, s.offset, s.step, -half(), half() - 1,
-                      0,       (1 << a->bits) - 1, a->asym};
+                      0,       (1 << a->bits) - 1, a->asym ? kOffset : 0};
         if (a->weights) {
             r.bias = a->asym ? 0 : (int32_t)half() - 1;
             r.least = (float)-r.bias;
             r.most = 2 * half() - 1 - (float)r.bias;
+            if (a->asym) r.moved = kShift;
         }
         return r;
     }

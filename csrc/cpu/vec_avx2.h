@@ -65,9 +65,9 @@ inline __m256i bf16_carry(__m256i high, __m256i low) {
     return _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15);
 }
 
-// Two vectors of results of arithmetic: a NaN among them is quiet and keeps its high half. In 16-bit lanes, twice as
+// Two vectors of results of arithmetic, their lanes apart: a NaN among them is quiet and keeps its high half. In 16-bit lanes, twice as
 // many at a time: the carry of rounding is the top bit of the mean of the low half and 0x7fff (+ 1 for odd ones).
-inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
+inline __m256i round_bf16_pair(Vec a, Vec b) {
     const __m256i x = _mm256_castps_si256(a.v), y = _mm256_castps_si256(b.v);
     const __m256i zero = _mm256_setzero_si256();
     const __m256i high = _mm256_packus_epi32(_mm256_srli_epi32(x, 16), _mm256_srli_epi32(y, 16));
@@ -75,15 +75,34 @@ inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
                                             _mm256_blend_epi16(y, zero, 0xaa));
     const __m256i nan = _mm256_cmpgt_epi16(_mm256_and_si256(high, _mm256_set1_epi16(0x7fff)),
                                            _mm256_set1_epi16(0x7f80));
-    const __m256i rounded = _mm256_add_epi16(high, _mm256_andnot_si256(nan, bf16_carry(high, low)));
-    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(rounded, 0xd8));
+    return _mm256_add_epi16(high, _mm256_andnot_si256(nan, bf16_carry(high, low)));
+}
+
+inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(round_bf16_pair(a, b), 0xd8));
+}
+
+inline void part_bf16_pair(__m256i pair, Vec &a, Vec &b) {
+    const __m256i zero = _mm256_setzero_si256();
+    a = {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, pair))};
+    b = {_mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, pair))};
 }
 
 inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
-    const __m256i sixteen = _mm256_loadu_si256((const __m256i *)p), zero = _mm256_setzero_si256();
-    const __m256i order = _mm256_permute4x64_epi64(sixteen, 0xd8);
-    a = {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, order))};
-    b = {_mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, order))};
+    const __m256i sixteen = _mm256_loadu_si256((const __m256i *)p);
+    part_bf16_pair(_mm256_permute4x64_epi64(sixteen, 0xd8), a, b);
+}
+
+// The same without bringing the lanes together: packing the two again leaves them in order. See Bytes::store_apart.
+inline void widen_bf16_apart(const uint16_t *p, Vec &a, Vec &b) {
+    part_bf16_pair(_mm256_loadu_si256((const __m256i *)p), a, b);
+}
+
+// Leaves in a and b what was stored.
+inline void keep_bf16_pair(Vec &a, Vec &b, uint16_t *p) {
+    const __m256i pair = round_bf16_pair(a, b);
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(pair, 0xd8));
+    part_bf16_pair(pair, a, b);
 }
 
 // As many 32-bit integers; arithmetic wraps, shifts are logical.
@@ -94,6 +113,9 @@ struct Ints {
     static Ints load(const uint32_t *p) { return {_mm256_loadu_si256((const __m256i *)p)}; }
     static Ints bytes(const uint8_t *p) {
         return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))};
+    }
+    static Ints signed_bytes(const uint8_t *p) {
+        return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))};
     }
     static Ints words(const uint16_t *p) {
         return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p))};
@@ -111,6 +133,12 @@ struct Ints {
         _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
     }
 };
+
+// Those of 0 to 65535.
+inline void store_words_pair(Ints a, Ints b, uint16_t *p) {
+    const __m256i both = _mm256_packus_epi32(a.v, b.v);
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
 
 struct Mask {
     __m256 v;
@@ -168,6 +196,7 @@ inline Halves left(Halves a, int n) { return {_mm256_sll_epi16(a.v, _mm_cvtsi32_
 // The sign moves in.
 inline Halves right(Halves a, int n) { return {_mm256_sra_epi16(a.v, _mm_cvtsi32_si128(n))}; }
 inline Halves larger(Halves a, Halves b) { return {_mm256_max_epi16(a.v, b.v)}; }
+inline Halves farther(Halves a, Halves b) { return {_mm256_max_epu16(a.v, b.v)}; }
 inline Halves smaller(Halves a, Halves b) { return {_mm256_min_epi16(a.v, b.v)}; }
 
 // The least lane after a change of all that turns the order wanted into that of numbers without a sign.
@@ -192,6 +221,11 @@ inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
     a = {_mm256_and_si256(two, _mm256_set1_epi32(0xff))};
     b = {_mm256_srli_epi32(two, 8)};
 }
+inline void split_signed_bytes(const uint8_t *p, Ints &a, Ints &b) {
+    const __m256i two = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)p));
+    a = {_mm256_srai_epi32(_mm256_slli_epi32(two, 24), 24)};
+    b = {_mm256_srai_epi32(two, 8)};
+}
 // Those of even places, then those of odd ones.
 inline Halves split_bytes(const uint8_t *p) {
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
@@ -215,6 +249,10 @@ struct Bytes {
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         _mm256_storeu_si256((__m256i *)p, _mm256_permutevar8x32_epi32(v, order));
     }
+    // Of vectors that were widened apart.
+    void store_apart(uint8_t *p) const {
+        _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(v, 0xd8));
+    }
 };
 
 inline Bytes operator&(Bytes a, Bytes b) { return {_mm256_and_si256(a.v, b.v)}; }
@@ -232,13 +270,29 @@ inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
     return {_mm256_packs_epi16(_mm256_packs_epi32(a.v, b.v), _mm256_packs_epi32(c.v, d.v))};
 }
 
-// Floats within 2^15 to the nearest whole numbers, which get `bias` and keep the bits of `mask`.
-inline Bytes whole_bytes(Vec a, Vec b, Vec c, Vec d, Halves bias, Halves mask) {
-    const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v));
-    const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(c.v), _mm256_cvtps_epi32(d.v));
-    return {_mm256_packus_epi16(_mm256_and_si256(_mm256_add_epi16(low, bias.v), mask.v),
-                                _mm256_and_si256(_mm256_add_epi16(high, bias.v), mask.v))};
-}
+// [Note: codes by saturation]
+// Floats to the nearest whole numbers from `least` to `most`, then + bias. What is too small, NaN too, ends as 0 and what
+// is too large as 255 when it is packed without a sign, counted from `least`. Beyond 2^31 a conversion would lose the
+// sign: groups whose scale could lead there do not come here.
+struct Whole {
+    Halves from;
+    Bytes last, back, mask;
+
+    Whole(float least, float, int bias, int mask_)
+        : from(Halves::all(-(int)least)),
+          last(Bytes::all(mask_)),
+          back(Bytes::all(-(int)least - bias)),
+          mask(Bytes::all(mask_)) {}
+
+    Bytes operator()(Vec a, Vec b, Vec c, Vec d) const {
+        const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v));
+        const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(c.v), _mm256_cvtps_epi32(d.v));
+        const __m256i all =
+            _mm256_packus_epi16(_mm256_adds_epi16(low, from.v), _mm256_adds_epi16(high, from.v));
+        const __m256i code = _mm256_sub_epi8(_mm256_min_epu8(all, last.v), back.v);
+        return {_mm256_and_si256(code, mask.v)};
+    }
+};
 
 // kFours codes of four bits, one a byte, into half as many bytes.
 enum { kFours = 64 };
@@ -249,6 +303,52 @@ inline void join_fours(const uint8_t *codes, uint8_t *out, bool high_first) {
     const __m256i high = _mm256_maddubs_epi16(_mm256_loadu_si256(in + 1), factors);
     _mm256_storeu_si256((__m256i *)out,
                         _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8));
+}
+
+// The low three bytes of each 32 bits, without gaps, and back: there each 32 bits get as their halves the first and the
+// last two of three bytes.
+inline void store_threes(__m256i a, uint8_t *out) {
+    const __m256i low = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1,
+                                         0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+    const __m256i order = _mm256_setr_epi32(0, 1, 2, 4, 5, 6, 3, 7);
+    const __m256i all = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(a, low), order);
+    _mm_storeu_si128((__m128i *)out, _mm256_castsi256_si128(all));
+    _mm_storel_epi64((__m128i *)(out + 16), _mm256_extracti128_si256(all, 1));
+}
+inline __m256i load_threes(const uint8_t *in) {
+    const __m256i both = _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)in)),
+        _mm_loadu_si128((const __m128i *)(in + 8)), 1);
+    const __m256i pick = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11,
+                                          4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12, 13, 14, 14, 15);
+    return _mm256_shuffle_epi8(both, pick);
+}
+// Of two codes of 12 bits in three bytes.
+inline __m256i part_twelves(const uint8_t *in) {
+    const __m256i two = load_threes(in);
+    return _mm256_blend_epi16(_mm256_and_si256(two, _mm256_set1_epi32(0xfff)),
+                              _mm256_srli_epi16(two, 4), 0xaa);
+}
+
+// kSixes codes of six bits, one a byte, in three quarters as many bytes; kTwelves codes of 12 bits, one a word.
+enum { kSixes = 32, kTwelves = 16 };
+inline void join_sixes(const uint8_t *codes, uint8_t *out) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i *)codes),
+                                               _mm256_set1_epi16(0x4001));
+    store_threes(_mm256_madd_epi16(pairs, _mm256_set1_epi32(0x10000001)), out);
+}
+inline void part_sixes(const uint8_t *in, uint8_t *codes) {
+    const __m256i two = part_twelves(in);
+    const __m256i low = _mm256_and_si256(two, _mm256_set1_epi16(0x3f));
+    const __m256i high = _mm256_and_si256(_mm256_slli_epi16(two, 2), _mm256_set1_epi16(0x3f00));
+    _mm256_storeu_si256((__m256i *)codes, _mm256_or_si256(low, high));
+}
+inline void join_twelves(const uint16_t *codes, uint8_t *out) {
+    const __m256i two = _mm256_loadu_si256((const __m256i *)codes);
+    store_threes(_mm256_madd_epi16(two, _mm256_set1_epi32(0x10000001)), out);
+}
+inline void part_twelves(const uint8_t *in, uint16_t *codes) {
+    _mm256_storeu_si256((__m256i *)codes, part_twelves(in));
 }
 
 // Sixteen 16-bit values: what packed codes of four bits stand for. Low and high bytes are looked up apart.

@@ -68,17 +68,38 @@ inline void bf16_pair(Vec a, Vec b, __m512i &high, __m512i &carry) {
 }
 
 // Two vectors of results of arithmetic, see vec_avx2.h.
-inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
+inline __m512i round_bf16_pair(Vec a, Vec b) {
     __m512i high, carry;
     bf16_pair(a, b, high, carry);
     const __mmask32 number = _mm512_cmple_epu16_mask(
         _mm512_and_si512(high, _mm512_set1_epi16(0x7fff)), _mm512_set1_epi16(0x7f80));
-    _mm512_storeu_si512((void *)p, _mm512_mask_add_epi16(high, number, high, carry));
+    return _mm512_mask_add_epi16(high, number, high, carry);
+}
+
+inline void narrow_bf16_pair(Vec a, Vec b, uint16_t *p) {
+    _mm512_storeu_si512((void *)p, round_bf16_pair(a, b));
 }
 
 inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
     a = widen_bf16(p);
     b = widen_bf16(p + Vec::width);
+}
+
+// The same with the lanes apart, see vec_avx2.h.
+inline void widen_bf16_apart(const uint16_t *p, Vec &a, Vec &b) {
+    const __m512i pair = _mm512_loadu_si512((const void *)p), zero = _mm512_setzero_si512();
+    a = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, pair))};
+    b = {_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, pair))};
+}
+
+// Leaves in a and b what was stored.
+inline void keep_bf16_pair(Vec &a, Vec &b, uint16_t *p) {
+    const __m512i pair = round_bf16_pair(a, b);
+    _mm512_storeu_si512((void *)p, pair);
+    const __m512i x = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(pair));
+    const __m512i y = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(pair, 1));
+    a = {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
+    b = {_mm512_castsi512_ps(_mm512_slli_epi32(y, 16))};
 }
 
 // As many 32-bit integers; arithmetic wraps, shifts are logical.
@@ -90,6 +111,9 @@ struct Ints {
     static Ints bytes(const uint8_t *p) {
         return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))};
     }
+    static Ints signed_bytes(const uint8_t *p) {
+        return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))};
+    }
     static Ints words(const uint16_t *p) {
         return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p))};
     }
@@ -100,6 +124,11 @@ struct Ints {
         _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(v));
     }
 };
+
+inline void store_words_pair(Ints a, Ints b, uint16_t *p) {
+    a.store_words(p);
+    b.store_words(p + Vec::width);
+}
 
 struct Mask {
     __mmask16 v;
@@ -151,6 +180,7 @@ inline Halves left(Halves a, int n) { return {_mm512_sll_epi16(a.v, _mm_cvtsi32_
 // The sign moves in.
 inline Halves right(Halves a, int n) { return {_mm512_sra_epi16(a.v, _mm_cvtsi32_si128(n))}; }
 inline Halves larger(Halves a, Halves b) { return {_mm512_max_epi16(a.v, b.v)}; }
+inline Halves farther(Halves a, Halves b) { return {_mm512_max_epu16(a.v, b.v)}; }
 inline Halves smaller(Halves a, Halves b) { return {_mm512_min_epi16(a.v, b.v)}; }
 
 // The least lane after a change of all that turns the order wanted into that of numbers without a sign.
@@ -175,6 +205,10 @@ inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
     a = Ints::bytes(p);
     b = Ints::bytes(p + Vec::width);
 }
+inline void split_signed_bytes(const uint8_t *p, Ints &a, Ints &b) {
+    a = Ints::signed_bytes(p);
+    b = Ints::signed_bytes(p + Vec::width);
+}
 inline Halves split_bytes(const uint8_t *p) { return Halves::bytes(p); }
 // A pair without NaN to bf16.
 inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) {
@@ -194,6 +228,11 @@ struct Bytes {
             _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         _mm512_storeu_si512((void *)p, _mm512_permutexvar_epi32(order, v));
     }
+    // Of vectors that were widened apart.
+    void store_apart(uint8_t *p) const {
+        const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        _mm512_storeu_si512((void *)p, _mm512_permutexvar_epi64(order, v));
+    }
 };
 
 inline Bytes operator&(Bytes a, Bytes b) { return {_mm512_and_si512(a.v, b.v)}; }
@@ -211,13 +250,26 @@ inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
     return {_mm512_packs_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v))};
 }
 
-// Floats within 2^15 to the nearest whole numbers, which get `bias` and keep the bits of `mask`.
-inline Bytes whole_bytes(Vec a, Vec b, Vec c, Vec d, Halves bias, Halves mask) {
-    const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
-    const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
-    return {_mm512_packus_epi16(_mm512_and_si512(_mm512_add_epi16(low, bias.v), mask.v),
-                                _mm512_and_si512(_mm512_add_epi16(high, bias.v), mask.v))};
-}
+// See [Note: codes by saturation] in vec_avx2.h.
+struct Whole {
+    Halves from;
+    Bytes last, back, mask;
+
+    Whole(float least, float, int bias, int mask_)
+        : from(Halves::all(-(int)least)),
+          last(Bytes::all(mask_)),
+          back(Bytes::all(-(int)least - bias)),
+          mask(Bytes::all(mask_)) {}
+
+    Bytes operator()(Vec a, Vec b, Vec c, Vec d) const {
+        const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
+        const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
+        const __m512i all =
+            _mm512_packus_epi16(_mm512_adds_epi16(low, from.v), _mm512_adds_epi16(high, from.v));
+        const __m512i code = _mm512_sub_epi8(_mm512_min_epu8(all, last.v), back.v);
+        return {_mm512_and_si512(code, mask.v)};
+    }
+};
 
 // kFours codes of four bits, one a byte, into half as many bytes.
 enum { kFours = 128 };
@@ -229,6 +281,52 @@ inline void join_fours(const uint8_t *codes, uint8_t *out, bool high_first) {
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
     _mm512_storeu_si512((void *)out,
                         _mm512_permutexvar_epi64(order, _mm512_packus_epi16(low, high)));
+}
+
+// Three bytes of each 32 bits, see vec_avx2.h.
+inline void store_threes(__m512i a, uint8_t *out) {
+    const __m512i low = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
+    const __m512i order =
+        _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 7, 11, 15);
+    const __m512i all = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(a, low));
+    _mm256_storeu_si256((__m256i *)out, _mm512_castsi512_si256(all));
+    _mm_storeu_si128((__m128i *)(out + 32), _mm512_extracti32x4_epi32(all, 2));
+}
+// Of two codes of 12 bits in three bytes.
+inline __m512i part_twelves(const uint8_t *in) {
+    // Four times twelve bytes: the last twelve end where what may be read ends.
+    const __m512i order =
+        _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
+    const __m512i all = _mm512_inserti32x4(
+        _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)in)),
+        _mm_loadu_si128((const __m128i *)(in + 32)), 2);
+    const __m512i pick = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11));
+    const __m512i two = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(order, all), pick);
+    return _mm512_mask_srli_epi16(_mm512_and_si512(two, _mm512_set1_epi32(0xfff)), 0xaaaaaaaa, two,
+                                  4);
+}
+
+// Codes of six and of twelve bits, see vec_avx2.h.
+enum { kSixes = 64, kTwelves = 32 };
+inline void join_sixes(const uint8_t *codes, uint8_t *out) {
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_loadu_si512((const void *)codes),
+                                               _mm512_set1_epi16(0x4001));
+    store_threes(_mm512_madd_epi16(pairs, _mm512_set1_epi32(0x10000001)), out);
+}
+inline void part_sixes(const uint8_t *in, uint8_t *codes) {
+    const __m512i two = part_twelves(in);
+    const __m512i low = _mm512_and_si512(two, _mm512_set1_epi16(0x3f));
+    const __m512i high = _mm512_and_si512(_mm512_slli_epi16(two, 2), _mm512_set1_epi16(0x3f00));
+    _mm512_storeu_si512((void *)codes, _mm512_or_si512(low, high));
+}
+inline void join_twelves(const uint16_t *codes, uint8_t *out) {
+    const __m512i two = _mm512_loadu_si512((const void *)codes);
+    store_threes(_mm512_madd_epi16(two, _mm512_set1_epi32(0x10000001)), out);
+}
+inline void part_twelves(const uint8_t *in, uint16_t *codes) {
+    _mm512_storeu_si512((void *)codes, part_twelves(in));
 }
 
 // Sixteen 16-bit values: what packed codes of four bits stand for.

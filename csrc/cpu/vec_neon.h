@@ -66,6 +66,14 @@ inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
     b = widen_bf16(p + Vec::width);
 }
 
+inline void widen_bf16_apart(const uint16_t *p, Vec &a, Vec &b) { widen_bf16_pair(p, a, b); }
+
+// Leaves in a and b what was stored.
+inline void keep_bf16_pair(Vec &a, Vec &b, uint16_t *p) {
+    narrow_bf16_pair(a, b, p);
+    widen_bf16_pair(p, a, b);
+}
+
 // As many 32-bit integers; arithmetic wraps, shifts are logical.
 struct Ints {
     uint32x4_t v;
@@ -77,6 +85,10 @@ struct Ints {
         const uint8x8_t narrow = vreinterpret_u8_u32(vdup_n_u32(four));
         return {vmovl_u16(vget_low_u16(vmovl_u8(narrow)))};
     }
+    static Ints signed_bytes(const uint8_t *p) {
+        const uint32x4_t high = vshlq_n_u32(bytes(p).v, 24);
+        return {vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(high), 24))};
+    }
     static Ints words(const uint16_t *p) { return {vmovl_u16(vld1_u16(p))}; }
     void store_bytes(uint8_t *p) const {
         const uint16x4_t half = vmovn_u32(v);
@@ -86,6 +98,11 @@ struct Ints {
     }
     void store_words(uint16_t *p) const { vst1_u16(p, vmovn_u32(v)); }
 };
+
+inline void store_words_pair(Ints a, Ints b, uint16_t *p) {
+    a.store_words(p);
+    b.store_words(p + Vec::width);
+}
 
 struct Mask {
     uint32x4_t v;
@@ -147,6 +164,10 @@ inline Halves left(Halves a, int n) { return {vshlq_s16(a.v, vdupq_n_s16((int16_
 // The sign moves in.
 inline Halves right(Halves a, int n) { return {vshlq_s16(a.v, vdupq_n_s16((int16_t)-n))}; }
 inline Halves larger(Halves a, Halves b) { return {vmaxq_s16(a.v, b.v)}; }
+inline Halves farther(Halves a, Halves b) {
+    return {vreinterpretq_s16_u16(
+        vmaxq_u16(vreinterpretq_u16_s16(a.v), vreinterpretq_u16_s16(b.v)))};
+}
 inline Halves smaller(Halves a, Halves b) { return {vminq_s16(a.v, b.v)}; }
 inline int highest(Halves a) { return vmaxvq_s16(a.v); }
 inline int lowest(Halves a) { return vminvq_s16(a.v); }
@@ -161,6 +182,10 @@ inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
     a = Ints::bytes(p);
     b = Ints::bytes(p + Vec::width);
 }
+inline void split_signed_bytes(const uint8_t *p, Ints &a, Ints &b) {
+    a = Ints::signed_bytes(p);
+    b = Ints::signed_bytes(p + Vec::width);
+}
 inline Halves split_bytes(const uint8_t *p) { return Halves::bytes(p); }
 // A pair without NaN to bf16.
 inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) { narrow_bf16_pair(a, b, p); }
@@ -172,6 +197,7 @@ struct Bytes {
 
     static Bytes all(int x) { return {vdupq_n_u8((uint8_t)x)}; }
     void store(uint8_t *p) const { vst1q_u8(p, v); }
+    void store_apart(uint8_t *p) const { store(p); }
 };
 
 inline Bytes operator&(Bytes a, Bytes b) { return {vandq_u8(a.v, b.v)}; }
@@ -192,16 +218,28 @@ inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
                     {vshrq_n_u32(d.v, 24)});
 }
 
-// Floats within 2^15 to the nearest whole numbers, which get `bias` and keep the bits of `mask`.
-inline Bytes whole_bytes(Vec a, Vec b, Vec c, Vec d, Halves bias, Halves mask) {
-    const int16x8_t low =
-        vcombine_s16(vmovn_s32(vcvtnq_s32_f32(a.v)), vmovn_s32(vcvtnq_s32_f32(b.v)));
-    const int16x8_t high =
-        vcombine_s16(vmovn_s32(vcvtnq_s32_f32(c.v)), vmovn_s32(vcvtnq_s32_f32(d.v)));
-    const int16x8_t x = vandq_s16(vaddq_s16(low, bias.v), mask.v);
-    const int16x8_t y = vandq_s16(vaddq_s16(high, bias.v), mask.v);
-    return {vcombine_u8(vmovn_u16(vreinterpretq_u16_s16(x)), vmovn_u16(vreinterpretq_u16_s16(y)))};
-}
+// Floats to the nearest whole numbers from `least` to `most`, which get `bias` and keep the bits of `mask`. NaN becomes
+// the least.
+struct Whole {
+    Vec least, most;
+    int16x8_t bias, mask;
+
+    Whole(float least_, float most_, int bias_, int mask_)
+        : least(Vec::all(least_)),
+          most(Vec::all(most_)),
+          bias(vdupq_n_s16((int16_t)bias_)),
+          mask(vdupq_n_s16((int16_t)mask_)) {}
+
+    uint8x8_t codes(Vec a, Vec b) const {
+        const int32x4_t x = vcvtnq_s32_f32(smaller(larger(a, least), most).v);
+        const int32x4_t y = vcvtnq_s32_f32(smaller(larger(b, least), most).v);
+        const int16x8_t both = vcombine_s16(vmovn_s32(x), vmovn_s32(y));
+        return vmovn_u16(vreinterpretq_u16_s16(vandq_s16(vaddq_s16(both, bias), mask)));
+    }
+    Bytes operator()(Vec a, Vec b, Vec c, Vec d) const {
+        return {vcombine_u8(codes(a, b), codes(c, d))};
+    }
+};
 
 // kFours codes of four bits, one a byte, into half as many bytes.
 enum { kFours = 32 };
@@ -209,6 +247,44 @@ inline void join_fours(const uint8_t *codes, uint8_t *out, bool high_first) {
     const uint8x16x2_t two = vld2q_u8(codes);
     const uint8x16_t high = high_first ? two.val[0] : two.val[1];
     vst1q_u8(out, vorrq_u8(vshlq_n_u8(high, 4), high_first ? two.val[1] : two.val[0]));
+}
+
+// Codes of six and of twelve bits, see vec_avx2.h.
+enum { kSixes = 64, kTwelves = 16 };
+inline void join_sixes(const uint8_t *codes, uint8_t *out) {
+    const uint8x16x4_t c = vld4q_u8(codes);
+    uint8x16x3_t three;
+    three.val[0] = vorrq_u8(c.val[0], vshlq_n_u8(c.val[1], 6));
+    three.val[1] = vorrq_u8(vshrq_n_u8(c.val[1], 2), vshlq_n_u8(c.val[2], 4));
+    three.val[2] = vorrq_u8(vshrq_n_u8(c.val[2], 4), vshlq_n_u8(c.val[3], 2));
+    vst3q_u8(out, three);
+}
+inline void part_sixes(const uint8_t *in, uint8_t *codes) {
+    const uint8x16x3_t three = vld3q_u8(in);
+    const uint8x16_t mask = vdupq_n_u8(0x3f);
+    uint8x16x4_t c;
+    c.val[0] = vandq_u8(three.val[0], mask);
+    c.val[1] = vandq_u8(vsriq_n_u8(vshlq_n_u8(three.val[1], 2), three.val[0], 6), mask);
+    c.val[2] = vandq_u8(vsriq_n_u8(vshlq_n_u8(three.val[2], 4), three.val[1], 4), mask);
+    c.val[3] = vshrq_n_u8(three.val[2], 2);
+    vst4q_u8(codes, c);
+}
+inline void join_twelves(const uint16_t *codes, uint8_t *out) {
+    const uint16x8x2_t two = vld2q_u16(codes);
+    const uint16x8_t a = two.val[0], b = two.val[1];
+    uint8x8x3_t three;
+    three.val[0] = vmovn_u16(a);
+    three.val[1] = vorr_u8(vshrn_n_u16(a, 8), vshl_n_u8(vmovn_u16(b), 4));
+    three.val[2] = vshrn_n_u16(b, 4);
+    vst3_u8(out, three);
+}
+inline void part_twelves(const uint8_t *in, uint16_t *codes) {
+    const uint8x8x3_t three = vld3_u8(in);
+    const uint16x8_t middle = vmovl_u8(three.val[1]);
+    uint16x8x2_t two;
+    two.val[0] = vorrq_u16(vmovl_u8(three.val[0]), vshlq_n_u16(vandq_u16(middle, vdupq_n_u16(15)), 8));
+    two.val[1] = vorrq_u16(vshrq_n_u16(middle, 4), vshll_n_u8(three.val[2], 4));
+    vst2q_u16(codes, two);
 }
 
 // Sixteen 16-bit values: what packed codes of four bits stand for. Low and high bytes are looked up apart.

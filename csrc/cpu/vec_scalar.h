@@ -102,6 +102,14 @@ inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
     b = widen_bf16(p + Vec::width);
 }
 
+inline void widen_bf16_apart(const uint16_t *p, Vec &a, Vec &b) { widen_bf16_pair(p, a, b); }
+
+// Leaves in a and b what was stored.
+inline void keep_bf16_pair(Vec &a, Vec &b, uint16_t *p) {
+    narrow_bf16_pair(a, b, p);
+    widen_bf16_pair(p, a, b);
+}
+
 // As many 32-bit integers; arithmetic wraps, shifts are logical.
 struct Ints {
     int32_t v;
@@ -109,10 +117,16 @@ struct Ints {
     static Ints all(int32_t x) { return {x}; }
     static Ints load(const uint32_t *p) { return {(int32_t)*p}; }
     static Ints bytes(const uint8_t *p) { return {*p}; }
+    static Ints signed_bytes(const uint8_t *p) { return {(int8_t)*p}; }
     static Ints words(const uint16_t *p) { return {*p}; }
     void store_bytes(uint8_t *p) const { *p = (uint8_t)v; }
     void store_words(uint16_t *p) const { *p = (uint16_t)v; }
 };
+
+inline void store_words_pair(Ints a, Ints b, uint16_t *p) {
+    a.store_words(p);
+    b.store_words(p + Vec::width);
+}
 
 struct Mask {
     bool v;
@@ -183,6 +197,12 @@ inline Halves smaller(Halves a, Halves b) {
     return Halves::of(a.v[0] < b.v[0] ? a.v[0] : b.v[0], a.v[1] < b.v[1] ? a.v[1] : b.v[1]);
 }
 
+// The larger as numbers without a sign.
+inline Halves farther(Halves a, Halves b) {
+    return Halves::of((uint16_t)a.v[0] > (uint16_t)b.v[0] ? a.v[0] : b.v[0],
+                      (uint16_t)a.v[1] > (uint16_t)b.v[1] ? a.v[1] : b.v[1]);
+}
+
 inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
     a = {f16_to_float((uint16_t)h.v[0])};
     b = {f16_to_float((uint16_t)h.v[1])};
@@ -192,6 +212,10 @@ inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
 inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
     a = Ints::bytes(p);
     b = Ints::bytes(p + Vec::width);
+}
+inline void split_signed_bytes(const uint8_t *p, Ints &a, Ints &b) {
+    a = Ints::signed_bytes(p);
+    b = Ints::signed_bytes(p + Vec::width);
 }
 inline Halves split_bytes(const uint8_t *p) { return Halves::bytes(p); }
 // A pair without NaN to bf16.
@@ -209,6 +233,7 @@ struct Bytes {
     void store(uint8_t *p) const {
         for (int i = 0; i < 4; ++i) p[i] = v[i];
     }
+    void store_apart(uint8_t *p) const { store(p); }
 };
 
 inline Bytes operator&(Bytes a, Bytes b) {
@@ -230,20 +255,56 @@ inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
     return Bytes::of(a.v < 0 ? 128 : 0, b.v < 0 ? 128 : 0, c.v < 0 ? 128 : 0, d.v < 0 ? 128 : 0);
 }
 
-// A float within 2^15 to the nearest whole number. 2^23 + 2^22 is added: the low bits of the sum are that number.
-inline int whole(Vec a) { return bits(Vec{a.v + 12582912.0f}).v - 0x4b400000; }
+// Floats to the nearest whole numbers from `least` to `most`, which get `bias` and keep the bits of `mask`. NaN becomes
+// the least.
+struct Whole {
+    Vec least, most;
+    int bias, mask;
 
-// Floats within 2^15 to the nearest whole numbers, which get `bias` and keep the bits of `mask`.
-inline Bytes whole_bytes(Vec a, Vec b, Vec c, Vec d, Halves bias, Halves mask) {
-    const int more = bias.v[0], kept = mask.v[0];
-    return Bytes::of((whole(a) + more) & kept, (whole(b) + more) & kept, (whole(c) + more) & kept,
-                     (whole(d) + more) & kept);
-}
+    Whole(float least_, float most_, int bias_, int mask_)
+        : least{least_}, most{most_}, bias(bias_), mask(mask_) {}
+
+    // 2^23 + 2^22 is added: the low bits of the sum are the nearest whole number.
+    int code(Vec a) const {
+        const Vec sum = smaller(larger(a, least), most) + Vec{12582912.0f};
+        return (bits(sum).v - 0x4b400000 + bias) & mask;
+    }
+    Bytes operator()(Vec a, Vec b, Vec c, Vec d) const {
+        return Bytes::of(code(a), code(b), code(c), code(d));
+    }
+};
 
 // kFours codes of four bits, one a byte, into half as many bytes.
 enum { kFours = 2 };
 inline void join_fours(const uint8_t *codes, uint8_t *out, bool high_first) {
     *out = (uint8_t)(high_first ? codes[0] << 4 | codes[1] : codes[0] | codes[1] << 4);
+}
+
+// kSixes codes of six bits, one a byte, in three quarters as many bytes; kTwelves codes of 12 bits, one a word.
+enum { kSixes = 4, kTwelves = 2 };
+inline void store_threes(uint32_t three, uint8_t *out) {
+    out[0] = (uint8_t)three;
+    out[1] = (uint8_t)(three >> 8);
+    out[2] = (uint8_t)(three >> 16);
+}
+inline uint32_t load_threes(const uint8_t *in) {
+    return (uint32_t)in[0] | (uint32_t)in[1] << 8 | (uint32_t)in[2] << 16;
+}
+inline void join_sixes(const uint8_t *c, uint8_t *out) {
+    store_threes((uint32_t)c[0] | (uint32_t)c[1] << 6 | (uint32_t)c[2] << 12 | (uint32_t)c[3] << 18,
+                 out);
+}
+inline void part_sixes(const uint8_t *in, uint8_t *codes) {
+    const uint32_t three = load_threes(in);
+    for (int i = 0; i < 4; ++i) codes[i] = (uint8_t)(three >> (6 * i) & 0x3f);
+}
+inline void join_twelves(const uint16_t *codes, uint8_t *out) {
+    store_threes((uint32_t)codes[0] | (uint32_t)codes[1] << 12, out);
+}
+inline void part_twelves(const uint8_t *in, uint16_t *codes) {
+    const uint32_t three = load_threes(in);
+    codes[0] = (uint16_t)(three & 0xfff);
+    codes[1] = (uint16_t)(three >> 12);
 }
 
 // Sixteen 16-bit values: what packed codes of four bits stand for.

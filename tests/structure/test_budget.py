@@ -18,7 +18,7 @@ BUDGET = {
     # the ABI table grew with the I/O queue; the wheels of two systems, and the gate that reads ELF and PE
     "op_builder": 1150,
     # one text of each kernel over four vector headers; quantization came to the CPU as well, at the speed of memory
-    "csrc": 6250,
+    "csrc": 6700,
     "deepspeed/__init__.py": 220,
     "deepspeed/git_version_info.py": 30,
     "deepspeed/env_report.py": 420,  # ten sections, each as text and as JSON, none able to break the rest
