@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tests.unit.ops.cases import BF16, F16, F32
@@ -29,6 +31,20 @@ def numbers(numel, dtype):
     x[numel // 2 : numel // 2 + 2] *= 1e-3
     x[-1:] = 0
     return x
+
+
+def wild(numel, dtype):
+    """Numbers that no model has: any bits, the least there are, a small spread far from zero, what is not finite."""
+    kind = torch.int32 if dtype is F32 else torch.int16
+    most = 1 << (8 * dtype.itemsize - 1)
+    yield torch.randint(-most, most, (numel,)).to(kind).view(dtype)
+    for factor, offset in ((1e-38, 0), (1e-44, 0), (1e-3, 1e30), (1e-3, -300), (1, 0)):
+        x = torch.randn(numel).mul(factor).add(offset).to(dtype)
+        yield x
+        x = x.clone()
+        x[numel // 3], x[-1] = math.inf, math.nan
+        yield x
+    yield torch.full((numel,), -0.0).to(dtype)
 
 
 def quantize_groups():

@@ -27,6 +27,35 @@ def test_native_gives_the_bits_of_the_reference(isa, name):
         assert all(same(a, b) for a, b in pairs), told
 
 
+@pytest.mark.parametrize("groups, size", [(9, 64), (2, 1028), (3, 20)])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_wild_numbers_give_the_bits_of_the_scalar_path(isa, dtype, groups, size):
+    ops = registry.ops()
+
+    def made(x):
+        for bits in (8, 6, 4):
+            for asym in (False, True):
+                codes, params = ops["quantize_groups"](x, groups, bits, asym, -1)
+                yield codes
+                yield params
+                yield ops["dequantize_groups"](codes, params, groups, bits, asym, dtype)
+                codes, scale, least = ops["quantize_weight"](x, bits, size, 1, not asym)
+                yield from (codes, scale, least)
+                yield ops["dequantize_weight"](codes, scale, least, bits, size, 1, not asym, dtype)
+        for form in FORMS:
+            packed = ops["fp_quantize"](x, size, *form, -1)
+            yield packed
+            yield ops["fp_dequantize"](packed, size, *form, dtype, None, 1)
+
+    for x in exact_cases.wild(groups * size, dtype):
+        x = x.view(groups, size)
+        got = list(made(x))
+        registry.use_isa("scalar")
+        expected = list(made(x))
+        registry.use_isa(isa)
+        assert all(same(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name):
     if not hasattr(torch.library, "opcheck"):

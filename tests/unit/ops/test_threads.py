@@ -20,10 +20,10 @@ pytestmark = pytest.mark.skipif(
 MIX = (F32, F32, BF16, BF16)
 
 
-@pytest.mark.parametrize("name", ["adam_step", "squared_norm"])
+@pytest.mark.parametrize("name", ["adam_step", "lamb_step", "squared_norm"])
 def test_the_number_of_threads_does_not_show(name):
     op, case = registry.ops()[name], CASES[name]
-    args = case.make((1 << 20) + 7, MIX if name == "adam_step" else (F32,))
+    args = case.make((1 << 20) + 7, (F32,) if name == "squared_norm" else MIX)
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
