@@ -122,43 +122,26 @@ def quantization_rows(args, paths):
     for dtype_name, dtype in DTYPES.items():
         low = dtype.itemsize
         x = torch.randn(groups, 64).to(dtype)
+        for bits in (8, 6, 4):
+            for asym in (False, True):
+                # Groups of 64 keep a scale of four bytes each, and as much for an offset.
+                moved = low + bits / 8 + (8 if asym else 4) / 64
+                kind = f"int{bits}{' asym' if asym else ''}"
+                kept = ops["quantize_groups"](x, groups, bits, asym, -1)
+                add(f"{dtype_name} to {kind}", moved, "quantize_groups", x, groups, bits, asym, -1)
+                rule = (groups, bits, asym, dtype)
+                add(f"{kind} to {dtype_name}", moved, "dequantize_groups", *kept, *rule)
         for bits in (8, 4):
-            packed = ops["quantize_weight"](x, bits, 64, 1, False)
-            add(
-                f"{dtype_name} to int{bits}",
-                low + bits / 8,
-                "quantize_groups",
-                x,
-                groups,
-                bits,
-                False,
-                -1,
-            )
-            add(
-                f"int{bits} weights to {dtype_name}",
-                low + bits / 8,
-                "dequantize_weight",
-                *packed,
-                bits,
-                64,
-                1,
-                False,
-                dtype,
-            )
-        packed = ops["fp_quantize"](x, 512, 4, 3, -1)
-        add(f"{dtype_name} to fp8 groups", low + 1, "fp_quantize", x, 512, 4, 3, -1)
-        add(
-            f"fp8 groups to {dtype_name}",
-            low + 1,
-            "fp_dequantize",
-            packed,
-            512,
-            4,
-            3,
-            dtype,
-            None,
-            1,
-        )
+            kept = ops["quantize_weight"](x, bits, 64, 1, False)
+            title, rule = f"int{bits} weights to {dtype_name}", (bits, 64, 1, False, dtype)
+            add(title, low + bits / 8 + 2 * low / 64, "dequantize_weight", *kept, *rule)
+        for exponent, mantissa in ((4, 3), (3, 2), (4, 7)):
+            bits = 1 + exponent + mantissa
+            form, moved = (512, exponent, mantissa), low + bits / 8 + 4 / 512
+            packed = ops["fp_quantize"](x, *form, -1)
+            add(f"{dtype_name} to fp{bits} groups", moved, "fp_quantize", x, *form, -1)
+            rule = (*form, dtype, None, 1)
+            add(f"fp{bits} groups to {dtype_name}", moved, "fp_dequantize", packed, *rule)
     x = torch.randn(n)
     for dtype_name, dtype in (("bf16", BF16), ("fp8 e4m3", torch.float8_e4m3fn)):
         out = torch.empty(n, dtype=dtype)
