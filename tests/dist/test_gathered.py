@@ -192,10 +192,16 @@ def borrows(rank):
     out = engine(X)
     engine.backward(out.sum())
     engine.step()
-    return said, out.shape
+    try:
+        nested = torch.nn.Sequential(torch.nn.Sequential(torch.nn.LayerNorm(7)))
+        start(zero, nested)(X.double())
+    except RuntimeError as error:
+        other = str(error)
+    return said, other, out.shape
 
 
 def test_a_parameter_that_nobody_gathers_is_named(ranks2):
-    for said, shape in ranks2.run(borrows):
+    for said, other, shape in ranks2.run(borrows):
+        assert "slice" not in other, "released on the error's way out, whole where it was used"
         assert "'weight' of shape (7, 7)" in said and "self.borrowed[0]" in said
         assert "register_external_parameter" in said and shape == (2, 3)
