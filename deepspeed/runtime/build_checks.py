@@ -34,7 +34,7 @@ def check_request(config: Any, model: torch.nn.Module, optimizer: Any, lr_schedu
         AssertionError: ZeRO 1 or 2 without an optimizer, or with an odd allgather_bucket_size; overlap_comm below
             stage 2 with unmanaged accumulation; fp32 states where bf16 ones are asked for; a scheduler
             object of torch's older base class without an optimizer.
-        ValueError: nothing to train.
+        ValueError: nothing to train; Muon with both of optimizer offload and an explicit `reduce_scatter`.
     """
     if config.log_level is not None:
         set_log_level_from_string(config.log_level)
@@ -79,6 +79,20 @@ def _check_zero(config: Any, optimizer: Any) -> None:
                 "allgather_bucket_size must be a multiple of nccl_start_alignment_factor, which is 2",
                 got=zero.allgather_bucket_size,
                 expected="an even number",
+            )
+        )
+    if (
+        stage in (1, 2)
+        and config.optimizer_name == "muon"
+        and zero.offload_optimizer is not None
+        and "reduce_scatter" in zero.model_fields_set
+        and zero.reduce_scatter
+    ):
+        raise ValueError(
+            explain(
+                "Muon with reduce scatter does not support optimizer offload",
+                got="'reduce_scatter': true and 'offload_optimizer'",
+                fix="remove 'reduce_scatter': gradients then go to where the states are",
             )
         )
     if stage < 2 and zero.overlap_comm and not config.managed_gradient_accumulation:

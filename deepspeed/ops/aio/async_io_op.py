@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -130,9 +131,29 @@ class aio_handle:
         """Begin to read and return 0; `wait` tells how it went. The buffer is in use until then."""
         return self._any(False, buffer, filename, False, True, file_offset)
 
-    def async_pwrite(self, buffer: Tensor, filename: FileName, file_offset: int = 0) -> int:
-        """Begin to write to a path or an open descriptor and return 0; the buffer is in use until `wait`."""
-        return self._any(True, buffer, filename, False, True, file_offset)
+    def async_pwrite(
+        self,
+        buffer: Tensor,
+        filename: FileName | None = None,
+        file_offset: int = 0,
+        *,
+        fd: int | None = None,
+    ) -> int:
+        """Begin to write and return 0; the buffer is in use until `wait`.
+
+        Args:
+            buffer: contiguous tensor, written as a whole.
+            filename: path, or an open descriptor.
+            file_offset: first byte in the file.
+            fd: an open descriptor, in place of `filename`.
+
+        Raises:
+            TypeError: neither or both of the two are given.
+        """
+        if (filename is None) == (fd is None):
+            raise TypeError(explain("async_pwrite needs a file", expected="one of filename and fd"))
+        target = fd if filename is None else filename
+        return self._any(True, buffer, cast(FileName, target), False, True, file_offset)
 
     def wait(self) -> int:
         """Wait for all requests that were begun; returns how many there were since the last wait.

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import cuda_namespaces
 from deepspeed.ops.op_builder import namespaces
@@ -107,6 +109,8 @@ ROWS = (
 )
 
 BUILDERS: dict[str, type[OpBuilder]] = {f"{row.title}Builder": row.builder() for row in ROWS}
+# what programs ask this builder for: the dtype of packed values
+BUILDERS["FPQuantizerBuilder"].get_default_quant_dtype = staticmethod(lambda: torch.uint8)  # type: ignore[attr-defined]
 ALL_OPS: dict[str, OpBuilder] = {builder.NAME: builder() for builder in BUILDERS.values()}
 
 

@@ -69,6 +69,17 @@ def test_results_are_upstreams(handle, folder, validate):
         assert torch.equal(room, sent + shift)
 
 
+def test_a_write_goes_to_an_open_descriptor_by_its_name(handle, folder):
+    path = folder / "open.bin"
+    sent = torch.arange(1000, dtype=torch.int16)
+    with path.open("wb") as file:
+        assert handle.async_pwrite(buffer=sent, fd=file.fileno(), file_offset=6) == 0
+        assert handle.wait() == 1
+    assert torch.equal(torch.frombuffer(bytearray(path.read_bytes()[6:]), dtype=torch.int16), sent)
+    with pytest.raises(TypeError, match="one of filename and fd"):
+        handle.async_pwrite(sent)
+
+
 def test_a_request_begun_may_fail_at_wait(handle, folder):
     handle.async_pread(torch.zeros(5), str(folder / "missing.bin"))
     with pytest.raises(FileNotFoundError, match="reading 20 bytes at offset 0"):

@@ -128,3 +128,17 @@ def test_each_matrix_has_one_owner_and_rounds_are_bounded(cut):
     assert sorted(p for one in found for p, _ in one) == list(range(len(shapes)))
     assert {owner for one in found for _, owner in one} == {0, 1, 2}
     assert all(sum(shapes[p].numel() for p, _ in one) <= 150 for one in found)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_reduce_scatter_that_is_asked_for_is_refused_beside_offload(stage):
+    zero = {"stage": stage, "reduce_scatter": True, "offload_optimizer": {"device": "cpu"}}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "Muon", "params": {"lr": 0.01}},
+        "zero_optimization": zero,
+    }
+    with pytest.raises(ValueError, match="Muon with reduce scatter does not support optimizer off"):
+        deepspeed.initialize(model=torch.nn.Linear(4, 4), config=config)
+    del zero["reduce_scatter"]
+    deepspeed.initialize(model=torch.nn.Linear(4, 4), config=config)
