@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepspeed.ops import random_bits
 from deepspeed.ops.abi import FORMATS
-from deepspeed.ops.packing import NARROW_CODES, is_plain, threads
+from deepspeed.ops.packing import NARROW_CODES, check_bytes, check_real, is_plain, threads
 from deepspeed.ops.registry import Op, Ulp, no_result
 from deepspeed.utils.errors import explain
 
@@ -107,9 +107,27 @@ def codes_of(quantized: Tensor, bits: int) -> Tensor:
     return torch.where(codes >= half, codes - 2 * half, codes)
 
 
+def _size_of_codes(quantized: Tensor, params: Tensor, groups: int, bits: int, asym: bool) -> int:
+    """Return the size of each group of codes, after a look at all that belongs to them."""
+    check_bytes("dequantize_groups", quantized)
+    unit = unit_of(bits)
+    size = split(quantized.numel() * 8 // bits, groups, unit)
+    whole = quantized.numel() * 8 % bits == 0
+    if not whole or params.numel() != groups * (2 if asym else 1):
+        raise ValueError(
+            explain(
+                "codes and the numbers of their groups do not fit",
+                got=f"{quantized.numel()} bytes of {bits} bits, {params.numel()} numbers",
+                expected=f"whole codes, {2 if asym else 1} for each of {groups} groups",
+            )
+        )
+    return size
+
+
 def _quantize_reference(
     x: Tensor, groups: int, bits: int, asym: bool, seed: int
 ) -> tuple[Tensor, Tensor]:
+    check_real("quantize_groups", x)
     split(x.numel(), groups, unit_of(bits))
     rows = x.reshape(groups, -1).float()
     scale, offset = grid(rows, bits, asym)
@@ -127,6 +145,7 @@ def _quantize_fake(
 def _quantize_pack(
     x: Tensor, groups: int, bits: int, asym: bool, seed: int
 ) -> tuple[bytes, tuple[Tensor, Tensor]] | None:
+    check_real("quantize_groups", x)
     size = split(x.numel(), groups, unit_of(bits))
     if x.dtype not in NARROW_CODES or not is_plain(x) or size == 0:
         return None
@@ -153,6 +172,7 @@ def _packed(
 def _dequantize_reference(
     quantized: Tensor, params: Tensor, groups: int, bits: int, asym: bool, dtype: torch.dtype
 ) -> Tensor:
+    _size_of_codes(quantized, params, groups, bits, asym)
     q = codes_of(quantized, bits).reshape(groups, -1).float()
     kept = params.reshape(groups, -1).float()
     values = (q - kept[:, 1:2]) * kept[:, :1] if asym else q * kept
@@ -168,13 +188,9 @@ def _dequantize_fake(
 def _dequantize_pack(
     quantized: Tensor, params: Tensor, groups: int, bits: int, asym: bool, dtype: torch.dtype
 ) -> tuple[bytes, Tensor] | None:
-    size = split(quantized.numel() * 8 // bits, groups, unit_of(bits))
-    if params.numel() != groups * (2 if asym else 1):
-        raise ValueError(
-            explain("each group has its numbers", got=params.numel(), expected=f"{groups} groups'")
-        )
+    size = _size_of_codes(quantized, params, groups, bits, asym)
     plain = is_plain(quantized, params) and params.dtype == torch.float32
-    if dtype not in NARROW_CODES or not plain or size == 0 or quantized.element_size() != 1:
+    if dtype not in NARROW_CODES or not plain or size == 0:
         return None
     out = torch.empty(groups * size, dtype=dtype)
     addresses = (quantized.data_ptr(), params.data_ptr(), 0, out.data_ptr())
@@ -184,6 +200,7 @@ def _dequantize_pack(
 
 
 def _fake_quantize_reference(x: Tensor, groups: int, bits: int, asym: bool, seed: int) -> None:
+    check_real("fake_quantize", x)
     split(x.numel(), groups, 1)
     rows = x.reshape(groups, -1).float()
     scale, offset = grid(rows, bits, asym)
@@ -194,6 +211,7 @@ def _fake_quantize_reference(x: Tensor, groups: int, bits: int, asym: bool, seed
 def _fake_quantize_pack(
     x: Tensor, groups: int, bits: int, asym: bool, seed: int
 ) -> tuple[bytes, None] | None:
+    check_real("fake_quantize", x)
     size = split(x.numel(), groups, 1)
     if x.dtype not in NARROW_CODES or not is_plain(x) or size == 0:
         return None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.ops.abi import FORMATS
-from deepspeed.ops.packing import NARROW_CODES, is_plain, threads
+from deepspeed.ops.packing import NARROW_CODES, check_bytes, check_real, is_plain, threads
 from deepspeed.ops.registry import Op, Ulp
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
 
@@ -100,7 +100,12 @@ class GroupScheme:
         Raises:
             ValueError: naming the sizes.
         """
-        if self.dim >= len(shape) or shape[self.dim] % self.size or 0 in shape:
+        if self.bits not in (4, 8):
+            raise ValueError(
+                explain("weights have no such codes", got=f"{self.bits} bits", expected="8 or 4")
+            )
+        lies = 0 <= self.dim < len(shape) and self.size > 0 and 0 not in shape
+        if not lies or shape[self.dim] % self.size:
             raise ValueError(
                 explain(
                     "a weight does not divide into quantization groups",
@@ -118,6 +123,31 @@ class GroupScheme:
                     fix="use num_bits 8",
                 )
             )
+
+    @classmethod
+    def of_codes(
+        cls, codes: Tensor, scale: Tensor, least: Tensor, numbers: tuple[int, int, int, bool]
+    ) -> GroupScheme:
+        """The scheme of codes and of what belongs to them.
+
+        Raises:
+            ValueError: the sizes do not fit, or the codes are no bytes.
+        """
+        check_bytes("dequantize_weight", codes)
+        scheme = cls(*numbers)
+        shape = torch.Size([*codes.shape[:-1], codes.shape[-1] * 8 // max(scheme.bits, 1)])
+        scheme.check(shape)
+        groups = math.prod(shape) // scheme.size
+        sides = (scale,) if scheme.symmetric else (scale, least)
+        if any(side.numel() != groups for side in sides):
+            raise ValueError(
+                explain(
+                    "each group of a weight has its scale, and its minimum unless it is symmetric",
+                    got=f"{[side.numel() for side in sides]} numbers",
+                    expected=f"{groups} each",
+                )
+            )
+        return scheme
 
     @property
     def numbers(self) -> tuple[int, int, int, bool]:
@@ -161,6 +191,8 @@ def _quantize_reference(
     values: Tensor, bits: int, size: int, dim: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     scheme = GroupScheme(bits, size, dim, symmetric)
+    check_real("quantize_weight", values)
+    scheme.check(values.shape)
     codes = values.new_empty(scheme.code_shape(values.shape), dtype=torch.uint8)
     scale = values.new_empty(scheme.scale_shape(values.shape))
     least = values.new_empty(0 if scheme.symmetric else scale.shape)
@@ -209,7 +241,7 @@ def _dequantize_reference(
     symmetric: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    scheme = GroupScheme(bits, size, dim, symmetric)
+    scheme = GroupScheme.of_codes(codes, scale, least, (bits, size, dim, symmetric))
     values = codes.new_empty([*codes.shape[:-1], codes.shape[-1] * 8 // scheme.bits], dtype=dtype)
     for rows, groups in _chunks(values, scheme):
         part = values[rows]
@@ -275,7 +307,10 @@ def _layout(shape: Sequence[int], scheme: GroupScheme) -> tuple[int, int, int] |
 def _quantize_pack(
     values: Tensor, bits: int, size: int, dim: int, symmetric: bool
 ) -> tuple[bytes, tuple[Tensor, Tensor, Tensor]] | None:
-    layout = _layout(values.shape, GroupScheme(bits, size, dim, symmetric))
+    scheme = GroupScheme(bits, size, dim, symmetric)
+    check_real("quantize_weight", values)
+    scheme.check(values.shape)
+    layout = _layout(values.shape, scheme)
     if layout is None or values.dtype not in NARROW_CODES or not is_plain(values):
         return None
     made = _quantize_fake(values, bits, size, dim, symmetric)
@@ -300,13 +335,13 @@ def _dequantize_pack(
     symmetric: bool,
     dtype: torch.dtype,
 ) -> tuple[bytes, Tensor] | None:
-    scheme = GroupScheme(bits, size, dim, symmetric)
+    scheme = GroupScheme.of_codes(codes, scale, least, (bits, size, dim, symmetric))
     values = _dequantize_fake(codes, scale, least, bits, dtype)
     layout = _layout(values.shape, scheme)
     sides = (scale,) if symmetric else (scale, least)
     if layout is None or not {dtype, scale.dtype} <= NARROW_CODES.keys():
         return None
-    if not is_plain(codes, *sides) or any(s.numel() != layout[0] for s in sides):
+    if not is_plain(codes, *sides):
         return None
     if not symmetric and least.dtype != scale.dtype:
         return None

@@ -26,6 +26,8 @@ def squared_norm(x: Tensor) -> Tensor:
 
 
 def _reference(x: Tensor) -> Tensor:
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for chunk in x.reshape(-1).split(_CHUNK):
         total += chunk.to(torch.float64, copy=True).square_().sum()

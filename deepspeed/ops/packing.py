@@ -74,6 +74,30 @@ def narrow_codes(
         return None
 
 
+def check_real(op: str, values: Tensor) -> None:
+    """Refuse values that are no real floating point numbers.
+
+    Raises:
+        ValueError: naming the dtype.
+    """
+    if not values.is_floating_point():
+        raise ValueError(
+            explain(f"{op}: these values are not rounded", got=values.dtype, expected="a float")
+        )
+
+
+def check_bytes(op: str, codes: Tensor) -> None:
+    """Refuse codes that are no bytes.
+
+    Raises:
+        ValueError: naming the dtype.
+    """
+    if codes.dtype not in (torch.uint8, torch.int8):
+        raise ValueError(
+            explain(f"{op}: these are no codes", got=codes.dtype, expected="int8 or uint8")
+        )
+
+
 def is_aligned(tensor: Tensor) -> bool:
     """Say whether the elements start at multiples of their size, which memory that was given to torch need not do."""
     return tensor.data_ptr() % tensor.element_size() == 0

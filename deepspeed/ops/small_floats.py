@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepspeed.ops import random_bits
 from deepspeed.ops.abi import FORMATS as ABI_FORMATS
-from deepspeed.ops.packing import NARROW_CODES, is_plain, threads
+from deepspeed.ops.packing import NARROW_CODES, check_bytes, check_real, is_plain, threads
 from deepspeed.ops.registry import Op, Ulp
 from deepspeed.utils.errors import explain
 
@@ -89,10 +89,41 @@ def count_groups(numel: int, group_size: int) -> int:
     return numel // group_size
 
 
+def _known(exponent: int, mantissa: int) -> FloatFormat:
+    form = FloatFormat(exponent, mantissa)
+    if form not in FORMATS:
+        known = ", ".join(f"{f.exponent} and {f.mantissa}" for f in FORMATS)
+        raise ValueError(
+            explain(
+                "there is no small float of these bits",
+                got=f"{exponent} of exponent and {mantissa} of mantissa",
+                expected=known,
+            )
+        )
+    return form
+
+
+def _packed_groups(packed: Tensor, group_size: int, exponent: int, mantissa: int) -> int:
+    """Return how many packed groups these bytes are."""
+    check_bytes("fp_dequantize", packed)
+    count_groups(0, group_size)
+    each = packed_bytes(group_size, _known(exponent, mantissa))
+    if packed.numel() % each:
+        raise ValueError(
+            explain(
+                "packed bytes are no whole groups",
+                got=f"{packed.numel()} bytes",
+                expected=f"a multiple of {each} for groups of {group_size}",
+            )
+        )
+    return packed.numel() // each
+
+
 def _quantize_reference(
     x: Tensor, group_size: int, exponent: int, mantissa: int, seed: int
 ) -> Tensor:
-    form = FloatFormat(exponent, mantissa)
+    check_real("fp_quantize", x)
+    form = _known(exponent, mantissa)
     rows = x.reshape(count_groups(x.numel(), group_size), group_size).float()
     most = rows.abs().amax(1, keepdim=True) if rows.numel() else rows.new_ones(rows.shape[0], 1)
     scale = torch.where(most == 0, torch.ones_like(most), most / form.most)
@@ -146,10 +177,11 @@ def _quantize_fake(x: Tensor, group_size: int, exponent: int, mantissa: int, see
 def _quantize_pack(
     x: Tensor, group_size: int, exponent: int, mantissa: int, seed: int
 ) -> tuple[bytes, Tensor] | None:
+    check_real("fp_quantize", x)
+    form = _known(exponent, mantissa)
     groups = count_groups(x.numel(), group_size)
     if x.dtype not in NARROW_CODES or not is_plain(x):
         return None
-    form = FloatFormat(exponent, mantissa)
     out = torch.empty((groups, packed_bytes(group_size, form)), dtype=torch.uint8)
     addresses = (x.data_ptr(), out.data_ptr())
     kind = (NARROW_CODES[x.dtype], exponent, mantissa)
@@ -168,6 +200,7 @@ def _dequantize_reference(
     row_groups: int,
 ) -> Tensor:
     form = FloatFormat(exponent, mantissa)
+    _packed_groups(packed, group_size, exponent, mantissa)
     every = packed.reshape(-1, packed_bytes(group_size, form))
     if rows is not None:
         apart = every.reshape(-1, row_groups, every.shape[1])
@@ -202,9 +235,9 @@ def _dequantize_pack(
     rows: Tensor | None,
     row_groups: int,
 ) -> tuple[bytes, Tensor, Tensor | None] | None:
-    if dtype not in NARROW_CODES or not is_plain(packed) or packed.dtype != torch.uint8:
+    there = _packed_groups(packed, group_size, exponent, mantissa)
+    if dtype not in NARROW_CODES or not is_plain(packed):
         return None
-    there = packed.numel() // packed_bytes(group_size, FloatFormat(exponent, mantissa))
     index = None if rows is None else rows.to(torch.int64).contiguous()
     groups = there if index is None else index.numel() * row_groups
     out = torch.empty((groups, group_size), dtype=dtype)

@@ -54,6 +54,59 @@ def test_params_that_are_no_floats_are_refused(name):
         registry.ops()[name](*args)
 
 
+# op -> place of an argument, what it becomes, part of the words that refuse it
+REFUSED = {
+    "quantize_groups": ((0, "int", "a float"), (1, 0, "groups"), (2, 5, "8, 6 or 4")),
+    "dequantize_groups": (
+        (0, "float", "int8"),
+        (2, 0, "groups"),
+        (1, 1, "numbers"),
+        (3, 5, "8, 6 or 4"),
+    ),
+    "fake_quantize": ((0, "int", "a float"), (1, -1, "groups")),
+    "quantize_weight": (
+        (0, "int", "a float"),
+        (1, 6, "8 or 4"),
+        (2, 0, "groups"),
+        (3, 7, "groups"),
+    ),
+    "dequantize_weight": (
+        (0, "float", "int8"),
+        (1, 1, "scale"),
+        (3, 6, "8 or 4"),
+        (4, 0, "groups"),
+    ),
+    "fp_quantize": (
+        (0, "int", "a float"),
+        (1, 0, "groups"),
+        (2, 5, "small float"),
+        (0, 1, "groups"),
+    ),
+    "fp_dequantize": ((0, "float", "int8"), (0, 1, "whole groups"), (1, 0, "groups")),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_values_and_codes_that_do_not_fit_are_refused_on_every_path(path, name):
+    for place, change, words in REFUSED[name]:
+        args = list(next(iter(EXACT[name][0]())))
+        if isinstance(change, str):
+            args[place] = getattr(args[place], change)()
+        elif isinstance(args[place], torch.Tensor):
+            args[place] = args[place].reshape(-1)[:-change]
+        else:
+            args[place] = change
+        with pytest.raises(ValueError, match=words):
+            registry.ops()[name](*args)
+
+
+def test_the_norm_of_complex_numbers_takes_both_parts():
+    x = torch.complex(torch.randn(70), torch.randn(70))
+    expected = x.to(torch.complex128).abs().square().sum()
+    got = registry.ops()["squared_norm"](x)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_params_at_odd_addresses_are_served(name):
     plain, odd = arguments(name), arguments(name)

@@ -39,6 +39,8 @@ def test_wild_numbers_give_the_bits_of_the_scalar_path(isa, dtype, groups, size)
                 yield codes
                 yield params
                 yield ops["dequantize_groups"](codes, params, groups, bits, asym, dtype)
+                if bits == 6:
+                    continue  # weights have no such codes
                 codes, scale, least = ops["quantize_weight"](x, bits, size, 1, not asym)
                 yield from (codes, scale, least)
                 yield ops["dequantize_weight"](codes, scale, least, bits, size, 1, not asym, dtype)
