@@ -53,6 +53,8 @@ class Model:
     DS_CONFIG = "ds_config"
     DS_VERSION = "ds_version"
     NUM_EXPERTS = "num_experts"
+    AUTOEP_LAYERS = "ds_autoep_layers"
+    FOLDING = "folding"
     UNIVERSAL_INFO = "universal_checkpoint_info"
     RANDOM_STATES = "ds_random_states"
     """Ours: the states of the random generators of every rank."""
@@ -85,6 +87,7 @@ class Zero:
     GROUP_PADDINGS = "group_paddings"
     PARAM_PADDINGS = "param_alignment_paddings"
     PARTITION_COUNT = "partition_count"
+    PARTITION_GROUPS = "ds_zero_partition_groups"
     SLICE_MAPPINGS = "param_slice_mappings"
     FP32_FLAT_GROUPS = "fp32_flat_groups"
     INNER = "optimizer_state_dict"
@@ -103,6 +106,8 @@ class Universal:
     N_SUB_PARAMS = "param_n_sub_params"
     SUB_PARAM_SHAPE = "sub_param_shape"
     VOCAB = "vocab_tensor"
+    IS_EXPERT = "ep_is_expert_param"
+    NUM_EXPERTS = "ep_num_experts"
 
 
 def universal_state_file(name: str, state: str) -> str:
@@ -162,6 +167,8 @@ def zero3_model_file(dp_rank: int, mp_rank: int = 0) -> str:
     return f"zero_pp_rank_{dp_rank}_mp_rank_{mp_rank:02d}_model_states.pt"
 
 
+LAYER_FILES = "layer_*-model_states.pt"
+"""A pipeline's layers (experts' files have no dash)."""
 MODEL_FILES = ("mp_rank_*_model_states.pt", "zero_pp_rank_0_*_model_states.pt")
 """Patterns of the first data-parallel rank's model states, stages 0 to 2 before stage 3."""
 

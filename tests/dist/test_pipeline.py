@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import deepspeed
+from deepspeed.checkpoint.ds_to_universal import convert
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.module import PipelineError
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
@@ -232,6 +233,52 @@ def test_pipeline_is_saved_a_file_a_layer_and_resumes(ranks2, tmp_path, stage):
     names = {path.name for path in (tmp_path / "global_step2").iterdir()}
     layers = {f"layer_{number:02d}-model_states.pt" for number in (0, 1, 3, 4)}
     assert layers | {"mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"} <= names
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, hidden):
+        return self.norm(hidden)
+
+
+def normed(rank, folder, stages):
+    """Train, save and go on; or take over what another number of stages saved, and go on."""
+    tied = [TiedLayerSpec("square", nn.Linear, WIDTH, WIDTH, bias=False) for _ in range(2)]
+    layers = [tied[0], LayerSpec(Norm), torch.tanh, LayerSpec(nn.Linear, WIDTH, WIDTH)]
+    net = PipelineModule(
+        [*layers, LayerSpec(Norm), tied[1]],
+        num_stages=stages,
+        loss_fn=nn.functional.mse_loss,
+        partition_method="uniform",
+        base_seed=1234 + stages,
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "checkpoint": {"load_universal": stages != 2},
+    }
+    engine, *_ = deepspeed.initialize(model=net, config=config)
+    generator = torch.Generator().manual_seed(1)
+    data = [(x, x.flip(1)) for x in torch.randn(10, 4, WIDTH, generator=generator)]
+    if stages == 2:
+        for at in (0, 2):
+            engine.train_batch(iter(data[at : at + 2]))
+        engine.save_checkpoint(folder, tag="step")
+    else:
+        engine.load_checkpoint(folder, tag="step_universal")
+    return [engine.train_batch(iter(data[at : at + 2])).item() for at in (4, 6, 8)]
+
+
+def test_a_pipeline_goes_on_with_another_number_of_stages(ranks2, ranks3, tmp_path):
+    expected = ranks2.run(normed, str(tmp_path), 2)[0]
+    convert(tmp_path / "step", tmp_path / "step_universal")
+    for got in ranks3.run(normed, str(tmp_path), 3):
+        assert got == expected
 
 
 class Packs(nn.Module):

@@ -384,6 +384,16 @@ class PipelineModule(nn.Module):
         for name, state in self.layer_states(exclude_frozen_params).items():
             checkpoint_engine.save(state, str(Path(save_dir) / name))
 
+    def named_in_layers(self, load: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
+        """What the files of this stage's layers hold, by its name in this module; `load` is as in `load_layers`."""
+        named = {id(module): name for name, module in self.named_modules()}
+        return {
+            f"{named[id(module)]}.{key}": value
+            for local, module in enumerate(map(_module_of, self.forward_funcs))
+            if hasattr(module, "state_dict")
+            for key, value in load(Path(self.ckpt_layer_path("", local)).name).items()
+        }
+
     def load_layers(self, load: Callable[[str], Mapping[str, Any]], strict: bool = True) -> None:
         """Take over this stage's layers; `load` gives the state dict of a file name."""
         for local, layer in enumerate(self.forward_funcs):
