@@ -26,6 +26,13 @@ class StageZeroOptimizer(ZeroOptimizer):
             group.parts[-1].master.ds_padding = group.padding  # type: ignore[attr-defined]
         return groups
 
+    def load_state_dict(self, *args: Any, **options: Any) -> None:
+        """Take over what `state_dict` gave; see `ZeroOptimizer.load_state_dict`."""
+        super().load_state_dict(*args, **options)
+        begin_anew = getattr(self.optimizer, "after_load", None)
+        if begin_anew is not None:
+            begin_anew()
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Step, with what the caller assigned to `.grad` since the backward pass in place of what that gave.

@@ -101,7 +101,21 @@ class CompressingOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; errors of compression begin anew."""
         super().load_state_dict(state_dict)
+        self.after_load()
+
+    def after_load(self) -> None:
+        """Begin anew what is not in a checkpoint; for whoever has put other values into `state`."""
         self._errors.clear()
+
+    @property
+    def worker_errors(self) -> list[Tensor]:
+        """What this rank's codes have lost, for each parameter that has been compressed."""
+        return [errors[1] for errors in self._errors.values()]
+
+    @property
+    def server_errors(self) -> list[Tensor]:
+        """What the codes of the means that this rank makes have lost, for each parameter."""
+        return [errors[2] for errors in self._errors.values()]
 
     # - for subclasses
 

@@ -97,6 +97,32 @@ class OnebitLamb(CompressingOptimizer):
     def _begin_step(self) -> None:
         self.lamb_coeffs = []
 
+    def _end_step(self) -> None:
+        if self._steps() == self.freeze_step:
+            self._compare_momenta()
+
+    def _compare_momenta(self) -> None:
+        """Note how far each parameter's momentum is from their mean size.
+
+        Implementations that compress all of them as one tensor even them out by it; here each has scales of its own,
+        and the number is for those who read it.
+        """
+        sizes = {
+            id(s): s["exp_avg"].norm().item() / s["exp_avg"].numel() ** 0.5
+            for s in self.state.values()
+        }
+        mean = sum(sizes.values()) / len(sizes)
+        for state in self.state.values():
+            size = sizes[id(state)]
+            state["scaling_coeff"] = mean / size if size else 1.0
+
+    def after_load(self) -> None:
+        """Begin anew what is not in a checkpoint, and the ratios where the variance is to settle once more."""
+        super().after_load()
+        for state in self.state.values() if not self.lamb_freeze_key else ():
+            if state.pop("scaling_coeff", None) is not None:
+                state["lamb_coeff_freeze"], state["last_factor"] = 0.0, 1.0
+
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
         super()._init_state(param, state)
         state["exp_avg_sq_fresh"] = torch.zeros_like(state["exp_avg_sq"])
