@@ -9,7 +9,7 @@
 
 namespace {
 
-enum { kTile = 1024, kChunk = 32 * kTile, kKept = 4096 };
+enum { kTile = 1024, kChunk = 32 * kTile, kKept = kTile };
 
 struct Format {
     Tiny form;
