@@ -9,7 +9,7 @@
 
 namespace {
 
-enum { kTile = 1024, kChunk = 32 * kTile, kKept = kTile };
+enum { kTile = 1024, kChunk = 32 * kTile };
 
 struct Format {
     Tiny form;
@@ -34,14 +34,14 @@ struct Pack {
         const Pack &p = *(const Pack *)context;
         const int64_t each = p.format.groups_each(), begin = index * each;
         const int64_t end = begin + each < p.a->groups ? begin + each : p.a->groups;
-        const int64_t fit = p.format.group_size < kKept ? kKept / p.format.group_size : 1;
+        const int64_t fit = p.format.group_size < kTile ? kTile / p.format.group_size : 1;
         for (int64_t group = begin; group < end; group += fit)
             p.some(group, end - group < fit ? end - group : fit);
     }
 
     // Groups that stay in the first-level cache between the walk that finds their scales and the one that rounds.
     void some(int64_t group, int64_t n) const {
-        float most[kKept / 4];
+        float most[kTile / 4];
         ds::extents(kernels, place(group * format.group_size), a->x_dtype, n, format.group_size,
                     nullptr, most);
         for (int64_t i = 0; i < n; ++i) one(group + i, most[i] == 0 ? 1.0f : most[i] / format.most);
