@@ -44,6 +44,20 @@ Bytes numbers(int32_t dtype, int64_t n, bool positive) {
     return out;
 }
 
+// Any bits but those of infinities and NaN: among them the least and the greatest numbers there are.
+Bytes wild(int32_t dtype, int64_t n) {
+    const uint32_t odd = dtype == DS_F32 ? 0x7f800000 : dtype == DS_BF16 ? 0x7f80 : 0x7c00;
+    const int64_t each = dtype == DS_F32 ? 4 : 2;
+    Bytes out(n * each);
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits = random_bits();
+        if ((bits & odd) == odd) bits ^= odd;
+        if (i / 64 % 4 == 1) bits &= ~(odd & odd << 1);  // whole groups of tiny ones
+        memcpy(&out[i * each], &bits, each);
+    }
+    return out;
+}
+
 struct Problem {
     int64_t n;
     int32_t p, s, g, low;
@@ -286,8 +300,10 @@ void casts(Made &made, int64_t n, int32_t dtype, const Bytes &x) {
     }
 }
 
-Made make(int32_t dtype, const Bytes &x, const Bytes &grad) {
+Made make(int32_t dtype, const Bytes &x, const Bytes &grad, const Bytes &odd) {
     Made made;
+    codes(made, 32, 64, 1, dtype, odd);
+    codes(made, 2, 1024, 1, dtype, odd);
     steps(made, 2055, dtype, x, grad);
     codes(made, 5, 36, 1, dtype, x);
     codes(made, 2, 1028, 1, dtype, x);
@@ -300,13 +316,14 @@ int compare_rest(const std::vector<std::string> &paths) {
     int compared = 0;
     for (int32_t dtype : {DS_F32, DS_BF16, DS_F16}) {
         const Bytes x = numbers(dtype, 2056, false), grad = numbers(dtype, 2056, false);
+        const Bytes odd = wild(dtype, 2048);
         const uint32_t seed = g_random;
         ds_set_isa("scalar");
-        const Made expected = make(dtype, x, grad);
+        const Made expected = make(dtype, x, grad, odd);
         for (const std::string &path : paths) {
             ds_set_isa(path.c_str());
             g_random = seed;
-            const Made got = make(dtype, x, grad);
+            const Made got = make(dtype, x, grad, odd);
             ++compared;
             for (size_t i = 0; i < expected.parts.size(); ++i)
                 if (got.parts[i] != expected.parts[i]) {
