@@ -36,13 +36,14 @@ def loss_fn(outputs, labels):
     return nn.functional.cross_entropy(outputs.flatten(0, -2).float(), labels.flatten())
 
 
-def specs(tied):
+def specs(tied, in_place=False):
     if tied:
         first = TiedLayerSpec("embed", Embed)
         last = TiedLayerSpec("embed", Embed, forward_fn=logits)
     else:
         first, last = LayerSpec(Embed), LayerSpec(nn.Linear, WIDTH, CLASSES)
-    return [first, LayerSpec(nn.Linear, WIDTH, WIDTH), torch.tanh, nn.Identity(), last]
+    squash = torch.tanh_ if in_place else torch.tanh  # the second stage's first layer
+    return [first, LayerSpec(nn.Linear, WIDTH, WIDTH), squash, nn.Identity(), last]
 
 
 def batches(rank, ranks, count):
@@ -103,10 +104,21 @@ def reference(tied, ranks, micro, clip, bf16):
     return losses
 
 
-def build(tied, stages, micro, stage, clip, bf16, freeze=False, use_reentrant=None, **options):
+def build(
+    tied,
+    stages,
+    micro,
+    stage,
+    clip,
+    bf16,
+    freeze=False,
+    use_reentrant=None,
+    in_place=False,
+    **options,
+):
     last = [LayerSpec(nn.Linear, CLASSES, CLASSES)] if freeze else []
     net = PipelineModule(
-        specs(tied) + last,
+        specs(tied, in_place) + last,
         num_stages=stages,
         loss_fn=loss_fn,
         seed_layers=True,
@@ -147,7 +159,7 @@ def train(rank, tied, stages, micro, stage, clip, bf16, options):
 
 CASES = [
     # tied, micro-batches, ZeRO stage, clip, bf16, options
-    (False, 1, 0, 0.0, False, {}),
+    (False, 1, 0, 0.0, False, {"in_place": True}),
     (True, 3, 0, 0.1, False, {}),
     (True, 4, 1, 0.1, False, {"activation_checkpoint_interval": 1}),
     (False, 2, 1, 0.1, False, {"dynamic_shape": True}),

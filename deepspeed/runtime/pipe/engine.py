@@ -15,6 +15,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.dataloader import RepeatingLoader
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.forward_kwargs import count_tokens
 from deepspeed.runtime.utils import move_to_device
 from deepspeed.utils.errors import explain
 
@@ -131,6 +132,7 @@ class PipelineEngine(DeepSpeedEngine):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self.module.train()
+        count_tokens(self)
         # before a batch_fn cuts batches to the step's length
         if self.curriculum_scheduler_legacy is not None:
             self.curriculum_scheduler_legacy.update_difficulty(self.global_steps + 1)
@@ -305,7 +307,7 @@ class PipelineEngine(DeepSpeedEngine):
             buffer["labels"] = _to(batch[1], self.device) if len(batch) > 1 else None
 
     def _forward_pass(self, buffer: dict[str, Any]) -> None:
-        outputs = super().forward(buffer["inputs"])
+        outputs = super().forward(_editable(buffer["inputs"]))
         buffer["outputs"] = outputs
         if not self.is_last_stage():
             return
@@ -434,6 +436,13 @@ def _wanting_grads(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().requires_grad_() if value.is_floating_point() else value
     return tuple(_wanting_grads(item) for item in value)
+
+
+def _editable(value: Any) -> Any:
+    """The same with copies of leaves that want gradients, which a first layer could not change in place."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.requires_grad and value.is_leaf else value
+    return tuple(_editable(item) for item in value) if isinstance(value, tuple) else value
 
 
 def _joined(outputs: Any) -> Any:
