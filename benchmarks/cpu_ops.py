@@ -3,10 +3,11 @@
 
     python benchmarks/cpu_ops.py [--upstream PYTHON] [--numel 16777216] [--threads 2] [--rounds 30] [--out FILE]
 
-A triad (a = b + 3 c, 12 bytes an element) says what the memory gives; a round times it and then every row once, so that
-all see the same machine, and the best of the rounds is shown. Bytes are those that a row has to read and write; LAMB,
-whose step needs the norm of the whole update, has to read its moments twice. `--upstream` names an interpreter that has
-upstream's DeepSpeed with its CPU optimizers compiled; it runs in a process of its own.
+A triad (a = b + 3 c, 12 bytes an element) says what the memory gives. A round times it and then every row once, each
+after as many other bytes were read, so that all see the same machine and the same caches; the best of the rounds is
+shown. Bytes are those that a row has to read and write; LAMB, whose step needs the norm of the whole update, has to read
+its param and moments twice. `--upstream` names an interpreter that has upstream's DeepSpeed with its CPU optimizers
+compiled; it runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -200,12 +201,18 @@ def timed(step):
 def measure(rows, args):
     """Best seconds of each row; the triad has the key None."""
     from deepspeed.ops import pages
+    from deepspeed.ops.norms import squared_norm
 
-    a, b, c = (pages.zeros(args.numel, F32).fill_(i) for i in range(3))
+    a, b, c, other = (pages.zeros(args.numel, F32).fill_(i) for i in range(4))
+    steps = {None: lambda: timed(lambda: torch.add(b, c, alpha=3.0, out=a))}
+    steps.update((key, step) for key, (_, step) in rows.items())
     best = {}
     for number in range(args.rounds + 1):
-        triad = timed(lambda: torch.add(b, c, alpha=3.0, out=a))
-        for key, seconds in ((None, triad), *((k, step()) for k, (_, step) in rows.items())):
+        for key, step in steps.items():
+            # Else a row would find in the cache what the one before left there, or write it back, and torch's threads
+            # would still spin.
+            squared_norm(other)
+            seconds = step()
             if number:
                 best[key] = min(best.get(key, seconds), seconds)
     return best
