@@ -241,6 +241,7 @@ def keeps_codes(rank, folder):
         for name, p in engine.module.named_parameters()
     }
     before = whole(engine)
+    engine.optimizer.quantize_nontrainable_params()  # which has been done
     losses = train(engine, rank, steps=10)
     engine.save_checkpoint(folder, tag="t")
     after = whole(engine)
