@@ -58,6 +58,8 @@ namespace ds {
 
 bool cpu_has_clmul() { return bit(leaf(1).c, 1); }
 
+bool cpu_has_wide_clmul() { return cpu_has_clmul() && cpu_has_avx512() && bit(leaf(7).c, 10); }
+
 bool cpu_has_avx2() {
     const Leaf one = leaf(1), seven = leaf(7);
     return bit(one.c, 28) && bit(one.c, 29) && bit(seven.b, 5) && system_saves(kYmm);
@@ -76,6 +78,7 @@ bool cpu_has_avx512() {
 namespace ds {
 
 bool cpu_has_clmul() { return false; }
+bool cpu_has_wide_clmul() { return false; }
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 

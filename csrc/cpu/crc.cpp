@@ -8,13 +8,14 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define DS_CLMUL 1
-#include <emmintrin.h>
-#include <wmmintrin.h>
+#include <immintrin.h>
 #endif
 #if defined(DS_CLMUL) && !defined(_MSC_VER)
 #define DS_TARGET_CLMUL __attribute__((target("pclmul,sse2")))
+#define DS_TARGET_WIDE __attribute__((target("avx512f,vpclmulqdq,pclmul")))
 #else
 #define DS_TARGET_CLMUL
+#define DS_TARGET_WIDE
 #endif
 
 namespace {
@@ -71,6 +72,15 @@ DS_TARGET_CLMUL inline __m128i at(const unsigned char *data) {
     return _mm_loadu_si128((const __m128i *)data);
 }
 
+// The sum of a lane, which stands for all before it, and of the bytes behind.
+DS_TARGET_CLMUL uint32_t finish(__m128i lane, const unsigned char *data, int64_t bytes) {
+    const __m128i by128 = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
+    for (; bytes >= 16; data += 16, bytes -= 16) lane = fold(lane, by128, at(data));
+    unsigned char rest[16];
+    memcpy(rest, &lane, 16);
+    return by_tables(data, bytes, by_tables(rest, 16, 0));
+}
+
 // The powers are x^(distance - 32) and x^(distance + 32) modulo the polynomial, bits reversed.
 DS_TARGET_CLMUL uint32_t by_clmul(const unsigned char *data, int64_t bytes, uint32_t sum) {
     const __m128i by1024 = _mm_set_epi64x(0x014a7fe880, 0x01e88ef372);
@@ -83,11 +93,29 @@ DS_TARGET_CLMUL uint32_t by_clmul(const unsigned char *data, int64_t bytes, uint
         for (int i = 0; i < 8; ++i) lanes[i] = fold(lanes[i], by1024, at(data + 16 * i));
     __m128i lane = lanes[0];
     for (int i = 1; i < 8; ++i) lane = fold(lane, by128, lanes[i]);
-    for (; bytes >= 16; data += 16, bytes -= 16) lane = fold(lane, by128, at(data));
-    // What is left stands for all before it: sum it like any other 16 bytes.
-    unsigned char rest[16];
-    memcpy(rest, &lane, 16);
-    return by_tables(data, bytes, by_tables(rest, 16, 0));
+    return finish(lane, data, bytes);
+}
+
+// Four times as wide, and no slower than memory: four lanes in each of four registers.
+DS_TARGET_WIDE uint32_t by_wide_clmul(const unsigned char *data, int64_t bytes, uint32_t sum) {
+    const __m512i by2048 = _mm512_broadcast_i32x4(_mm_set_epi64x(0x01322d1430, 0x011542778a));
+    const __m128i by128 = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
+    __m512i wide[4];
+    for (int i = 0; i < 4; ++i) wide[i] = _mm512_loadu_si512(data + 64 * i);
+    wide[0] = _mm512_xor_si512(wide[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)sum)));
+    data += 256, bytes -= 256;
+    for (; bytes >= 256; data += 256, bytes -= 256)
+        for (int i = 0; i < 4; ++i) {
+            const __m512i low = _mm512_clmulepi64_epi128(wide[i], by2048, 0x00);
+            const __m512i high = _mm512_clmulepi64_epi128(wide[i], by2048, 0x11);
+            const __m512i next = _mm512_loadu_si512(data + 64 * i);
+            wide[i] = _mm512_ternarylogic_epi64(low, high, next, 0x96);  // all three added
+        }
+    unsigned char lanes[256];
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(lanes + 64 * i, wide[i]);
+    __m128i lane = at(lanes);
+    for (int i = 1; i < 16; ++i) lane = fold(lane, by128, at(lanes + 16 * i));
+    return finish(lane, data, bytes);
 }
 
 #endif
@@ -98,7 +126,9 @@ extern "C" uint32_t ds_crc32(const void *data, int64_t bytes, uint32_t value) {
     const unsigned char *begin = (const unsigned char *)data;
     uint32_t sum = ~value;
 #if defined(DS_CLMUL)
-    static const bool clmul = ds::cpu_has_clmul();  // asking the CPU is slow in a virtual machine
+    // asking the CPU is slow in a virtual machine
+    static const bool clmul = ds::cpu_has_clmul(), wide = ds::cpu_has_wide_clmul();
+    if (bytes >= 1024 && wide) return ~by_wide_clmul(begin, bytes, sum);
     if (bytes >= 256 && clmul) return ~by_clmul(begin, bytes, sum);
 #endif
     return ~by_tables(begin, bytes, sum);

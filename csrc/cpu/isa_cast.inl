@@ -7,10 +7,12 @@ namespace {
 #define DS_CONVERSION(NAME, IN, OUT, ONE)                                   \
     void NAME(const IN *in, OUT *out, int64_t n) {                          \
         int64_t i = 0;                                                      \
-        for (; i + Vec::width <= n; i += Vec::width) {                      \
-            fetch(in + i);                                                  \
-            ONE(in + i, out + i);                                           \
+        for (; i + kBlock <= n; i += kBlock) {                              \
+            fetch_alone(in, i, kBlock);                                     \
+            for (int64_t k = i; k < i + kBlock; k += Vec::width)            \
+                ONE(in + k, out + k);                                       \
         }                                                                   \
+        for (; i + Vec::width <= n; i += Vec::width) ONE(in + i, out + i);  \
         if (i == n) return;                                                 \
         IN last_in[Vec::width] = {0};                                       \
         OUT last_out[Vec::width];                                           \

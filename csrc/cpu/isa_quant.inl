@@ -44,8 +44,7 @@ inline Found extent_of(const float *x, int64_t size) {
     Found even(x[0]), odd = even;
     int64_t i = 0;
     for (; i + 2 * Vec::width <= size; i += 2 * Vec::width) {
-        fetch(x + i);
-        fetch(x + i + Vec::width);
+        fetch_alone(x, i, 2 * Vec::width);
         even.add(Vec::load(x + i));
         odd.add(Vec::load(x + i + Vec::width));
     }
@@ -119,7 +118,7 @@ inline void extent_halves_as(const uint16_t *x, int64_t groups, int64_t size, in
         HalfExtent<Sizes> found(Halves::all(x[0]));
         int64_t i = 0;
         for (; i + 2 * w <= size; i += 2 * w) {
-            for (int byte = 0; byte < 2 * w * 2; byte += kLine) fetch((const char *)(x + i) + byte);
+            fetch_alone(x, i, 2 * w);
             found.add(Halves::load(x + i));
             found.add(Halves::load(x + i + w));
         }

@@ -22,14 +22,20 @@ enum { kBlock = 32, kLine = 64 };
 
 // Bytes between what is worked on and what is asked of memory. The processors' own prefetchers stop at the end of each
 // 4 KiB page and have to start again for each of the streams; asking half a page ahead keeps them going.
-enum { kAhead = 2048 };
-
-inline void fetch(const void *p) { prefetch((const char *)p + kAhead); }
+// A kernel that reads one stream alone asks for as much of it as others do for four together.
+enum { kAhead = 2048, kAloneAhead = 4 * kAhead };
 
 // Once for each line of a block.
 template <class Kept>
-inline void fetch_block(const Kept *p) {
-    for (int byte = 0; byte < kBlock * (int)sizeof(Kept); byte += kLine) fetch((const char *)p + byte);
+inline void fetch_block(const Kept *p, int ahead = kAhead) {
+    for (int byte = 0; byte < kBlock * (int)sizeof(Kept); byte += kLine)
+        prefetch((const char *)p + ahead + byte);
+}
+// n elements from the i-th of p on.
+template <class Kept>
+inline void fetch_alone(const Kept *p, int64_t i, int64_t n) {
+    for (int64_t k = (i + kBlock - 1) / kBlock * kBlock; k < i + n; k += kBlock)
+        fetch_block(p + k, kAloneAhead);
 }
 
 // How an element is kept in memory. The arithmetic is fp32 whatever it is.
