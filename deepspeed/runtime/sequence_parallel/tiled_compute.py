@@ -62,9 +62,8 @@ class _Tiled(torch.autograd.Function):
             results = [tiling.run(*tile) for tile in zip(*cut, strict=True)]
         if tiling.joined is not None:
             return torch.cat(results, tiling.joined)
-        return torch.stack(
-            [result * tiling.weight(index) for index, result in enumerate(results)]
-        ).sum(0)
+        shares = [result.double() * tiling.weight(index) for index, result in enumerate(results)]
+        return torch.stack(shares).sum(0).to(results[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -79,6 +78,7 @@ class _Tiled(torch.autograd.Function):
         cut = [tiling.tiles(value) for value in values]
         last = len(tiling.sizes) - 1
         begins = [sum(tiling.sizes[:index]) for index in range(last + 1)]
+        lost: Any = 0.0
         try:
             for index, tile in enumerate(zip(*cut, strict=True)):
                 _set_ready(tiling.params, index == last)
@@ -88,7 +88,10 @@ class _Tiled(torch.autograd.Function):
                 with torch.enable_grad():
                     result = tiling.run(*inputs)
                 if tiling.joined is None:
-                    incoming = grads[0] * tiling.weight(index)
+                    # A 16-bit share is rounded; what it loses goes to the next tile, so that no loss adds up.
+                    share = grads[0].double() * tiling.weight(index) + lost
+                    incoming = share.to(result.dtype)
+                    lost = share - incoming.double()
                 else:
                     incoming = grads[0].narrow(tiling.joined, begins[index], tiling.sizes[index])
                 if result.requires_grad:

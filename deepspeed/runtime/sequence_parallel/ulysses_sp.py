@@ -218,7 +218,8 @@ class UlyssesSPAttentionHF(torch.nn.Module):
 
         Args:
             model_name_or_path: a model, or a path or name whose configuration is loaded.
-            core_attn_implementation: the function to wrap: "sdpa", "flash_attention_2", …; the model must use it.
+            core_attn_implementation: the function to wrap: "sdpa", "flash_attention_2", a kernel of the hub
+                ("owner/repository"), …; the model must use it.
             sequence_parallel_size: ranks that share a sequence.
             micro_batch_size: samples a micro-batch.
             seq_length: whole length of each sequence, where it is fixed.
@@ -298,7 +299,18 @@ def _attention_functions() -> Any:
     return ALL_ATTENTION_FUNCTIONS
 
 
+def _register_hub_kernel(implementation: str) -> None:
+    """Have transformers load a kernel named "owner/repository", as it does when a model first uses it."""
+    try:
+        from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+    except ImportError:  # a version that knows no such names
+        return
+    lazy_import_flash_attention(implementation)
+
+
 def _config_of(model: Any, implementation: str, functions: Any) -> Any:
+    if "/" in implementation and implementation not in functions.valid_keys():
+        _register_hub_kernel(implementation)
     if implementation not in functions.valid_keys():
         raise ValueError(
             explain(

@@ -103,6 +103,22 @@ def test_tiled_loss_is_the_loss(reduction, masked):
         torch.testing.assert_close(got, want, **CLOSE)
 
 
+def test_rounded_shares_of_a_16_bit_loss_do_not_add_up():
+    torch.manual_seed(0)
+    x = torch.randn(1, 425, 8).bfloat16().requires_grad_()
+    labels = torch.zeros(1, 425, dtype=torch.long)
+    head = nn.Linear(8, 3).bfloat16()
+
+    def loss(self, hidden, target):
+        return (
+            hidden.float().sum(-1).mul(len(hidden)).mean().bfloat16()
+        )  # each position's share is 1
+
+    TiledFusedLogitsLoss.apply(loss, head, x, labels, None, 2, list(head.parameters())).backward()
+    # 213/425 and 212/425 are no bf16 numbers; their rounded forms must make 1 together
+    assert x.grad[0, 0, 0].double() + x.grad[0, -1, 0].double() == 1
+
+
 def test_named_arguments_are_cut_or_passed():
     net, other = Block(), Block()
     x, y = inputs(2, 6, 4), inputs(2, 6, 4)
