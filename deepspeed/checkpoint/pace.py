@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a save beside training may go: at a few percent of the cores, unless somebody waits for it."""
+"""How fast a save beside training may go: slowly, unless somebody waits for it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import time
 
 from ..utils import env
 
-SHARE = 0.025
-"""Of the cores of this rank: what a save may take. A core that it takes from one thread of an operator holds up all."""
+RATE = 250e6
+"""Bytes in a second for each core of this rank. A core or a bus that a save takes from one thread of an operator holds up
+all of them, so what it takes is spread thin."""
 LONGEST = 120.0
 """Seconds after which a save should be over; it goes as fast as that needs."""
 
 
 class Pace:
-    """Makes a thread rest in proportion to the work that it reports.
+    """Makes a thread rest in proportion to what it has written.
 
     Args:
         nbytes: how much is to be written.
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._cores = SHARE * cores_of_rank()
-        self._slowest = max(1, nbytes) / LONGEST
+        self._rate = max(RATE * cores_of_rank(), nbytes / LONGEST)
         self._lifted = threading.Event()
         self._last = time.monotonic()
 
@@ -37,15 +37,9 @@ class Pace:
         """Go on without rest, from now on: somebody waits for the end."""
         self._lifted.set()
 
-    def rest(self, seconds: float, nbytes: int) -> None:
-        """Wait until the work since the last call is no more than the share of the time since then.
-
-        Args:
-            seconds: of a core, that it took.
-            nbytes: what was done in them.
-        """
-        due = self._last + min(seconds / self._cores, nbytes / self._slowest)
-        self._lifted.wait(max(0.0, due - time.monotonic()))
+    def rest(self, nbytes: int) -> None:
+        """Wait as long as the bytes that were written since the last call should take."""
+        self._lifted.wait(max(0.0, self._last + nbytes / self._rate - time.monotonic()))
         self._last = time.monotonic()
 
 

@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copy of a state to write from while training changes the original: one block of memory, used again by each save."""
+"""A copy of a state to write from while training changes the original: one block of memory, used again by each save.
+
+What lies on the host is summed as it is copied, out of the caches: a later sum beside training would read all of it
+again, on a core that training wants. What comes from a device is summed beside: there the cores are idle.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import socket
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import psutil
 import torch
 
 from ..ops.aio.buffers import aligned_tensor
-from .archive import Archive, byte_view
+from .archive import Archive, Record, byte_view
+from .digest import combine_all, crc32_of_address
 
 _UNIT = 4096
 """Copies begin on pages, as transfers past the page cache want it."""
+_PIECE = 8 << 20
+"""What a thread sums and then copies at a time: less than caches hold, and enough that threads rarely meet."""
 _SHARE = 0.5
 """At most this part of a machine's free memory is taken."""
 
@@ -45,23 +54,47 @@ class Snapshot:
         if nbytes > self.nbytes:
             self._memory = None  # first let go of the old
             self._memory = aligned_tensor(nbytes, torch.uint8)
+        if self._memory is None:
+            return
         at, from_device = 0, False
-        for archive in archives:
-            for record in archive.storages:
-                if isinstance(record.source, bytes) or self._memory is None:
-                    continue
-                source = byte_view(record.source)
-                copy = self._memory[at : at + record.size]
-                copy.copy_(source, non_blocking=True)
-                from_device |= source.is_cuda
-                record.source = copy
-                at += _rounded(record.size)
+        with ThreadPoolExecutor(torch.get_num_threads(), "checkpoint-copy") as pool:
+            begun = []
+            for archive in archives:
+                for record in archive.storages:
+                    source = byte_view(record.source)  # type: ignore[arg-type]
+                    record.source = copy = self._memory[at : at + record.size]
+                    at += _rounded(record.size)
+                    if source.device.type == "cpu":
+                        begun.append((record, _begin(pool, source, copy, record)))
+                    else:
+                        copy.copy_(source, non_blocking=True)
+                        from_device |= source.is_cuda
+            for record, pieces in begun:
+                parts = [piece.result() for piece in pieces]
+                if record.is_large and record.crc is None:
+                    record.crc = combine_all(parts)
         if from_device:
             torch.cuda.synchronize()
 
     def release(self) -> None:
         """Give the memory back."""
         self._memory = None
+
+
+def _begin(
+    pool: ThreadPoolExecutor, source: torch.Tensor, copy: torch.Tensor, record: Record
+) -> list[Future[tuple[int, int]]]:
+    """Begin to copy in pieces, which give their sums and lengths; sums of 0 where they are not needed."""
+    wanted = record.is_large and record.crc is None
+
+    def piece(begin: int) -> tuple[int, int]:
+        length = min(_PIECE, record.size - begin)
+        address = source.data_ptr() + begin
+        value = crc32_of_address(address, length) if wanted else 0
+        ctypes.memmove(copy.data_ptr() + begin, address, length)
+        return value, length
+
+    return [pool.submit(piece, begin) for begin in range(0, record.size, _PIECE)]
 
 
 def can_all_copy(exchange: Callable[[object], list[Any]], wanted: int) -> bool:

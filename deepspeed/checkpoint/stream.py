@@ -27,11 +27,6 @@ BY_QUEUE = 4 << 20
 """Smaller files are not worth a queue."""
 _CHUNK = 16 << 20
 _IN_FLIGHT = 8
-_TYPICAL = 10e9
-"""Bytes that are summed in a second, where nothing is measured."""
-_PACED_CHUNK = 4 << 20
-_COST = 2.0
-"""A piece takes so many times the seconds of its sum: the transfer passes through memory too."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +113,16 @@ def _in_a_row(
         for start, gap in archive.gaps():
             progress.add(file.write(gap))
             if pieces and pieces[0].begin == start + len(gap):  # a long gap comes in parts
-                begun = time.thread_time()
                 progress.add(written := file.write(record_bytes(pieces.pop(0))))
                 if pace is not None:
-                    pace.rest(time.thread_time() - begun, written)
+                    pace.rest(written)
     return file.entry()
 
 
 class _Flight(NamedTuple):
     record: Record
     ticket: int
-    sum: Future[tuple[int, float]]
+    sum: Future[int] | None
     length: int
     lent: torch.Tensor | None
     """The buffer that is free again afterwards."""
@@ -183,10 +177,11 @@ class _Parallel:
         self.sums[id(record)] = []
         at = record.begin
         for piece, lent in self._pieces(record):
-            while len(self.flights) >= (1 if self._is_paced else _IN_FLIGHT):
+            paced = self.pace is not None and not self.pace.is_lifted
+            while len(self.flights) >= (1 if paced else _IN_FLIGHT):
                 self._retire()
             length = piece.numel()
-            summed = summers.submit(_sum, piece, record.crc)
+            summed = summers.submit(_sum, piece) if record.crc is None else None
             ticket = atomic.disk.send(self.queue, self.path, at, piece)
             self.flights.append(_Flight(record, ticket, summed, length, lent))
             at += length
@@ -198,10 +193,7 @@ class _Parallel:
             return
         view = byte_view(source)
         if view.device.type == "cpu":
-            while view.numel():
-                size = _PACED_CHUNK if self._is_paced else _CHUNK
-                yield view[:size], None
-                view = view[size:]
+            yield from ((piece, None) for piece in view.split(_CHUNK))
             return
         for piece in view.split(self.buffer_bytes):
             buffer = self._take_buffer()
@@ -223,17 +215,13 @@ class _Parallel:
     def _retire(self) -> None:
         flight = self.flights.popleft()
         atomic.disk.settle(self.queue, flight.ticket)
-        value, seconds = flight.sum.result()
-        self.sums[id(flight.record)].append((value, flight.length))
+        if flight.sum is not None:
+            self.sums[id(flight.record)].append((flight.sum.result(), flight.length))
         self.progress.add(flight.length)
         if flight.lent is not None and self.free is not None:
             self.free.append(flight.lent)
         if self.pace is not None:
-            self.pace.rest(_COST * seconds, flight.length)
-
-    @property
-    def _is_paced(self) -> bool:
-        return self.pace is not None and not self.pace.is_lifted
+            self.pace.rest(flight.length)
 
     def _send_gap(self, start: int, gap: bytearray) -> tuple[int, int, int]:
         if gap:
@@ -243,9 +231,5 @@ class _Parallel:
         return start, crc32(gap), len(gap)
 
 
-def _sum(piece: torch.Tensor, known: int | None) -> tuple[int, float]:
-    """The checksum, unless that of the whole is known; and the seconds of a core that it took."""
-    if known is not None:
-        return 0, piece.numel() / _TYPICAL
-    begun = time.thread_time()
-    return crc32_of_address(piece.data_ptr(), piece.numel()), time.thread_time() - begun
+def _sum(piece: torch.Tensor) -> int:
+    return crc32_of_address(piece.data_ptr(), piece.numel())

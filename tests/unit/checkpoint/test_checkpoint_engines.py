@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_a_save_beside_training_takes_its_time_until_somebody_waits(
 ) -> None:
     monkeypatch.setattr(stream, "BY_QUEUE", 0)
     monkeypatch.setattr(archive, "LARGE", 64)
-    monkeypatch.setattr(pace, "SHARE", 1e-9)  # an hour and more, if nobody waits
+    monkeypatch.setattr(pace, "RATE", 1e-9)  # minutes, if nobody waits
     made = engine(2, "fp32", checkpoint=DECOUPLED)
     made.save_checkpoint(tmp_path)
     train(made, 0, 2)
@@ -187,7 +188,8 @@ def test_the_old_format_is_written_at_once(tmp_path: Path) -> None:
     assert path.read_bytes()[:2] != b"PK"
 
 
-def test_a_copy_uses_its_memory_again() -> None:
+def test_a_copy_uses_its_memory_again_and_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_PIECE", 150_000)
     held = Snapshot()
     source = torch.arange(100_000.0)
     for value in (1.0, 2.0):
@@ -195,7 +197,9 @@ def test_a_copy_uses_its_memory_again() -> None:
         made = Archive.of({"a": source, "b": source[:10], "c": torch.ones(3)})
         held.take([made])
         source.zero_()
-        (copy,) = [r.source for r in made.storages if r.size == 400_000]
+        (record,) = [r for r in made.storages if r.size == 400_000]
+        copy = record.source
+        assert record.crc == zlib.crc32(copy.numpy())
         assert copy.view(torch.float32).eq(value).all() and copy.data_ptr() % 4096 == 0
         size = held.nbytes
         assert size == 400_000 // 4096 * 4096 + 4096 + 4096 and held.wants([made]) == 0
