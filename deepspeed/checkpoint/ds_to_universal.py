@@ -15,7 +15,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,13 @@ from ..git_version_info import version
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from . import format as names
 from .atomic import Crew, Entry, publish
+from .autoep_metadata import aggregate_autoep_metadata, refuse_folded
 from .autoep_metadata import aggregate_autoep_metadata as _aggregate_autoep_zero12_metadata  # noqa: F401
-from .autoep_metadata import refuse_autoep
+from .autoep_universal import (  # noqa: F401  (names that callers know)
+    _autoep_expert_param_names_by_rank,
+    _get_zero3_model_state_files,
+    _uses_zero3_partitioned_autoep_metadata,
+)
 from .constants import (
     SUB_PARAM_SHARD_WIDTHS,
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
@@ -40,6 +45,7 @@ from .fragments import merge_tp_slices as merge_tp_slices
 from .merge_slices import MergeRules
 from .reader import Folder
 from .reshard import FP32, SavedState, from_inline, from_shards
+from .stacked_experts import stacked_names
 from .weights import of_frozen
 from .writer import plain, save_file
 
@@ -69,12 +75,14 @@ class _Part:
         saved: its optimizer.
         common: entries of its optimizer file.
         shapes: shape of each trained parameter there.
+        stacks: names of weights in which experts are stacked.
     """
 
     model: Mapping[str, Any]
     saved: SavedState
     common: Mapping[str, Any]
     shapes: Mapping[str, torch.Size]
+    stacks: Mapping[str, int] = field(default_factory=dict)
 
     def states(self, name: str) -> list[str]:
         """Names of the element-wise states of a parameter."""
@@ -105,14 +113,16 @@ def _open_part(folder: Folder, mp_rank: int) -> _Part:
     if model.get(Model.PARAM_SHAPES):
         near = _shard(folder, 0, mp_rank)
         data_first = bool((model.get(Model.DS_CONFIG) or {}).get(DATA_BEFORE_EXPERT))
+        stacks = stacked_names(aggregate_autoep_metadata([model]))
         saved = from_shards(
             lambda rank: _shard(folder, rank, mp_rank),
             model[Model.PARAM_SHAPES],
             data_first=data_first,
+            stacks=stacks,
         )
         for rank in range(saved.world):
             saved.slots(rank)  # opened here, because workers share them
-        return _Part(model, saved, near, saved.shapes)
+        return _Part(model, saved, near, saved.shapes, stacks)
     inline = model.get(Model.OPTIMIZER)
     if not inline or Zero.WRAPPER_NAMES not in inline:
         raise DeepSpeedCheckpointError(
@@ -120,6 +130,15 @@ def _open_part(folder: Folder, mp_rank: int) -> _Part:
                 f"{folder.path} cannot be converted",
                 got="a checkpoint without optimizer shards",
                 expected="one of a ZeRO optimizer, or one that this package saved",
+            )
+        )
+    if model[Model.MODULE] is None:
+        raise DeepSpeedCheckpointError(
+            explain(
+                f"{folder.path} cannot be converted",
+                got="a pipeline's checkpoint without ZeRO, which does not tell the shapes of its weights",
+                expected="one of ZeRO stage 1",
+                fix="Set zero_optimization.stage to 1 and save again.",
             )
         )
     shapes = {
@@ -171,7 +190,17 @@ def _param_files(
     """The files of one parameter, with their content."""
     parts = grid[stage]
     for key in parts[0].states(name):
-        whole = rules.merge(name, [part.state(name, key) for part in parts])
+        if name in parts[0].stacks:
+            stack = parts[0].state(name, key)
+            whole: Any = {
+                Universal.PARAM: stack,
+                Universal.IS_EXPERT: True,
+                Universal.NUM_EXPERTS: stack.shape[0],
+            }
+        elif parts[0].stacks and parts[0].saved.stage == 3:
+            whole = parts[0].state(name, key).reshape(-1)  # what readers of spread experts expect
+        else:
+            whole = rules.merge(name, [part.state(name, key) for part in parts])
         yield universal_state_file(name, key), whole
     slot = parts[0].saved.first_slot(name)
     if slot is not None and "step" in slot.numbers:
@@ -198,12 +227,13 @@ def _common_state(part: _Part) -> dict[str, Any]:
     }
 
 
-def _model_files(folder: Folder, parts: Sequence[_Part]) -> Iterator[tuple[str, Any]]:
+def _model_files(folder: Folder, grid: Sequence[Sequence[_Part]]) -> Iterator[tuple[str, Any]]:
     """Model states for stages 0 to 2 and, without the weights that are under `zero`, for stage 3."""
-    for mp_rank, part in enumerate(parts):
+    slices = len(grid[0])
+    for mp_rank, part in enumerate(part for stage in grid for part in stage):
         model = OrderedDict(part.model)
         model[Model.OPTIMIZER] = None
-        model[Model.PARAM_SHAPES] = _shapes_by_group(part)
+        model[Model.PARAM_SHAPES] = _shapes_of_pipeline([stage[mp_rank % slices] for stage in grid])
         module = OrderedDict(model.get(Model.MODULE) or {})
         if part.saved.stage == 3:
             module.update(_frozen(folder, part, mp_rank))
@@ -230,6 +260,16 @@ def _frozen(folder: Folder, part: _Part, mp_rank: int) -> dict[str, torch.Tensor
 
     weights = of_frozen(part.model, part.saved.world, open_rank)
     return {name: weight.whole() for name, weight in weights.items()}
+
+
+def _shapes_of_pipeline(stages: Sequence[_Part]) -> list[OrderedDict[str, torch.Size]]:
+    """Shapes by group of all pipeline stages: which of them a rank will have is open."""
+    groups: list[OrderedDict[str, torch.Size]] = []
+    for part in stages:
+        for number, group in enumerate(_shapes_by_group(part)):
+            groups += [OrderedDict()] if number == len(groups) else []
+            groups[number].update((n, s) for n, s in group.items() if n not in groups[number])
+    return groups
 
 
 def _shapes_by_group(part: _Part) -> list[OrderedDict[str, torch.Size]]:
@@ -293,9 +333,10 @@ def convert(
     folder, output = Folder(Path(input_folder)), Path(output_folder).resolve()
     grid = _open_grid(folder)
     parts = [part for stage in grid for part in stage]
-    refuse_autoep([part.model for part in parts])
-    rules = _rules(parts, inject_missing_state)
+    refuse_folded(part.model for part in parts)
+    rules = _rules(parts, len(grid[0]), inject_missing_state)
     where = _stage_of_params(grid)
+    layers = folder.glob(names.LAYER_FILES)  # a pipeline's, for what no optimizer steps
     size = sum(4 * 3 * part.shapes[n].numel() for part in parts for n in part.shapes)
 
     def write(target: Path) -> list[Entry]:
@@ -316,7 +357,8 @@ def convert(
             )
         common = [(f"{Universal.FOLDER}/optimizer_state.pt", _common_state(parts[0]))]
         found += _write_all(target, common)
-        return found + _write_all(target, _model_files(folder, parts))
+        found += _write_all(target, ((name, folder.load(name)) for name in layers))
+        return found + _write_all(target, _model_files(folder, grid))
 
     try:
         return publish(
@@ -342,12 +384,12 @@ def _write_all(target: Path, files: Any) -> list[Entry]:
     return entries
 
 
-def _rules(parts: Sequence[_Part], inject: bool) -> MergeRules:
+def _rules(parts: Sequence[_Part], slices: int, inject: bool) -> MergeRules:
     info = parts[0].model.get(Model.UNIVERSAL_INFO)
-    if info is None and len(parts) > 1 and not inject:
+    if info is None and slices > 1 and not inject:
         raise ValueError(
             explain(
-                f"the checkpoint says nothing of how the slices of {len(parts)} model-parallel ranks are put together",
+                f"the checkpoint says nothing of how the slices of {slices} tensor-parallel ranks are put together",
                 got=f"no {Model.UNIVERSAL_INFO!r} in the model states",
                 fix="Save with client_state={'universal_checkpoint_info': {...}}, or pass --inject_missing_state "
                 "if every slice is joined along dimension 0.",
@@ -355,7 +397,7 @@ def _rules(parts: Sequence[_Part], inject: bool) -> MergeRules:
         )
     default = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
     rules = MergeRules(plain(info) if info is not None else default)
-    if len(parts) == 1:  # nothing to put together: rules cannot fail to match
+    if slices == 1:  # nothing to put together: rules cannot fail to match
         rules.matched.update(
             p
             for value in rules.info.values()

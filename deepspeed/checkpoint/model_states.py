@@ -57,7 +57,11 @@ def frozen_params(module: torch.nn.Module) -> OrderedDict[str, torch.nn.Paramete
 
 def moe_prefixes(module: torch.nn.Module) -> list[str]:
     """Names of the mixture-of-experts layers, in the order in which files number them."""
-    return [name for name, child in module.named_modules() if hasattr(child, "deepspeed_moe")]
+    return [
+        name
+        for name, child in module.named_modules()
+        if hasattr(child, "deepspeed_moe") or getattr(child, "_is_autoep_layer", False)
+    ]
 
 
 def split_experts(

@@ -94,6 +94,22 @@ class SavedState:
             shapes={mine: self.shapes[n] for mine, n in known.items() if n in self.shapes},
         )
 
+    def shares(self, wanted: Mapping[str, tuple[int, torch.Size]]) -> SavedState:
+        """The same with parts of some parameters: those of `wanted`, from an element on and of a shape."""
+        pieces, shapes = dict(self.pieces), dict(self.shapes)
+        for name in wanted.keys() & pieces.keys():
+            start, shape = wanted[name]
+            end, shapes[name], whole, pieces[name] = start + shape.numel(), shape, pieces[name], []
+            for piece in whole:
+                lo, hi = (
+                    max(start, piece.param_start),
+                    min(end, piece.param_start + piece.length),
+                )
+                if lo < hi:
+                    begin = piece.start + lo - piece.param_start
+                    pieces[name].append(Piece(lo - start, piece.rank, piece.slot, begin, hi - lo))
+        return replace(self, pieces=pieces, shapes=shapes)
+
     def close(self) -> None:
         """Let go of all shards (and of the files behind them)."""
         self._shards.clear()
@@ -132,6 +148,7 @@ def from_shards(
     shapes: Sequence[Mapping[str, torch.Size]],
     near: int = 0,
     data_first: bool = False,
+    stacks: Mapping[str, int] | None = None,
 ) -> SavedState:
     """See the shard files of ZeRO stages 1, 2 or 3 as one state. Experts have the numbers of all ranks in their names.
 
@@ -140,6 +157,8 @@ def from_shards(
         shapes: `param_shapes` of the model file: names and shapes in flat order, one mapping a group.
         near: a rank whose file is certainly at hand; what all shards have in common is read from it.
         data_first: ranks with the same experts, not those that share a set, were numbered side by side.
+        stacks: names of weights in which experts are stacked, with the number of ranks that share these; the state has
+            them whole.
 
     Raises:
         DeepSpeedCheckpointError: the shards and the shapes contradict each other.
@@ -151,7 +170,11 @@ def from_shards(
         layouts, names = _zero3_layouts(head, shapes)
     else:
         layouts, names = _zero12_layouts(head, shapes)
-    world = max(layout.world for layout in layouts)
+    stacks = stacks or {}
+    world = max(
+        layout.world * max((stacks.get(name or "", 1) for name in in_order), default=1)
+        for layout, in_order in zip(layouts, names, strict=True)
+    )
     local = {name: torch.Size(shape) for group in shapes for name, shape in group.items()}
     here = experts_by_layer(local)
     pieces: dict[str, list[Piece]] = OrderedDict()
@@ -164,11 +187,22 @@ def from_shards(
             for own in range(sets if name is not None else 0):
                 name_there = expert_renumbered(name, lambda layer: own * here[layer])  # noqa: B023
                 stride, start = (1, own * layout.world) if data_first else (sets, own)
-                pieces[name_there] = [
-                    Piece(s.param_start, start + s.rank * stride, slot, s.shard_start, s.length)
+                shape = local[name]
+                before = own * shape.numel() if name in stacks else 0
+                found = [
+                    Piece(
+                        before + s.param_start,
+                        start + s.rank * stride,
+                        slot,
+                        s.shard_start,
+                        s.length,
+                    )
                     for s in layout.param_segments(index)
                 ]
-                sizes[name_there] = local[name]
+                pieces[name_there] = pieces[name] + found if before else found
+                sizes[name_there] = shape
+                if name in stacks:
+                    sizes[name] = torch.Size((shape[0] * sets, *shape[1:]))
                 if own and name_there != name:
                     kinds[slot].append(name_there)
     numels = [layout.shard_numel for layout in layouts]
@@ -269,13 +303,14 @@ def _padded(
 def _zero3_layouts(
     head: Mapping[str, Any], shapes: Sequence[Mapping[str, torch.Size]]
 ) -> tuple[list[Layout], list[list[str | None]]]:
-    world, flats = head[Zero.PARTITION_COUNT], head[Zero.FP32_FLAT_GROUPS]
-    world = max(world) if isinstance(world, list) else world
+    count, flats = head[Zero.PARTITION_COUNT], head[Zero.FP32_FLAT_GROUPS]
+    count = max(count) if isinstance(count, list) else count
+    apart = {g["sub_group"]: g["partition_count"] for g in head.get(Zero.PARTITION_GROUPS) or ()}
     pairs = [(name, torch.Size(shape).numel()) for group in shapes for name, shape in group.items()]
     layouts, names = [], []
-    for (
-        flat
-    ) in flats:  # sub-groups are cut from the parameters in order, wherever their sizes add up
+    # sub-groups are cut from the parameters in order, wherever their sizes add up
+    for number, flat in enumerate(flats):
+        world = apart.get(number, count)
         held, taken = 0, []
         while (
             pairs

@@ -21,6 +21,7 @@ from ..utils.errors import DeepSpeedCheckpointError, explain
 from .format import Universal, Zero, universal_state_file
 from .reader import Folder, load_file
 from .reshard import FP32, Piece, SavedState, Slot, hyper_by_name, scaler_numbers
+from .stacked_experts import check_total
 from .tensor_parts import _get_param_uc_restore_meta as _get_param_uc_restore_meta
 from .tensor_parts import _narrow_sub_params as _narrow_sub_params
 from .tensor_parts import _resolve_autotp_partition as _resolve_autotp_partition
@@ -117,6 +118,7 @@ def open_universal(
     tensor_rank: int = 0,
     tensor_size: int = 1,
     cuts: Mapping[str, Mapping[str, Any]] | None = None,
+    experts: Mapping[str, tuple[int, int]] | None = None,
 ) -> SavedState:
     """See a universal folder as a saved optimizer.
 
@@ -126,9 +128,11 @@ def open_universal(
         groups: parameter names of each saved param group (flat group), in order.
         tensor_rank, tensor_size: this rank among those that cut single parameters.
         cuts: what parameters say themselves of how they were cut; it goes before what the files say.
+        experts: this rank among those that share stacked experts, and their number, by name.
 
     Raises:
         DeepSpeedCheckpointError: it is no universal folder, or a state in it has another size.
+        ValueError: it has another number of experts.
     """
     if not folder.has(f"{Universal.FOLDER}/{_COMMON}"):
         raise DeepSpeedCheckpointError(
@@ -152,7 +156,9 @@ def open_universal(
     def open_one(index: int) -> list[Slot]:
         name = names[index]
         cut = (cuts or {}).get(name)
-        return [_slot(folder, name, held[name], step, (tensor_rank, tensor_size), cut)]
+        share = (experts or {}).get(name)
+        ranks = (tensor_rank, tensor_size)
+        return [_slot(folder, name, held[name], step, ranks, cut, share)]
 
     return SavedState(
         pieces={
@@ -185,6 +191,7 @@ def _slot(
     step: Any,
     tensor: tuple[int, int],
     cut: Mapping[str, Any] | None = None,
+    share: tuple[int, int] | None = None,
 ) -> Slot:
     slot = Slot({}, {} if step is None else {"step": step})
     for path in folder.glob_in(f"{Universal.FOLDER}/{name}", "*.pt"):
@@ -195,7 +202,10 @@ def _slot(
         if not isinstance(saved, Mapping):
             slot.numbers[key] = saved
             continue
-        part = cut_for_rank(saved, *tensor, shape, cut)
+        if share is not None:
+            part = _of_experts(name, saved[Universal.PARAM], shape, *share)
+        else:
+            part = cut_for_rank(saved, *tensor, shape, cut)
         if part.numel() != shape.numel():
             raise DeepSpeedCheckpointError(
                 explain(
@@ -206,6 +216,14 @@ def _slot(
             )
         slot.tensors[key] = part.reshape(-1)
     return slot
+
+
+def _of_experts(
+    name: str, whole: torch.Tensor, shape: torch.Size, rank: int, ranks: int
+) -> torch.Tensor:
+    if whole.shape[1:] == shape[1:]:
+        check_total(name, whole.shape[0], shape[0], ranks)
+    return whole[rank * shape[0] : (rank + 1) * shape[0]]
 
 
 # - the public functions around single parameters

@@ -94,11 +94,23 @@ class AutoEPConfig(PlainSection):
     shared_experts_gate_pattern: str | None = Field(default=None, description="Name of their gate.")
     expert_activation: str | None = Field(default=None, description="Activation inside an expert.")
 
-    @field_validator("load_balance_coeff")
+    @property
+    def _load_balance_coeff_explicit(self) -> bool:
+        return "load_balance_coeff" in self.model_fields_set
+
+    @staticmethod
+    def refused_coefficient(value: Any) -> str:
+        """What is said of any `load_balance_coeff`."""
+        return (
+            "load_balance_coeff, which would train expert_bias, is not supported; leave it null or omit it, "
+            f"got {value!r}"
+        )
+
+    @field_validator("load_balance_coeff", mode="before")
     @classmethod
-    def _no_coefficient(cls, value: float | None) -> None:
+    def _no_coefficient(cls, value: Any) -> None:
         if value is not None:
-            raise ValueError(f"load_balance_coeff is not supported; leave it null, got {value}")
+            raise ValueError(cls.refused_coefficient(value))
 
     @model_validator(mode="after")
     def _known_words(self) -> AutoEPConfig:

@@ -157,10 +157,13 @@ UNBUILT: tuple[Unbuilt, ...] = (
         )
     ),
     Unbuilt(
-        "expert_parallel.enabled",
-        "expert parallelism of Hugging Face models (AutoEP)",
-        lambda config: config.expert_parallel_config.enabled,
-        _OFF,
+        "expert_parallel.comm_backend",
+        "another way for tokens to travel between the ranks of experts",
+        lambda config: (
+            config.expert_parallel_config.enabled
+            and config.expert_parallel_config.comm_backend != "comm"
+        ),
+        _REMOVE,
     ),
     Unbuilt(
         "hybrid_engine.inference_tp_size",

@@ -21,7 +21,6 @@ from . import (
     memory_plan,
     module_prep,
     ownership,
-    sharding,
 )
 from .backward import BackwardWatch
 from .build_mesh import build_mesh
@@ -30,12 +29,15 @@ from .eigenvalue import summary_events as _eigenvalue_summary_events  # noqa: F4
 from .engine_accessors import ConfigAccessors
 from .engine_checkpoint import parallel_metadata as _checkpoint_parallel_metadata  # noqa: F401
 from .engine_data import DataControl
+from .engine_experts import ExpertControl, dist, groups  # noqa: F401  (names that callers look up here)
 from .observers import build_observers
 from .sparse_gradients import SparseGradients, row_names
 from .zero import offload_states
 
 
-class DeepSpeedEngine(ConfigAccessors, DataControl, SparseGradients, torch.nn.Module):
+class DeepSpeedEngine(
+    ConfigAccessors, DataControl, ExpertControl, SparseGradients, torch.nn.Module
+):
     """Wraps a module with its optimizer, scheduler, precision and sharding; see `deepspeed.initialize`.
 
     Args:
@@ -80,7 +82,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, SparseGradients, torch.nn.Mo
         self.local_rank = module_prep.take_local_rank(args)
         build_checks.check_request(self._config, model, optimizer, lr_scheduler)
         self.device = module_prep.take_device(args, self.local_rank, model, dont_change_device)
-        self.has_moe_layers, self.num_experts = module_prep.prepare_moe(model, self._config, mpu)
+        self.has_moe_layers, self.num_experts = self._prepare_experts(model)
         self.mesh = build_mesh(self._config, mpu, mesh_device)
         build.divide_layers(self._config, model, self.mesh, self.device)
         self.precision = build.build_precision(self._config)
@@ -97,7 +99,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, SparseGradients, torch.nn.Mo
         )
         build.mark_autocast(self)
         self.param_names = {param: name for name, param in model.named_parameters()}
-        self.residency = sharding.shard_params(self)
+        self.residency = self._shard_params()
         self._set_up_topology()
         self.observers = build_observers(self)
         given = training_data is not None

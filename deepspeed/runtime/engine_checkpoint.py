@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from ..checkpoint import format as names
-from ..checkpoint import model_states, random_states
+from ..checkpoint import model_states, random_states, stacked_experts
 from ..checkpoint.atomic import Crew, Publication, checked_tag, disk, replace_file
 from ..checkpoint.format import Model, Optim, Zero
 from ..checkpoint.writer import plain, save_file, warn_of_objects
 from ..git_version_info import version
 from ..utils.errors import explain
 from ..utils.logging import logger
+from . import saved_experts
 from .zero import state as zero_state
 from .zero.optimizer import ZeroOptimizer
 from .zero.own_slice import is_zero_param, shape_of, values_of_slice
@@ -57,6 +58,13 @@ def mp_rank_of(engine: Any) -> int:
     return engine.mesh.tensor.rank
 
 
+def slices_of(engine: Any) -> tuple[int, int]:
+    """This rank among those that cut single parameters, and how many these are: not the stages of a pipeline."""
+    if hasattr(engine.mpu, "get_slice_parallel_rank"):
+        return engine.mpu.get_slice_parallel_rank(), engine.mpu.get_slice_parallel_world_size()
+    return engine.mesh.tensor.rank, engine.mesh.tensor.size
+
+
 def _writes_model(engine: Any) -> bool:
     if has_slices(engine):
         return _writes_shard(engine)
@@ -86,7 +94,7 @@ def has_shards(engine: Any) -> bool:
 
 def has_slices(engine: Any) -> bool:
     """Whether the module's parameters are sharded (stage 3)."""
-    return engine.residency is not None
+    return getattr(engine, "residency", None) is not None
 
 
 # - saving
@@ -261,7 +269,7 @@ def _model_content(
         Model.GLOBAL_SAMPLES: engine.global_samples,
         Model.DP_WORLD_SIZE: engine.seq_dp_world_size,
         Model.MP_WORLD_SIZE: engine.mp_world_size,
-        **_degrees(engine.mesh.pipe.size, engine.mesh.tensor.size),
+        **_parallel_dimensions(engine),
         Model.DS_CONFIG: plain(_raw_config(engine)),
         Model.DS_VERSION: version,
     }
@@ -269,6 +277,7 @@ def _model_content(
         content[Model.UNIVERSAL_INFO] = info
     if engine.has_moe_layers:
         content[Model.NUM_EXPERTS] = list(engine.num_experts)
+        content[Model.AUTOEP_LAYERS] = saved_experts.entries_of(engine)
         if not sharded:  # it has a file of its own
             content.pop(Model.OPTIMIZER)
     elif not sharded:
@@ -276,6 +285,14 @@ def _model_content(
     if (scaler := getattr(engine.driver, "scaler", None)) is not None:
         content[GRAD_SCALER] = scaler.state_dict()
     return content
+
+
+def _parallel_dimensions(engine: Any) -> dict[str, Any]:
+    if hasattr(
+        engine.mpu, "get_model_parallel_world_size"
+    ):  # its model ranks may be a pipeline's too
+        return parallel_metadata(engine.mpu)
+    return _degrees(engine.mesh.pipe.size, engine.mesh.tensor.size)
 
 
 def parallel_metadata(mpu: Any) -> dict[str, Any]:
@@ -344,6 +361,9 @@ def _add_experts(
 
     Of the ranks with the same experts the first writes. Returns the other weights.
     """
+    if has_slices(engine) and saved_experts.spread_layers(engine.module):
+        saved_experts.refuse_frozen_slices(engine)
+        return engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
     if has_slices(engine) and any(axis.size > 1 for axis in engine.mesh.expert.values()):
         raise NotImplementedError(
             explain(
@@ -355,6 +375,8 @@ def _add_experts(
     mp_rank, prefixes = mp_rank_of(engine), model_states.moe_prefixes(engine.module)
     state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
     rest, experts = model_states.split_experts(state, prefixes, first_expert(engine))
+    rest, stacked = stacked_experts.split_stacks(rest, prefixes, first_expert(engine))
+    experts.update(stacked)
     for (layer, expert), part in experts.items():
         if expert_data_axis(engine, prefixes[layer]).rank == 0:
             files[names.expert_file(layer, expert, mp_rank)] = part
@@ -442,6 +464,7 @@ def consolidated_16bit_state_dict(
     # here, as few engines have layers that are divided
     from ..module_inject.tp_layer import GatherReplacedLayerParams
 
+    engine._raise_if_autoep_zero3_consolidated_export("a consolidated state dict")
     leads = engine.mesh.world.rank == 0
     whole: dict[torch.nn.Parameter, torch.Tensor] = {}
     for param in engine.module.parameters():
@@ -453,10 +476,11 @@ def consolidated_16bit_state_dict(
             if leads:
                 whole[param] = param.detach().cpu().clone()
     if not leads:
-        return None
+        return saved_experts.as_the_model_had_them(engine, None)
     params = dict(engine.module.named_parameters(remove_duplicate=False))
     state = module_state_dict(engine, exclude_frozen_parameters=exclude_frozen_parameters)
-    return OrderedDict(
+    here = OrderedDict(
         (name, whole[params[name]] if params.get(name) in whole else value.detach().cpu())
         for name, value in state.items()
     )
+    return saved_experts.as_the_model_had_them(engine, here)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import format as names
-from ..checkpoint import model_states, random_states
+from ..checkpoint import model_states, random_states, stacked_experts
 from ..checkpoint.atomic import resolve
 from ..checkpoint.format import Model, Optim, Zero
 from ..checkpoint.reader import Folder, own_memory, read_tag
@@ -27,6 +27,7 @@ from ..checkpoint.weights import of_frozen, of_masters
 from ..utils.env import DS_RESUME_POSITION, DS_VERIFY_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from ..utils.logging import logger
+from . import saved_experts
 from .engine_checkpoint import (
     GRAD_SCALER,
     crew_of,
@@ -36,6 +37,7 @@ from .engine_checkpoint import (
     keeps_position,
     mp_rank_of,
     optimizer_names,
+    slices_of,
 )
 from .engine_weights import load_module_state_dict
 from .zero import state as zero_state
@@ -205,7 +207,10 @@ class _Load:
         config = self.model.get(Model.DS_CONFIG) or {}
         data_first = bool(config.get(names.DATA_BEFORE_EXPERT))
         shapes = self.model[Model.PARAM_SHAPES]
-        saved = from_shards(self._open_shard, shapes, self._near(), data_first)
+        stacks = stacked_experts.stacked_names(self.model.get(Model.AUTOEP_LAYERS) or ())
+        saved = from_shards(self._open_shard, shapes, self._near(), data_first, stacks)
+        own = {name: shape_of(p) for p, name in self.engine.param_names.items()}
+        saved = saved.shares(saved_experts.share_windows(self.engine, own, saved.shapes))
         return saved.under_names(self._saved_names(saved.pieces))
 
     def _saved_names(self, found: Iterable[str]) -> dict[str, str]:
@@ -224,13 +229,14 @@ class _Load:
         there = self._saved_names(own)
         shapes = {there[name]: shape for name, shape in own.items()}
         groups = [list(group) for group in self.model.get(Model.PARAM_SHAPES) or ()]
-        tensor = engine.mesh.tensor
+        rank, size = slices_of(engine)
         cuts = {
             there[name]: cut
             for p, name in engine.param_names.items()
             if (cut := _get_param_uc_restore_meta(p)) is not None
         }
-        saved = open_universal(self.folder, shapes, groups, tensor.rank, tensor.size, cuts)
+        shares = saved_experts.shares_of(engine)
+        saved = open_universal(self.folder, shapes, groups, rank, size, cuts, shares)
         return saved.under_names(there)
 
     def _near(self) -> int:
@@ -296,8 +302,9 @@ class _Load:
 
     def module(self, strict: bool, custom_load_fn: Any) -> None:
         """Load the weights."""
-        if self.model[Model.MODULE] is None and self.engine.pipeline_parallelism:
-            self.engine.module.load_layers(self.folder.load, strict)
+        pipeline = self.engine.module if self.engine.pipeline_parallelism else None
+        if self.model[Model.MODULE] is None and pipeline is not None:
+            pipeline.load_layers(self.folder.load, strict)
             return
         if self.universal:
             self.saved = self.saved or self._open_universal()
@@ -306,6 +313,8 @@ class _Load:
         in_pieces = self.is_zero3 or self.universal
         weights = self._weights_in_pieces() if in_pieces else self.model[Model.MODULE]
         weights = self._with_experts(weights)
+        if pipeline is not None and self.universal:
+            weights = {**pipeline.named_in_layers(self.folder.load), **weights}
         load_module_state_dict(
             self.engine, {Model.MODULE: weights}, strict=strict, custom_load_fn=custom_load_fn
         )
@@ -340,6 +349,8 @@ class _Load:
         whole, own = OrderedDict(weights), set(self.engine.module.state_dict())
         wanted = self._own_experts()
         mp_rank = mp_rank_of(self.engine)
+        shares = saved_experts.shares_of(self.engine)
+        stacks = {n: shape_of(p) for p, n in self.engine.param_names.items() if n in shares}
         for pattern in (
             f"layer_*_expert_*_mp_rank_{mp_rank:02d}_*.pt",
             f"expert_*_mp_rank_{mp_rank:02d}_*.pt",
@@ -348,6 +359,7 @@ class _Load:
                 if names.expert_of(file) not in wanted:
                     continue
                 part = self.folder.load(file)
+                stacked_experts.fill_stacks(whole, part, first_expert(self.engine), stacks)
                 local = model_states.local_expert_state(part, first_expert(self.engine))
                 whole.update((name, value) for name, value in local.items() if name in own)
         return whole
@@ -362,9 +374,16 @@ class _Load:
         }
 
     def masters_from_weights(self) -> None:
-        """Make the optimizer's masters what the module's weights are."""
-        if isinstance(self.engine.optimizer, ZeroOptimizer):
-            self.engine.optimizer.refresh_fp32_params()
+        """Make the optimizer's masters what the module's weights are, or were before they were rounded."""
+        optimizer = self.engine.optimizer
+        if not isinstance(optimizer, ZeroOptimizer):
+            return
+        if self.universal and self.saved is not None and self.saved.has_masters:
+            optimizer.load_state_dict(
+                self.saved, load_optimizer_states=False, load_from_fp32_weights=True
+            )
+        else:
+            optimizer.refresh_fp32_params()
 
     def optimizer(self) -> None:
         """Load masters, and states if they are wanted."""

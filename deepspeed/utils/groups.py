@@ -266,20 +266,29 @@ def _create_expert_and_data_parallel(
 
     Args:
         expert_parallel_size_: the number of ranks.
+        mp_size: ranks that share a sequence (`mp_mode` "sp"), or each layer's weights (then with `folding_spec`).
+        pp_size: pipeline stages; 1.
+        mp_mode: "sp" or "tp".
         use_data_before_expert_parallel_: put ranks with the same experts on adjacent ranks.
-        mp_size, pp_size, mp_mode, folding_spec: not built yet; must be left alone.
+        folding_spec: experts are spread over tensor-parallel ranks as well.
 
     Raises:
-        DeepSpeedCommError: the size does not divide the data-parallel ranks.
-        NotImplementedError: an argument that is not built yet was given.
+        DeepSpeedCommError: the size does not divide the ranks.
+        NotImplementedError: pipeline stages, or tensor parallelism without `folding_spec`.
     """
-    if (mp_size or 1) > 1 or (pp_size or 1) > 1 or folding_spec is not None:
+    if (pp_size or 1) > 1 or ((mp_size or 1) > 1 and mp_mode == "tp" and folding_spec is None):
         raise NotImplementedError(
             explain(
                 "expert parallelism together with tensor or pipeline parallelism is not built yet"
             )
         )
-    _add_expert_axes(expert_parallel_size_, current_mesh(), use_data_before_expert_parallel_)
+    mesh = current_mesh()
+    if mp_mode == "sp" and (mp_size or 1) != mesh.sequence.size:
+        set_mesh(Mesh.build(_world_size(), _world_rank(), sequence=mp_size or 1))
+        mesh = current_mesh()
+    if folding_spec is not None:
+        mesh = replace(mesh, tensor=Axis.alone(_world_rank()))  # all ranks of the job in one row
+    _add_expert_axes(expert_parallel_size_, mesh, use_data_before_expert_parallel_)
 
 
 def _create_expert_data_and_model_parallel(

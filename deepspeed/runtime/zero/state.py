@@ -78,7 +78,30 @@ def _sliced_state(optimizer: ZeroOptimizer) -> dict[str, Any]:
         Zero.INNER: _inner_state(optimizer),
         Zero.FP32_FLAT_GROUPS: flat_masters(optimizer),
         "ds_version": version,
+        **_partition_groups(optimizer),
     }
+
+
+def _partition_groups(optimizer: ZeroOptimizer) -> dict[str, Any]:
+    """Over which ranks each group's parameters are cut, where some belong to experts that AutoEP spread."""
+    if not any(hasattr(p, "ds_zero_placement_family") for g in optimizer.groups for p in g.params):
+        return {}
+    found = []
+    for number, group in enumerate(optimizer.groups):
+        axis, params = group.shard_axis, group.params
+        families = {getattr(p, "ds_zero_placement_family", "replicated") for p in params}
+        group_names = {getattr(p, "ds_zero_partition_group_name", None) for p in params} - {None}
+        found.append(
+            {
+                "sub_group": number,
+                "partition_count": axis.size,
+                "partition_rank": axis.rank,
+                "partition_ranks": list(axis.ranks),
+                "families": sorted(families),
+                "group_names": sorted(group_names),
+            }
+        )
+    return {Zero.PARTITION_GROUPS: found}
 
 
 def param_shapes(optimizer: ZeroOptimizer) -> list[OrderedDict[str, torch.Size]]:
