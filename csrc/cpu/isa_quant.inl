@@ -476,6 +476,10 @@ void dequantize_columns(const uint8_t *codes, void *out, int64_t n, const float 
 // Whole lines of 64 bytes past the caches: what is large would only drive out what is still wanted, and memory would be
 // read before it is written over.
 void stream(const void *from, void *to, int64_t bytes) {
+    // Such writes wait for the address of a page where a cache would not: it is looked up two pages ahead.
+    enum { kPage = 4096 };
+    for (int64_t i = -(intptr_t)to & (kPage - 1); i < bytes; i += kPage)
+        prefetch((const char *)to + i + 2 * kPage);
     for (int64_t i = 0; i < bytes; i += 64) stream_line((const char *)from + i, (char *)to + i);
 }
 void settle() { settle_streams(); }
