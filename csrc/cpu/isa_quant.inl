@@ -392,18 +392,15 @@ inline void dequantize_as(const uint8_t *codes, typename P::Kept *to, int64_t gr
     typedef Decoder<Signed, Asym> Value;
     for (int64_t group = 0; group < groups; ++group, codes += size, to += size) {
         const Value value(by[group], shifts[group], bases[group], width);
-        const bool finite = Value::finite(by[group], shifts[group], bases[group]);
-        int64_t done = 0;
-        if (Signed && width == 8 && finite)
-            done = decode_signed<Finite<P>>(codes, to, size, value);
-        if (done == size) continue;
         if (width == 4) {
             float table[16];
             values_of_fours<F32>(value, table);
             const Table values(table);
             decode_run<Plain<P>>(codes, to, size, [&](Ints code) { return values[code]; });
-        } else if (finite) {
-            decode_run<Finite<P>>(codes + done, to + done, size - done, value);
+        } else if (Value::finite(by[group], shifts[group], bases[group])) {
+            int64_t i = 0;
+            if (Signed && width == 8) i = decode_signed<Finite<P>>(codes, to, size, value);
+            if (i < size) decode_run<Finite<P>>(codes + i, to + i, size - i, value);
         } else {
             decode_run<Plain<P>>(codes, to, size, value);
         }
