@@ -17,7 +17,7 @@ from deepspeed.checkpoint import (
     model_3d_desc,
     reshape_meg_2d_parallel,
 )
-from deepspeed.checkpoint.autoep_metadata import aggregate_autoep_metadata, refuse_autoep
+from deepspeed.checkpoint.autoep_metadata import aggregate_autoep_metadata, refuse_folded
 from deepspeed.checkpoint.reshape_meg_2d import get_mpu_ranks
 
 GOLDEN = Path(__file__).parents[2] / "contract" / "golden"
@@ -151,12 +151,12 @@ def test_files_of_model_states_agree_on_the_degrees(
         get_model_3d_descriptor(tmp_path)
 
 
-def test_automatically_split_experts_are_refused_and_not_dropped() -> None:
+def test_the_entries_of_split_experts_are_those_of_all_files() -> None:
     entry = {"module_path": "layers.3.mlp", "num_experts": 4}
     models: list[dict[str, Any]] = [{"ds_autoep_layers": [entry]}, {"autoep_layers": [entry]}, {}]
     assert aggregate_autoep_metadata(models) == [entry]
-    refuse_autoep(models[2:])
-    with pytest.raises(NotImplementedError, match=r"layers\.3\.mlp"):
-        refuse_autoep(models)
     with pytest.raises(RuntimeError, match="must be a list"):
-        refuse_autoep([{"ds_autoep_layers": {"no": "list"}}])
+        aggregate_autoep_metadata([{"ds_autoep_layers": {"no": "list"}}])
+    refuse_folded(models)
+    with pytest.raises(NotImplementedError, match="folded"):
+        refuse_folded([*models, {"folding": {"tp_size": 2}}])
