@@ -207,7 +207,7 @@ def test_a_checkpoint_of_two_tensor_parallel_ranks_converts(tmp_path: Path) -> N
             {"optimizer_state_dict": shard},
             source / f"zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt",
         )
-    with pytest.raises(ValueError, match="model-parallel ranks"):
+    with pytest.raises(ValueError, match="2 tensor-parallel ranks"):
         convert(source, tmp_path / "u")
     assert not (tmp_path / "u").exists()
     for path in source.glob("mp_rank*"):
