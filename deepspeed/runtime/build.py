@@ -378,9 +378,12 @@ def resize_batch(config: Any, train_batch_size: int, ranks: int) -> None:
 
 def build_loader(engine: Any, dataset: Any, **options: Any) -> Any:
     """The loader of `engine.deepspeed_io`."""
-    from .dataloader import build_dataloader
+    from .data_pipeline.data_sampling.of_engine import add_sampling
+    from .dataloader import ROUTE_TRAIN, build_dataloader
 
     batch_size = options.pop("batch_size") or engine.train_micro_batch_size_per_gpu()
+    if options["route"] == ROUTE_TRAIN:
+        add_sampling(engine, dataset, batch_size, options)
     return build_dataloader(
         dataset,
         batch_size=batch_size,

@@ -199,12 +199,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         lambda config: config.eigenvalue_enabled,
         _OFF,
     ),
-    Unbuilt(
-        "data_efficiency.enabled",
-        "data sampling and random-LTD",
-        lambda config: config.data_efficiency_enabled,
-        _OFF,
-    ),
     # ------------------------------------------------------------------ checkpoints
     Unbuilt(
         "aio.use_gds",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -89,14 +90,14 @@ class DeepSpeedDataLoader:
         tput_timer: its `start()` is called before each batch; None for none.
         collate_fn: makes a batch of a list of samples; None is torch's default.
         num_local_io_workers: worker processes; None chooses as said above.
-        data_sampler: torch sampler; None takes a shuffling one.
+        data_sampler: torch sampler, or one of whole micro batches (it has `yields_batches`); None takes a shuffling one.
         data_parallel_world_size: number of shares; None asks torch.distributed.
         data_parallel_rank: which share is ours; None asks torch.distributed.
         dataloader_drop_last: leave out a last batch that is not full.
-        deepspeed_dataloader_config: settings of curriculum learning.
+        deepspeed_dataloader_config: settings of curriculum learning, which needs a sampler of micro batches.
 
     Raises:
-        NotImplementedError: curriculum learning is asked for.
+        ValueError: curriculum learning is asked for, and there is no such sampler.
     """
 
     def __init__(
@@ -115,11 +116,17 @@ class DeepSpeedDataLoader:
         deepspeed_dataloader_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.deepspeed_dataloader_config = dict(deepspeed_dataloader_config or {})
-        if self.deepspeed_dataloader_config.get(_CURRICULUM):
-            raise NotImplementedError(
+        self.curriculum_learning_enabled = getattr(data_sampler, "yields_batches", False)
+        if (
+            self.deepspeed_dataloader_config.get(_CURRICULUM)
+            and not self.curriculum_learning_enabled
+        ):
+            raise ValueError(
                 explain(
-                    "curriculum learning by data sampling is not built yet",
-                    fix="Switch off data_efficiency.data_sampling, or pass your own data_sampler.",
+                    "curriculum learning needs a sampler",
+                    got=type(data_sampler).__name__,
+                    expected="data_sampler=DeepSpeedDataSampler(...)",
+                    fix="let engine.deepspeed_io or deepspeed.initialize make the loader",
                 )
             )
         self.dataset = dataset
@@ -127,7 +134,6 @@ class DeepSpeedDataLoader:
         self.tput_timer = tput_timer
         self.collate_fn = collate_fn
         self.dataloader_drop_last = dataloader_drop_last
-        self.curriculum_learning_enabled = False
         self.post_process_func: Callable[[Any, dict[str, Any]], Any] | None = None
 
         on_cpu = get_accelerator().device_name() == "cpu"
@@ -148,6 +154,8 @@ class DeepSpeedDataLoader:
         self._given = 0
         self._order_rng: torch.Tensor | None = None
         self._resume: dict[str, Any] | None = None
+        self._ahead: deque[dict[str, Any]] = deque()
+        self._loads = 0
 
     def __len__(self) -> int:
         """Number of batches of this rank.
@@ -156,6 +164,8 @@ class DeepSpeedDataLoader:
             TypeError: the dataset or sampler does not know its length.
         """
         counted = self.dataset if self.data_sampler is None else self.data_sampler
+        if self.curriculum_learning_enabled:
+            return counted.num_batches
         full, rest = divmod(len(counted), self.batch_size)
         return full if self.dataloader_drop_last or not rest else full + 1
 
@@ -165,6 +175,9 @@ class DeepSpeedDataLoader:
         return self.__len__()
 
     def __iter__(self) -> DeepSpeedDataLoader:
+        if self.curriculum_learning_enabled:
+            self._start_batches()
+            return self
         position, self._resume = self._resume, None
         self._given = 0
         if position is not None:
@@ -183,8 +196,23 @@ class DeepSpeedDataLoader:
         self.data = iter(self.dataloader)
         return self
 
+    def _start_batches(self) -> None:
+        """Go on with the sampler's micro batches; those that workers made ahead are drawn again."""
+        sampler = self.data_sampler
+        if self._ahead and self._loads == sampler.loads:
+            sampler.load_state_dict(sampler.state_dict())
+        self._ahead, self._loads = deque(), sampler.loads
+        self.dataloader = DataLoader(
+            self.dataset,
+            batch_sampler=_Stated(sampler, self._ahead),
+            num_workers=self.num_local_io_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+        )
+        self.data = iter(self.dataloader)
+
     def __next__(self) -> Any:
-        if self.data is None:
+        if self.data is None or self._loads != getattr(self.data_sampler, "loads", 0):
             iter(self)
         assert self.data is not None
         if self.tput_timer is not None:
@@ -195,6 +223,8 @@ class DeepSpeedDataLoader:
             self._given = 0
             raise
         self._given += 1
+        if self._ahead:
+            self.data_sampler.note_given(self._ahead.popleft())
         if self.post_process_func is None:
             return batch
         state = getattr(self.data_sampler, "state_dict", dict)()
@@ -210,6 +240,8 @@ class DeepSpeedDataLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the epoch stands: samples given on all ranks, the sampler's epoch, what its order was drawn from."""
+        if self.curriculum_learning_enabled:
+            return self.data_sampler.state_dict()
         if self._resume is not None:
             return dict(self._resume)
         replicas = getattr(self.data_sampler, "num_replicas", 1)
@@ -227,6 +259,8 @@ class DeepSpeedDataLoader:
         """
         self.data = None
         self._given = 0
+        if self.curriculum_learning_enabled:
+            return self.data_sampler.load_state_dict(state)
         epoch = state.get("epoch")
         if epoch is not None and hasattr(self.data_sampler, "set_epoch"):
             self.data_sampler.set_epoch(epoch)
@@ -278,6 +312,18 @@ class _Noting:
 
     def __len__(self) -> int:
         return len(self._loader.data_sampler)
+
+
+class _Stated:
+    """A sampler of micro batches, and its states behind those that were not given yet."""
+
+    def __init__(self, sampler: Any, ahead: deque[dict[str, Any]]) -> None:
+        self._sampler, self._states = sampler, ahead
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._sampler:
+            self._states.append(self._sampler.live_state())
+            yield batch
 
 
 class _Given:

@@ -140,7 +140,7 @@ class DeepSpeedEngine(
         self.moe_layers = module_prep.moe_layers(self.module)
         self.gate_modules = [layer.gate for layer in self.moe_layers if hasattr(layer, "gate")]
         self.losses: Any = None
-        self.compression_scheduler = self.quantizer = self.random_ltd_scheduler = None
+        self.compression_scheduler = self.quantizer = None
         self.block_eigenvalue: dict[int, tuple[float, int]] | None = None
         forward_kwargs.build_techniques(self)
 

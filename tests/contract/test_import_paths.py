@@ -143,6 +143,7 @@ BUILT = {
     "deepspeed.ops.aio": "AsyncIOBuilder",
     "deepspeed.ops.fp_quantizer": "FP_Quantize Quantizer matmul_fp8",
     "deepspeed.ops.quantizer": "ds_quantizer",
+    "deepspeed.ops.random_ltd": "GatherTokens ScatterTokens bert_sample_tokens gpt_sample_tokens",
     "deepspeed.ops.lamb": "FusedLamb",
     "deepspeed.ops.lion": "DeepSpeedCPULion FusedLion",
     "deepspeed.ops.op_builder": "CPUAdamBuilder FusedAdamBuilder AsyncIOBuilder",
@@ -203,6 +204,29 @@ BUILT = {
     ),
     "deepspeed.runtime.precision_config": "DeepSpeedFP16Config DeepSpeedBF16Config",
     "deepspeed.runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
+    "deepspeed.runtime.data_pipeline.data_routing.basic_layer": "RandomLayerTokenDrop",
+    "deepspeed.runtime.data_pipeline.data_routing.helper": (
+        "convert_to_random_ltd save_without_random_ltd remove_random_ltd_state_dict"
+    ),
+    "deepspeed.runtime.data_pipeline.data_routing.scheduler": "BaseScheduler RandomLTDScheduler",
+    "deepspeed.runtime.data_pipeline.data_sampling.data_analyzer": (
+        "DataAnalyzer DistributedDataAnalyzer"
+    ),
+    "deepspeed.runtime.data_pipeline.data_sampling.data_sampler": "DeepSpeedDataSampler",
+    "deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset": (
+        "MMapIndexedDataset MMapIndexedDatasetBuilder IndexedDataset IndexedCachedDataset "
+        "IndexedDatasetBuilder make_builder make_dataset"
+    ),
+    "deepspeed.runtime.data_pipeline.data_sampling.utils": (
+        "find_fit_int_dtype split_index split_dataset create_mmap_dataset_builder "
+        "close_mmap_dataset_builder"
+    ),
+    "deepspeed.runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": (
+        "batch_by_seqlens scale_lr dataloader_for_variable_batch_size VariableBatchSizeLR "
+        "lr_scheduler_for_variable_batch_size "
+        "get_dataloader_and_lr_scheduler_for_variable_batch_size "
+        "get_dataloader_and_lr_scheduler_for_variable_batch_size_deepspeed"
+    ),
     "deepspeed.runtime.eigenvalue": "Eigenvalue",
     "deepspeed.runtime.progressive_layer_drop": "ProgressiveLayerDrop",
     "deepspeed.runtime.sparse_tensor": "SparseTensor",
@@ -308,13 +332,6 @@ LATER = {
     "deepspeed.compression.helper": "convert_conv1d_to_linear",
     "deepspeed.inference.v2": "build_hf_engine InferenceEngineV2 RaggedInferenceEngineConfig",
     "deepspeed.ops.adam": "ZenFlowCPUAdam ZenFlowSelectiveAdamW ZenFlowSelectiveAdamW_stage3",
-    "deepspeed.runtime.data_pipeline.data_sampling.data_analyzer": (
-        "DataAnalyzer DistributedDataAnalyzer"
-    ),
-    "deepspeed.runtime.data_pipeline.data_sampling.data_sampler": "DeepSpeedDataSampler",
-    "deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset": (
-        "MMapIndexedDataset MMapIndexedDatasetBuilder IndexedDataset"
-    ),
     "deepspeed.runtime.domino.transformer": "DominoTransformer DominoTransformerLayer",
     "deepspeed.runtime.quantize": "Quantizer",
     "deepspeed.runtime.sequence_parallel.ulysses_sp": "TiledLoss UlyssesSPFwdLossBwdWithLogits",

@@ -9,7 +9,10 @@ LONG_FILES: dict[str, str] = {
 }
 
 # over 60 lines, never over 90
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+    "deepspeed/runtime/data_pipeline/data_sampling/variable_batch_size_and_lr.py:"
+    "get_dataloader_and_lr_scheduler_for_variable_batch_size": "a public signature of 21 params",
+}
 
 # over 25 public methods: surfaces that the public contract fixes
 WIDE_CLASSES: dict[str, str] = {
@@ -57,6 +60,12 @@ WIDE_SIGNATURES: dict[str, str] = {
     "deepspeed/ops/rules.py:adam_rollback": "the op's schema",
     "deepspeed/profiling/flops_profiler/profiler.py:get_model_profile": "public signature",
     "deepspeed/runtime/dataloader.py:DeepSpeedDataLoader.__init__": "public constructor",
+    "deepspeed/runtime/data_pipeline/data_sampling/data_analyzer.py:DataAnalyzer.__init__": "public constructor",
+    "deepspeed/runtime/data_pipeline/data_sampling/data_analyzer.py:DistributedDataAnalyzer.__init__": "public constructor",
+    "deepspeed/runtime/data_pipeline/data_sampling/data_sampler.py:DeepSpeedDataSampler.__init__": "public constructor",
+    "deepspeed/runtime/data_pipeline/data_sampling/packs.py:batch_by_seqlens": "public signature",
+    "deepspeed/runtime/data_pipeline/data_sampling/variable_batch_size_and_lr.py:dataloader_for_variable_batch_size": "public signature",
+    "deepspeed/runtime/data_pipeline/data_sampling/variable_batch_size_and_lr.py:get_dataloader_and_lr_scheduler_for_variable_batch_size": "public signature",
     "deepspeed/runtime/zero/mics.py:MiCS_Init.__init__": "public constructor",
     "deepspeed/runtime/zero/parameter_offload.py:DeepSpeedZeRoOffload.__init__": "public constructor",
     "deepspeed/runtime/zero/tiling.py:TiledLinear.__init__": "public constructor",

@@ -68,7 +68,6 @@ ASKING = {
     "quantize_training.eigenvalue.enabled": {
         "quantize_training": {"eigenvalue": {"enabled": True}}
     },
-    "data_efficiency.enabled": {"data_efficiency": {"enabled": True}},
     "aio.use_gds": {"aio": {"use_gds": True}},
     "nebula.enabled": {"nebula": {"enabled": True}},
     "datastates_ckpt": {"datastates_ckpt": {}},

@@ -187,8 +187,8 @@ def test_workers_make_the_same_batches():
     assert flat(loader) == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_curriculum_learning_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match="curriculum learning"):
+def test_curriculum_learning_without_its_sampler_is_refused():
+    with pytest.raises(ValueError, match="DeepSpeedDataSampler"):
         build_dataloader(
             numbers(2), 2, deepspeed_dataloader_config={"curriculum_learning": {"enabled": True}}
         )

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens pass which layers: random layer-wise token dropping."""
