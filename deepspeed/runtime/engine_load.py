@@ -40,7 +40,7 @@ from .engine_checkpoint import (
     slices_of,
 )
 from .engine_weights import load_module_state_dict
-from .zero import state as zero_state
+from .zero import load_state
 from .zero.optimizer import ZeroOptimizer
 from .zero.own_slice import shape_of
 
@@ -152,7 +152,7 @@ class _Load:
         if sharded:
             self.saved = self._open_optimizer()
         if self.saved is not None and isinstance(self.engine.optimizer, ZeroOptimizer):
-            zero_state.open_needed(self.engine.optimizer, self.saved)
+            load_state.open_needed(self.engine.optimizer, self.saved)
 
     def _check_model(self, files: int) -> None:
         if lacking := names.missing_keys(
@@ -414,9 +414,9 @@ class _Load:
         inline, own = self._inline, optimizer_names(self.engine)
         as_torch = inline is not None and Zero.INNER not in inline
         if as_torch and inline.get(Zero.WRAPPER_NAMES, own) == own:
-            zero_state.load_in_place(optimizer, own_memory(inline))
+            load_state.load_in_place(optimizer, own_memory(inline))
         elif self.saved is not None:
-            zero_state.load_plain(optimizer, self.saved, own)
+            load_state.load_plain(optimizer, self.saved, own)
         else:
             logger.warning(f"{self.path} holds no optimizer states")
 

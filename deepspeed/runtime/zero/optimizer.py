@@ -24,7 +24,7 @@ from deepspeed.runtime.precision import Precision
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
-from . import offload_states, state
+from . import load_state, offload_states, state
 from .diagnose import some_of, unused_message
 from .grad_norm import expert_group_name, largest_norm, square_of_groups
 from .pieces import in_pieces
@@ -216,7 +216,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     ) -> None:
         """Take over what `state_dict` gave (or the list of all ranks' such dicts)."""
         with self.in_memory():
-            state.load_state_dict(
+            load_state.load_state_dict(
                 self, state_dict_list, load_optimizer_states=load_optimizer_states, **options
             )
 

@@ -8,7 +8,7 @@ import torch
 
 import deepspeed
 from deepspeed.checkpoint.reshard import from_shards
-from deepspeed.runtime.zero import state
+from deepspeed.runtime.zero import load_state, state
 from deepspeed.utils import safe_get_full_optimizer_state
 
 KEYS = ("exp_avg", "exp_avg_sq")
@@ -46,7 +46,7 @@ def states(engine):
 def load(into, saved):
     content = saved.optimizer.state_dict()
     shapes = state.param_shapes(saved.optimizer)
-    state.load_state_dict(into.optimizer, from_shards(lambda rank: content, shapes))
+    load_state.load_state_dict(into.optimizer, from_shards(lambda rank: content, shapes))
 
 
 def inner_states(engine):
