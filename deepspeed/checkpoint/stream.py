@@ -169,9 +169,22 @@ class _Parallel:
         return Entry(self.path.name, self.archive.size, whole)
 
     def _send_gaps(self) -> list[tuple[int, int, int]]:
+        """Write what lies between the pieces, many at a time; returns offsets, sums and lengths."""
         if not self.archive.leads:
             return []
-        return [self._send_gap(start, gap) for start, gap in self.archive.gaps()]
+        found = []
+        tickets: deque[int] = deque()
+        for start, gap in self.archive.gaps():
+            found.append((start, crc32(gap), len(gap)))
+            if len(tickets) >= _IN_FLIGHT:
+                atomic.disk.settle(self.queue, tickets.popleft())
+            if gap:
+                data = torch.frombuffer(gap, dtype=torch.uint8)
+                tickets.append(atomic.disk.send(self.queue, self.path, start, data))
+                self.progress.add(len(gap))
+        while tickets:
+            atomic.disk.settle(self.queue, tickets.popleft())
+        return found
 
     def _send_record(self, record: Record, summers: ThreadPoolExecutor) -> None:
         self.sums[id(record)] = []
@@ -222,13 +235,6 @@ class _Parallel:
             self.free.append(flight.lent)
         if self.pace is not None:
             self.pace.rest(flight.length)
-
-    def _send_gap(self, start: int, gap: bytearray) -> tuple[int, int, int]:
-        if gap:
-            data = torch.frombuffer(gap, dtype=torch.uint8)
-            atomic.disk.settle(self.queue, atomic.disk.send(self.queue, self.path, start, data))
-            self.progress.add(len(gap))
-        return start, crc32(gap), len(gap)
 
 
 def _sum(piece: torch.Tensor) -> int:

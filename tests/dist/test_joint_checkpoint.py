@@ -93,6 +93,42 @@ def test_two_ranks_write_the_file_that_one_would_write(
     assert content["global_steps"] == 2
 
 
+def save_layers(rank: int, ranks: int, root: Path) -> dict[str, Any]:
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    net = PipelineModule([torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)], num_stages=1)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "checkpoint": {"writer": {"data_parallel": "replica"}},
+    }
+    made = deepspeed.initialize(model=net, config=config)[0]
+    keeper, made.checkpoint_engine = made.checkpoint_engine, TorchCheckpointEngine()
+    before, stream.BY_QUEUE, archive.LARGE = (stream.BY_QUEUE, archive.LARGE), 0, 4096
+    atomic.disk = disk = Told()
+    try:
+        made.save_checkpoint(root / "alone", tag="t")
+        disk.spans.clear()
+        made.checkpoint_engine = keeper
+        made.save_checkpoint(root / "together", tag="t")
+    finally:
+        atomic.disk = atomic.Disk()
+        stream.BY_QUEUE, archive.LARGE = before
+    return disk.spans
+
+
+def test_the_layers_of_a_pipeline_are_written_together_too(ranks2: Any, tmp_path: Path) -> None:
+    found = ranks2.run(save_layers, 2, tmp_path)
+    for path in (tmp_path / "alone" / "t").iterdir():
+        assert path.read_bytes() == (tmp_path / "together" / "t" / path.name).read_bytes()
+    for spans in found:
+        assert {name for name in spans if name.startswith("layer_")} == {
+            "layer_00-model_states.pt",
+            "layer_01-model_states.pt",
+        }
+
+
 def save_old(rank: int, ranks: int, root: Path) -> None:
     options = {"checkpoint_serialization": False, "writer": {"data_parallel": "replica"}}
     made = engine(2, "fp32", checkpoint=options)

@@ -38,7 +38,10 @@ class CheckpointWriterConfig(PlainSection):
         description="Which ranks with equal weights write a file together: each REPLICA, or one of each "
         "SOCKET (NUMA node) or MACHINE; the first alone if absent.",
     )
-    decoupled: bool = Field(default=False, description="Write while training goes on.")
+    decoupled: bool = Field(
+        default=False,
+        description="Write while training goes on, at 250 MB/s for each core of a rank until the save is waited for.",
+    )
     io_multiplier: int = Field(default=1, description="Write all so many times (to measure).")
 
     @field_validator("type", "data_parallel", mode="before")
