@@ -27,10 +27,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO
 
-from ..utils.errors import DeepSpeedCheckpointError, explain
+from ..utils.errors import explain
 from . import leftovers
+from .crew import Crew
 from .digest import CRC32, crc32, text_of
 from .format import (
     LATEST,
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..ops.aio.queue import FileQueue
-
-T = TypeVar("T")
 
 _SHARING_ERRORS = (5, 32, 33)  # Windows: access denied, sharing violation, lock violation
 _RETRY_SECONDS = 5.0
@@ -130,45 +129,6 @@ class Entry:
     name: str
     size: int
     crc32: str
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The processes that take part in a save.
-
-    Attributes:
-        rank, size: this process among them.
-        leads: whether this process does the folder work of its file system.
-        exchange: gives every process the list of all processes' objects, by rank.
-    """
-
-    rank: int = 0
-    size: int = 1
-    leads: bool = True
-    exchange: Callable[[object], list[Any]] = lambda item: [item]
-
-    def together(self, action: Callable[[], T]) -> list[T]:
-        """Run `action` on every rank; return all results, or raise on every rank when one failed.
-
-        Raises:
-            DeepSpeedCheckpointError: another rank failed (the failing rank raises its own error).
-        """
-        result, failure = None, None
-        try:
-            result = action()
-        except Exception as error:  # told to the others first, then raised below
-            failure = error
-        told = self.exchange((f"{type(failure).__name__}: {failure}" if failure else None, result))
-        if failure is not None:
-            raise failure
-        errors = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(told) if text]
-        if errors:
-            raise DeepSpeedCheckpointError(
-                explain(
-                    "the checkpoint was not completed, other ranks failed", got="; ".join(errors)
-                )
-            )
-        return [value for _, value in told]
 
 
 class HashedFile:

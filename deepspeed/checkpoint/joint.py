@@ -23,7 +23,7 @@ import torch
 from ..utils.logging import logger
 from ..utils.numa import get_numa_cores
 from .archive import Archive, Record, byte_view
-from .atomic import Crew
+from .crew import Crew
 from .digest import combine_all, crc32, crc32_of_address, in_parallel
 
 T = TypeVar("T")

@@ -58,8 +58,8 @@ BUDGET = {
     # whole matrices for Muon, memory that is used again
     "deepspeed/runtime/zero": 7200,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned; so is what
-    # tensor-parallel parts are cut and joined by, and reading whole files at once
-    "deepspeed/checkpoint": 4800,
+    # tensor-parallel parts are cut and joined by, and reading whole files at once; files of several writers
+    "deepspeed/checkpoint": 5300,
     # loading, cutting, quantizing and offloading the base, each with the others
     "deepspeed/linear": 600,
     "deepspeed/nvme deepspeed/io": 800,
