@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn import Module
 
 from deepspeed.accelerator.lowp_products import products_context
 from deepspeed.utils.errors import explain
@@ -35,9 +36,7 @@ from .sparse_gradients import SparseGradients, row_names
 from .zero import offload_states
 
 
-class DeepSpeedEngine(
-    ConfigAccessors, DataControl, ExpertControl, SparseGradients, torch.nn.Module
-):
+class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradients, Module):
     """Wraps a module with its optimizer, scheduler, precision and sharding; see `deepspeed.initialize`.
 
     Args:
@@ -139,8 +138,7 @@ class DeepSpeedEngine(
         self.sparse_tensor_module_names = row_names(self)
         self.moe_layers = module_prep.moe_layers(self.module)
         self.gate_modules = [layer.gate for layer in self.moe_layers if hasattr(layer, "gate")]
-        self.losses: Any = None
-        self.compression_scheduler = self.quantizer = None
+        self.losses = self.compression_scheduler = self.quantizer = None
         self.block_eigenvalue: dict[int, tuple[float, int]] | None = None
         forward_kwargs.build_techniques(self)
 

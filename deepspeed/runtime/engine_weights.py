@@ -52,7 +52,7 @@ def load_module_state_dict(
     if strict and allowed and (unexpected or set(missing) - allowed):
         raise RuntimeError(
             explain(
-                "the saved weights do not match the module",
+                "the saved weights do not match the module outside AutoEP expert weights and others that may be absent",
                 got=f"missing {sorted(set(missing) - allowed)}, unexpected {list(unexpected)}",
             )
         )

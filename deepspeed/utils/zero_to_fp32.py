@@ -55,6 +55,7 @@ MODULE = "module"
 DS_VERSION = "ds_version"
 DS_CONFIG = "ds_config"
 DATA_BEFORE_EXPERT = "use_data_before_expert_parallelism"
+AUTOEP_LAYERS, AUTOEP_LAYERS_OLD = "ds_autoep_layers", "autoep_layers"
 
 _EXPERT = re.compile(r"(.+\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..+)")
 
@@ -307,6 +308,7 @@ def _weights(folder: Path, exclude_frozen: bool) -> OrderedDict[str, Weight]:
             f"Expected {world} of '*_optim_states.pt' under '{folder}' but found {len(shards)} files."
         )
     models = [_load(file) for file in (model_files if stage == 3 else model_files[:1])]
+    _refuse_spread_experts(models[0])
     weights: OrderedDict[str, Weight] = OrderedDict()
     for name in models[0][BUFFER_NAMES]:
         if name in models[0][MODULE]:
@@ -329,6 +331,29 @@ def _weights(folder: Path, exclude_frozen: bool) -> OrderedDict[str, Weight]:
         if name in weights:
             weights[alias] = weights[name]
     return weights
+
+
+def _refuse_spread_experts(model: Mapping[str, Any]) -> None:
+    """Refuse stacked experts that several ranks share: a rank's shards hold a part of each stack."""
+    entries = model.get(AUTOEP_LAYERS) or model.get(AUTOEP_LAYERS_OLD) or ()
+    if any(entry.get("ep_size", 1) > 1 for entry in entries):
+        raise NotImplementedError(
+            "the checkpoint has experts that AutoEP spread over ranks, which this script does not put together; convert "
+            "it with ds_to_universal.py, or save with engine.save_16bit_model"
+        )
+
+
+def _raise_if_autoep_zero3_partitioned_checkpoint(files: list[str]) -> None:
+    for file in files:
+        _refuse_spread_experts(_load(Path(file)))
+
+
+def parse_model_states(files: list[str]) -> list[Any]:
+    """The content of model files; NotImplementedError for experts that several ranks share."""
+    models = [_load(Path(file)) for file in files]
+    for model in models:
+        _refuse_spread_experts(model)
+    return models
 
 
 def _of_tensor(value: torch.Tensor) -> Weight:

@@ -36,7 +36,9 @@ BUDGET = {
     "deepspeed/runtime/engine_dtypes.py": 1000,
     # every rule of loading: three stages, two wrappers, older names, experts, any number of ranks
     "deepspeed/runtime/engine_checkpoint.py deepspeed/runtime/engine_load.py "
-    "deepspeed/runtime/engine_weights.py": 872,
+    "deepspeed/runtime/engine_weights.py": 940,
+    # experts of Hugging Face models: groups, placement, what a checkpoint says of them
+    "deepspeed/runtime/engine_experts.py deepspeed/runtime/saved_experts.py": 440,
     # requests are refused here, in words: more than half of it is messages
     "deepspeed/runtime/build.py deepspeed/runtime/build_*.py deepspeed/runtime/optimizers.py": 720,
     # configurations and model files of several kinds, and the words of the report
@@ -63,12 +65,12 @@ BUDGET = {
     # loading, cutting, quantizing and offloading the base, each with the others
     "deepspeed/linear": 600,
     "deepspeed/nvme deepspeed/io": 800,
-    "deepspeed/moe": 1100,
+    "deepspeed/moe": 1750,  # and routers, stacked experts and their dispatch for AutoEP
     "deepspeed/pipe deepspeed/runtime/pipe": 1300,
     "deepspeed/sequence deepspeed/runtime/sequence_parallel": 1500,
     "deepspeed/inference -deepspeed/inference/quantization -deepspeed/inference/v2": 1000,
     # fused decoders; and tensor parallelism: layers, rules, what checkpoints are told of them
-    "deepspeed/module_inject": 2400,
+    "deepspeed/module_inject": 3700,  # and AutoEP: presets, detection, the layer, its settings
     # with the picture of a run's CSV
     "deepspeed/monitor": 600,
     # counting, the report and the numbers' form are a file each
