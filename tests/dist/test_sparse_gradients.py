@@ -92,7 +92,7 @@ def check(case, first, second):
 
 
 def test_rows_train_like_dense_gradients(ranks2):
-    for case, first, second in zip(CASES, *ranks2.run(train, CASES), strict=True):
+    for case, first, second in zip(CASES, *ranks2.run(train, CASES, timeout=240), strict=True):
         check(case, first, second)
 
 
