@@ -10,7 +10,7 @@ copies just the runs that its rank owns.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -176,6 +176,32 @@ def from_shards(
         for layout, in_order in zip(layouts, names, strict=True)
     )
     local = {name: torch.Size(shape) for group in shapes for name, shape in group.items()}
+    pieces, sizes, kinds = _places(layouts, names, local, world, stacks, data_first)
+    numels = [layout.shard_numel for layout in layouts]
+    inner = _inner_state(head)
+    return SavedState(
+        pieces=pieces,
+        hyper=hyper_by_name(inner, kinds),
+        scaler=scaler_numbers(head),
+        stage=stage,
+        world=world,
+        has_masters=True,
+        open_shard=lambda rank: _shard_slots(open_dict(rank), numels),
+        shapes=sizes,
+        # it was read already; only here, where `close` lets go of it
+        _shards=OrderedDict({near: _shard_slots(head, numels)}),
+    )
+
+
+def _places(
+    layouts: Sequence[Layout],
+    names: Sequence[Sequence[str | None]],
+    local: Mapping[str, torch.Size],
+    world: int,
+    stacks: Mapping[str, int],
+    data_first: bool,
+) -> tuple[dict[str, list[Piece]], dict[str, torch.Size], list[list[str]]]:
+    """Where each parameter's elements are, its whole shape, and the names of each group; see `from_shards`."""
     here = experts_by_layer(local)
     pieces: dict[str, list[Piece]] = OrderedDict()
     sizes: dict[str, torch.Size] = {}
@@ -205,20 +231,7 @@ def from_shards(
                     sizes[name] = torch.Size((shape[0] * sets, *shape[1:]))
                 if own and name_there != name:
                     kinds[slot].append(name_there)
-    numels = [layout.shard_numel for layout in layouts]
-    inner = _inner_state(head)
-    return SavedState(
-        pieces=pieces,
-        hyper=hyper_by_name(inner, kinds),
-        scaler=scaler_numbers(head),
-        stage=stage,
-        world=world,
-        has_masters=True,
-        open_shard=lambda rank: _shard_slots(open_dict(rank), numels),
-        shapes=sizes,
-        # it was read already; only here, where `close` lets go of it
-        _shards=OrderedDict({near: _shard_slots(head, numels)}),
-    )
+    return pieces, sizes, kinds
 
 
 def from_inline(
@@ -384,12 +397,14 @@ def _shard_slots(saved: Mapping[str, Any], shard_numels: Sequence[int]) -> list[
     return slots
 
 
-def _slot(state: Mapping[str, Any], *flat_numels: int) -> Slot:
-    """Tell the element-wise entries of a torch optimizer's state from the numbers."""
+def _slot(state: Mapping[str, Any], *flat_numels: int, wide: Collection[str] = ()) -> Slot:
+    """Tell the element-wise entries of a torch optimizer's state from the numbers; those of `wide` may be 0-dim."""
     slot = Slot({})
     for key, value in state.items():
         element_wise = (
-            isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() in flat_numels
+            isinstance(value, torch.Tensor)
+            and (value.dim() > 0 or key in wide)
+            and value.numel() in flat_numels
         )
         if element_wise:
             slot.tensors[key] = value.detach().reshape(-1)
@@ -420,11 +435,14 @@ def _param_slots(
 ) -> tuple[list[Slot], dict[str, list[Piece]]]:
     states = saved.get(Zero.INNER, saved).get("state", {})
     masters = [m for group in saved.get(Zero.WRAPPER_LISTS, []) for m in group]
+    # A 0-dim parameter's moments look like numbers; the other parameters' say what they are.
+    entries = [entry for state in states.values() for entry in state.items()]
+    wide = {key for key, value in entries if isinstance(value, torch.Tensor) and value.dim() > 0}
     slots, pieces = [], OrderedDict()
     for index, name in enumerate(name for group in names for name in group):
         state = states.get(index, {})
         numel = masters[index].numel() if masters else shapes[name].numel()
-        slot = _slot(state, numel)
+        slot = _slot(state, numel, wide=wide)
         if masters:
             slot.tensors[FP32] = masters[index].detach().reshape(-1)
         slots.append(slot)

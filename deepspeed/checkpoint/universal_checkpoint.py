@@ -144,20 +144,14 @@ def open_universal(
             )
         )
     common = folder.load(f"{Universal.FOLDER}/{_COMMON}")
-    held = {
-        name: shape
-        for name, shape in shapes.items()
-        if folder.has(universal_state_file(name, FP32))
-    }
+    held = {n: shape for n, shape in shapes.items() if folder.has(universal_state_file(n, FP32))}
     step = _common_step(common)
     names = list(held)
     number = {name: index for index, name in enumerate(names)}
 
     def open_one(index: int) -> list[Slot]:
-        name = names[index]
-        cut = (cuts or {}).get(name)
-        share = (experts or {}).get(name)
-        ranks = (tensor_rank, tensor_size)
+        name, ranks = names[index], (tensor_rank, tensor_size)
+        cut, share = (cuts or {}).get(name), (experts or {}).get(name)
         return [_slot(folder, name, held[name], step, ranks, cut, share)]
 
     return SavedState(

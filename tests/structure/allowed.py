@@ -43,6 +43,7 @@ WIDE_SIGNATURES: dict[str, str] = {
     "deepspeed/comm/comm.py:init_distributed": "public signature",
     "deepspeed/module_inject/auto_ep_config.py:validate_autoep_config": "public signature",
     "deepspeed/checkpoint/autoep_universal.py:make_folding_metadata": "public signature",
+    "deepspeed/runtime/engine_experts.py:ExpertControl.load_moe_state_dict": "public signature",
     "deepspeed/moe/ep_router.py:TokenChoiceTopKRouter.__init__": "public constructor",
     "deepspeed/moe/gating.py:top1gating": "public signature",
     "deepspeed/moe/layer.py:MoE.__init__": "public constructor",
