@@ -110,6 +110,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.zero.tiers": 2,
     "deepspeed.checkpoint.format": 2,
     "deepspeed.checkpoint.atomic": 2,
+    "deepspeed.checkpoint.crew": 2,
     "deepspeed.checkpoint.leftovers": 2,
     "deepspeed.checkpoint.digest": 2,
     "deepspeed.comm": 2,
