@@ -9,7 +9,6 @@ import torch
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.utils.errors import explain
-from deepspeed.utils.logging import logger
 from deepspeed.utils.tensor_fragment import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -216,13 +215,7 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
         return [part.grad.narrow(0, start, length) for part, _, start, length in runs]
 
     def quantize_nontrainable_params(self) -> None:
-        """Nothing to do where `zero_quantized_nontrainable_weights` is set: what was frozen at initialize is kept as codes."""
-        params = self.parameter_offload.module.parameters()
-        if not any(getattr(param, "ds_packed", False) for param in params):
-            logger.warning(
-                "quantize_nontrainable_params: no frozen matrix is kept as codes; "
-                "set zero_optimization.zero_quantized_nontrainable_weights, and freeze before initialize"
-            )
+        """Nothing to do: with `zero_quantized_nontrainable_weights`, what was frozen at initialize is kept as codes."""
 
     def empty_partition_cache(self) -> None:
         """Let go of everything that is whole."""
