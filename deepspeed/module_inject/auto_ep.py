@@ -130,7 +130,8 @@ class AutoEP:
             score_apply="post" if config.score_apply == "auto" else config.score_apply,
             route_norm=norm if config.route_norm is None else config.route_norm,
             gate_bias=getattr(gate, "bias", None) is not None,
-            return_router_logits=target == "moe_block" and index == 1,
+            return_router_logits=(target == "moe_block" and index == 1)
+            or (adapter.is_old and target == "none" and _returns_logits(self.hf_config)),
             router_logits_capture_target=target,
             router_logits_capture_index=index,
             router_logits_capture_layer_name=layer_name,
@@ -205,6 +206,11 @@ def _resolve_route_scale(config: Any, hf_config: Any) -> float:
             )
         )
     return float(factor)
+
+
+def _returns_logits(hf_config: Any) -> bool:
+    """Whether layers of transformers 4 hand logits up themselves: Qwen2-MoE's decoder counts on it."""
+    return getattr(hf_config, "model_type", None) == "qwen2_moe"
 
 
 def _text_config(model: nn.Module) -> Any:
