@@ -55,7 +55,7 @@ MODULE = "module"
 DS_VERSION = "ds_version"
 DS_CONFIG = "ds_config"
 DATA_BEFORE_EXPERT = "use_data_before_expert_parallelism"
-AUTOEP_LAYERS, AUTOEP_LAYERS_OLD = "ds_autoep_layers", "autoep_layers"
+AUTOEP_LAYERS_KEY, AUTOEP_LAYERS_KEY_LEGACY = "ds_autoep_layers", "autoep_layers"
 
 _EXPERT = re.compile(r"(.+\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..+)")
 
@@ -335,7 +335,7 @@ def _weights(folder: Path, exclude_frozen: bool) -> OrderedDict[str, Weight]:
 
 def _refuse_spread_experts(model: Mapping[str, Any]) -> None:
     """Refuse stacked experts that several ranks share: a rank's shards hold a part of each stack."""
-    entries = model.get(AUTOEP_LAYERS) or model.get(AUTOEP_LAYERS_OLD) or ()
+    entries = model.get(AUTOEP_LAYERS_KEY) or model.get(AUTOEP_LAYERS_KEY_LEGACY) or ()
     if any(entry.get("ep_size", 1) > 1 for entry in entries):
         raise NotImplementedError(
             "the checkpoint has experts that AutoEP spread over ranks, which this script does not put together; convert "
