@@ -15,6 +15,10 @@ class _Tracker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again from nothing; for tests, which share the one tracker of a process."""
         self._bytes = 0
         self._calls = 0
         self._next_checkpoint = _FIRST_CHECKPOINT
