@@ -23,7 +23,7 @@ BUDGET = {
     "deepspeed/git_version_info.py": 30,
     "deepspeed/env_report.py": 420,  # ten sections, each as text and as JSON, none able to break the rest
     # more than the design named: the communication logger, debug names, the stand-alone converter's readers, leaf modules
-    "deepspeed/utils": 3200,
+    "deepspeed/utils": 3210,
     "deepspeed/accelerator -deepspeed/accelerator/*product*": 800,
     # 16-bit products through fp32: the design counted on torch's own
     "deepspeed/accelerator/*product*": 800,
