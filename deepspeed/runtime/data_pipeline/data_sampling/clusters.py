@@ -14,7 +14,7 @@ from deepspeed.utils.errors import explain
 
 from ...config_errors import ConfigValueError
 from .indexed_dataset import MMapIndexedDataset
-from .utils import close_mmap_dataset_builder, create_mmap_dataset_builder, find_fit_int_dtype
+from .utils import find_fit_int_dtype, new_dataset
 
 VALUE, PERCENTILE = "value", "percentile"
 SINGLE_CLUSTER, SCHEDULE_BASED = "single_cluster", "schedule_based"
@@ -156,9 +156,8 @@ class Clusters:
         self.rounds.append(0)
         if self._folder is not None:
             fname = str(Path(self._folder) / self.names[-1])
-            builder = create_mmap_dataset_builder(fname, self._members[-1].dtype)
-            builder.add_item_numpy(self._order(len(self.names) - 1))
-            close_mmap_dataset_builder(builder, fname)
+            with new_dataset(fname, self._members[-1].dtype) as made:
+                made.add_item_numpy(self._order(len(self.names) - 1))
 
     def _order(self, cluster: int) -> np.ndarray:
         order = self._orders[cluster]

@@ -26,7 +26,7 @@ from . import metric_files
 from .dataset_files import numpy_dtype
 from .indexed_dataset import MMapIndexedDataset
 from .metric_files import SINGLE
-from .utils import close_mmap_dataset_builder, create_mmap_dataset_builder, split_dataset
+from .utils import new_dataset, split_dataset
 
 # what is known of one metric after a part of the samples: values and numbers of samples, or a sum
 Results = list[dict[str, Any]]
@@ -146,17 +146,14 @@ class DataAnalyzer:
             if kind == SINGLE:
                 values, ids = _joined(result)
                 _check_fit(values, dtype, result["metric"])
-                builder = create_mmap_dataset_builder(f"{fname}_sample_to_metric", dtype)
-                builder.add_numbers(values)
-                close_mmap_dataset_builder(builder, f"{fname}_sample_to_metric")
-                builder = create_mmap_dataset_builder(f"{fname}_sample_ids", np.int64)
-                builder.add_numbers(ids)
-                close_mmap_dataset_builder(builder, f"{fname}_sample_ids")
+                with new_dataset(f"{fname}_sample_to_metric", dtype) as made:
+                    made.add_numbers(values)
+                with new_dataset(f"{fname}_sample_ids", np.int64) as made:
+                    made.add_numbers(ids)
             elif result["total"] is not None:
                 _check_fit(result["total"], dtype, result["metric"])
-                builder = create_mmap_dataset_builder(f"{fname}_metric_value", dtype)
-                builder.add_item_numpy(result["total"])
-                close_mmap_dataset_builder(builder, f"{fname}_metric_value")
+                with new_dataset(f"{fname}_metric_value", dtype) as made:
+                    made.add_item_numpy(result["total"])
 
     def run_map_helper(self, thread_id: int) -> None:
         """Map one process's share."""

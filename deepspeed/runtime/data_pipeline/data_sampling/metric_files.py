@@ -11,7 +11,7 @@ import numpy as np
 from deepspeed.utils.errors import explain
 
 from .indexed_dataset import MMapIndexedDataset, data_file_path
-from .utils import close_mmap_dataset_builder, create_mmap_dataset_builder, find_fit_int_dtype
+from .utils import find_fit_int_dtype, new_dataset
 
 SINGLE = "single_value_per_sample"
 ACCUMULATED = "accumulate_value_over_samples"
@@ -85,32 +85,27 @@ def write_single(folder: str, metric: str, values: np.ndarray, ids: np.ndarray) 
     value_dtype = find_fit_int_dtype(int(values.min()), int(values.max()))
     id_dtype = find_fit_int_dtype(0, int(ids.max()))
     prefix = str(Path(folder) / metric)
-    builder = create_mmap_dataset_builder(f"{prefix}_sample_to_metric", value_dtype)
-    builder.add_numbers(values)
-    close_mmap_dataset_builder(builder, f"{prefix}_sample_to_metric")
+    with new_dataset(f"{prefix}_sample_to_metric", value_dtype) as made:
+        made.add_numbers(values)
 
     order = np.argsort(values, kind="stable")
     distinct, starts = np.unique(values[order], return_index=True)
-    builder = create_mmap_dataset_builder(f"{prefix}_index_to_metric", value_dtype)
-    builder.add_numbers(distinct)
-    close_mmap_dataset_builder(builder, f"{prefix}_index_to_metric")
+    with new_dataset(f"{prefix}_index_to_metric", value_dtype) as made:
+        made.add_numbers(distinct)
     step = max(1, len(distinct) // _PERCENTILES)
     for name, bounds in (
         ("index_to_sample", starts),
         ("index_to_sample_percentile_merged", starts[::step]),
     ):
-        builder = create_mmap_dataset_builder(f"{prefix}_{name}", id_dtype)
-        builder.add_items(np.split(ids[order], bounds[1:]))
-        close_mmap_dataset_builder(builder, f"{prefix}_{name}")
+        with new_dataset(f"{prefix}_{name}", id_dtype) as made:
+            made.add_items(np.split(ids[order], bounds[1:]))
 
 
 def write_accumulated(folder: str, metric: str, total: np.ndarray) -> None:
     """Write the file of a metric that is summed over the samples: ``metric_value``."""
-    fname = str(Path(folder) / f"{metric}_metric_value")
     dtype = find_fit_int_dtype(int(total.min()), int(total.max()))
-    builder = create_mmap_dataset_builder(fname, dtype)
-    builder.add_item_numpy(total)
-    close_mmap_dataset_builder(builder, fname)
+    with new_dataset(str(Path(folder) / f"{metric}_metric_value"), dtype) as made:
+        made.add_item_numpy(total)
 
 
 def read_values(fname: str) -> np.ndarray:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,11 @@ def close_mmap_dataset_builder(builder: MMapIndexedDatasetBuilder, fname: str) -
     """End the document and write the index."""
     builder.end_document()
     builder.finalize(index_file_path(fname))
+
+
+@contextlib.contextmanager
+def new_dataset(fname: str, dtype: Any) -> Iterator[MMapIndexedDatasetBuilder]:
+    """A builder of the dataset at a path without ending, whose files are complete at the end of the block."""
+    builder = create_mmap_dataset_builder(fname, dtype)
+    yield builder
+    close_mmap_dataset_builder(builder, fname)
