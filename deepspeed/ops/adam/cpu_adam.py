@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from deepspeed.ops.elementwise import ElementwiseOptimizer, require_cpu
 from deepspeed.ops.rules import adam_rollback, adam_step, random_adam_step
+from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
 
@@ -88,36 +88,75 @@ class DeepSpeedCPUAdam(ElementwiseOptimizer):
 
     @torch.no_grad()
     def step_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
-        """Step one param only, counted over all groups; returns the closure's value."""
+        """Step the param that stands in the groups now, with the state of that number; returns the closure's value.
+
+        A caller with too many states for its memory puts one flat param after the other into the same group.
+
+        Raises:
+            ValueError: several params have gradients, or the state is of another size.
+        """
         loss = closure() if closure is not None else None
-        group, param = self._nth_param(subgroup_id)
-        if param.grad is not None:
-            self.step_shard(group, param, param.grad)
+        for group, param in self._stepped(subgroup_id):
+            state = self.state[subgroup_id]  # type: ignore[index]
+            if not state:
+                self._init_state(param, state)
+            self._check_size(subgroup_id, param, state)
+            self._apply(group, param, param.grad, state, None, 1.0)
+            torch.autograd.graph.increment_version(param)
         return loss
 
     @torch.no_grad()
     def rollback_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
-        """Take back the last step of one param, given the same gradient; returns the closure's value.
+        """Take back the last `step_subgroup` of that number, given the same gradient; returns the closure's value.
 
         Raises:
-            RuntimeError: the param has made no step.
+            RuntimeError: it has made no step.
+            ValueError: as `step_subgroup`.
         """
         loss = closure() if closure is not None else None
-        group, param = self._nth_param(subgroup_id)
-        state = self.state[param]
-        if param.grad is not None:
-            if not state.get("step"):
-                raise RuntimeError(f"param {subgroup_id} has made no step that could be undone")
+        state = self.state.get(subgroup_id)  # type: ignore[call-overload]
+        if not state:
+            raise RuntimeError(
+                explain(
+                    f"Cannot rollback optimizer state for sub_group_id {subgroup_id}",
+                    got="no state of that number",
+                    expected="one that step_subgroup has made",
+                )
+            )
+        if state["step"] == 0:
+            raise RuntimeError(
+                f"Cannot rollback sub_group_id {subgroup_id}: step count is 0, nothing is left to take back"
+            )
+        for group, param in self._stepped(subgroup_id):
+            self._check_size(subgroup_id, param, state)
             adam_rollback(*self._arguments(group, param, param.grad, state, None, 1.0))
+            torch.autograd.graph.increment_version(param)
             state["step"] -= 1
         return loss
 
-    def _nth_param(self, index: int) -> tuple[dict[str, Any], Tensor]:
-        pairs = ((group, param) for group in self.param_groups for param in group["params"])
-        found = next(itertools.islice(pairs, index, None), None)
-        if found is None:
-            raise IndexError(f"the optimizer has no param number {index}")
+    def _stepped(self, subgroup_id: int) -> list[tuple[dict[str, Any], Tensor]]:
+        found = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if len(found) > 1:
+            raise ValueError(
+                explain(
+                    f"subgroup {subgroup_id} is more than one param",
+                    got=f"{len(found)} params with gradients",
+                    expected="one flat param in the groups at a time",
+                )
+            )
         return found
+
+    @staticmethod
+    def _check_size(subgroup_id: int, param: Tensor, state: dict[str, Any]) -> None:
+        if state["exp_avg"].numel() != param.numel():
+            raise ValueError(
+                explain(
+                    f"the state of subgroup {subgroup_id} is of another size",
+                    got=f"{state['exp_avg'].numel()} elements",
+                    expected=f"{param.numel()}",
+                    fix="Give each flat param a number of its own.",
+                )
+            )
 
     def _apply(
         self,

@@ -406,21 +406,51 @@ def test_each_cpu_adam_has_its_own_id():
 
 
 @pytest.mark.parametrize("adamw", [True, False])
-def test_a_subgroup_is_stepped_and_rolled_back(adamw):
+def test_subgroups_take_turns_in_the_groups_and_are_rolled_back(adamw):
     params = params_of([(50,), (60,)])
-    optimizer = DeepSpeedCPUAdam(params, lr=0.01, weight_decay=0.1, adamw_mode=adamw)
+    whole = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    settings = {"lr": 0.01, "weight_decay": 0.1, "adamw_mode": adamw}
+    optimizer, plain = DeepSpeedCPUAdam(params[:1], **settings), DeepSpeedCPUAdam(whole, **settings)
+
+    def step(call):
+        for number, param in enumerate(params):
+            optimizer.param_groups[0]["params"] = [param]
+            call(number)
+
+    for _ in range(2):
+        set_grads(params)
+        for mine, theirs in zip(whole, params, strict=True):
+            mine.grad = theirs.grad.clone()
+        step(optimizer.step_subgroup)
+        plain.step()
+    after_two = [p.detach().clone() for p in params]
+    assert all(torch.equal(p, q) for p, q in zip(params, whole, strict=True))
+    moments = [optimizer.state[number]["exp_avg"].clone() for number in (0, 1)]
     set_grads(params)
-    optimizer.step()
-    start = [p.detach().clone() for p in params]
-    moment = optimizer.state[params[1]]["exp_avg"].clone()
+    step(optimizer.step_subgroup)
+    assert [optimizer.state[number]["step"] for number in (0, 1)] == [3, 3]
+    step(optimizer.rollback_subgroup)
+    for number, param in enumerate(params):
+        # the roundings of one fp32 step, divided by beta1 and beta2
+        torch.testing.assert_close(param.detach(), after_two[number], rtol=0, atol=1e-6)
+        state = optimizer.state[number]
+        torch.testing.assert_close(state["exp_avg"], moments[number], rtol=0, atol=1e-6)
+        assert state["step"] == 2
+
+
+def test_a_subgroup_that_cannot_be_stepped_or_taken_back_is_refused():
+    params = params_of([(50,), (60,)])
+    optimizer = DeepSpeedCPUAdam(params)
+    with pytest.raises(RuntimeError, match="Cannot rollback optimizer state for sub_group_id 0"):
+        optimizer.rollback_subgroup(0)
     set_grads(params)
-    optimizer.step_subgroup(1)
-    assert torch.equal(params[0], start[0])
-    assert not torch.equal(params[1], start[1])
-    optimizer.rollback_subgroup(1)
-    # the roundings of one fp32 step, divided by beta1 and beta2
-    torch.testing.assert_close(params[1].detach(), start[1], rtol=0, atol=1e-6)
-    torch.testing.assert_close(optimizer.state[params[1]]["exp_avg"], moment, rtol=0, atol=1e-6)
-    assert optimizer.state[params[1]]["step"] == 1
-    with pytest.raises(IndexError, match="number 2"):
-        optimizer.step_subgroup(2)
+    with pytest.raises(ValueError, match="2 params with gradients"):
+        optimizer.step_subgroup(0)
+    optimizer.param_groups[0]["params"] = params[:1]
+    optimizer.step_subgroup(0)
+    optimizer.rollback_subgroup(0)
+    with pytest.raises(RuntimeError, match="Cannot rollback sub_group_id 0: step count is 0"):
+        optimizer.rollback_subgroup(0)
+    optimizer.param_groups[0]["params"] = params[1:]
+    with pytest.raises(ValueError, match="of another size: got 50 elements, expected 60"):
+        optimizer.step_subgroup(0)
