@@ -57,9 +57,24 @@ BUILT = {
         "reshape_meg_2d_parallel DeepSpeedCheckpoint merge_state model_3d_desc "
         "get_model_3d_descriptor ZeROCheckpoint enable_universal_checkpoint SubparamShape"
     ),
-    "deepspeed.checkpoint.ds_to_universal": "main parse_arguments",
+    "deepspeed.checkpoint.autoep_universal": (
+        "_zero12_fragment_path consolidate_autoep_expert_files "
+        "consolidate_autoep_zero12_expert_states make_folding_metadata validate_folding_metadata"
+    ),
+    "deepspeed.checkpoint.ds_to_universal": (
+        "main parse_arguments _autoep_expert_param_names_by_rank "
+        "_get_zero3_model_state_files _uses_zero3_partitioned_autoep_metadata"
+    ),
     "deepspeed.checkpoint.universal_checkpoint": "SubparamShape load_hp_checkpoint_state",
-    "deepspeed.checkpoint.constants": "",
+    "deepspeed.checkpoint.constants": (
+        "AUTOEP_LAYERS_KEY AUTOEP_ZERO3_EXPERT_STATE_FORMAT_KEY "
+        "AUTOEP_ZERO3_EXPERT_STATE_FORMAT_VERSION AUTOEP_ZERO3_EXPERT_STATE_FORMAT_VERSION_KEY "
+        "AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT BUFFER_NAMES EP_IS_EXPERT_PARAM "
+        "EP_NUM_EXPERTS FOLDING_DISPATCH_STRATEGY FOLDING_EP_SIZE FOLDING_ETP_RANK "
+        "FOLDING_ETP_SIZE FOLDING_FAMILY FOLDING_METADATA_KEY FOLDING_PARAM_FAMILIES "
+        "FOLDING_SHARED_EXPERT_PLACEMENT FOLDING_TP_SIZE FOLDING_ZERO_PARTITION_COUNT "
+        "FOLDING_ZERO_PARTITION_GROUP OPTIMIZER_STATE_DICT PARAM PARAM_SHAPES"
+    ),
     "deepspeed.checkpoint.utils": "clone_tensors_for_torch_save",
     "deepspeed.comm": (
         "configure is_initialized destroy_process_group new_group is_available broadcast "
@@ -105,7 +120,17 @@ BUILT = {
     "deepspeed.launcher.launch": "main",
     "deepspeed.launcher.runner": "main DEEPSPEED_ENVIRONMENT_NAME",
     "deepspeed.linear": "OptimizedLinear LoRAConfig QuantizationConfig Init init_lora",
+    "deepspeed.moe.ep_count": "count_tokens_per_expert",
+    "deepspeed.moe.ep_experts": "GroupedExperts",
+    "deepspeed.moe.ep_kernels": "",
+    "deepspeed.moe.ep_repack": "repack_expert_weights",
+    "deepspeed.moe.ep_router": "TokenChoiceTopKRouter",
+    "deepspeed.moe.ep_tp_dispatch": (
+        "RoutedAssignmentPayload assert_tp_payload_consistent assignment_ordinals_by_expert dist "
+        "dispatch_counters partition_assignments restore_combined"
+    ),
     "deepspeed.moe.experts": "Experts",
+    "deepspeed.moe.fused_expert_layout": "classify_fused_gate_up_layout",
     "deepspeed.moe.layer": "MoE",
     "deepspeed.moe.mappings": "gather_tokens drop_tokens",
     "deepspeed.moe.sharded_moe": (
@@ -122,6 +147,29 @@ BUILT = {
         "replace_transformer_layer revert_transformer_layer LinearAllreduce LinearLayer set_autotp_mode "
         "SubParamLinearLayer SubParamLinearAllreduce TPLayerSpec AutoTPConfig PartitionType "
         "AutoTPPresets merge_autotp_configs"
+    ),
+    "deepspeed.module_inject.auto_ep": "AutoEP _resolve_route_scale",
+    "deepspeed.module_inject.auto_ep_config": (
+        "AutoEPConfig MoELayerSpec PRESET_MODELS fill_autoep_config_from_hf parse_autoep_config "
+        "validate_autoep_config validate_autoep_post_detection"
+    ),
+    "deepspeed.module_inject.auto_ep_folding": (
+        "AUTOEP_FOLDING_GRAD_REDUCE_AVERAGE AUTOEP_FOLDING_GRAD_REDUCE_EXPERT_TP_CANCEL "
+        "AUTOEP_FOLDING_GRAD_REDUCE_SKIP AUTOEP_FOLDING_GRAD_REDUCE_SUM FoldingGroupHandles "
+        "FoldingGroupTables ParallelFoldingSpec assert_group_matches_spec "
+        "autoep_folding_gradient_reduction_strategy build_folding_spec "
+        "expected_folding_group_tables local_folding_ranks "
+        "mark_autoep_folding_partial_router_parameter mark_autoep_folding_router_parameter "
+        "mark_autoep_folding_sp_sharded_layernorm_parameter"
+    ),
+    "deepspeed.module_inject.auto_ep_layer": (
+        "AutoEPMoELayer SplitPlan apply_scores_before_experts_if_enabled combine_from_routed "
+        "compute_split_plan compute_split_plan_from_expert_indices dist resolve_score_apply_mode"
+    ),
+    "deepspeed.module_inject.auto_ep_preset_adapters": "get_preset_adapter",
+    "deepspeed.module_inject.auto_ep_presets.base": "MoEModelPreset",
+    "deepspeed.module_inject.auto_ep_presets.registry": (
+        "PRESET_MODELS preset_name_for_hf_model_type unsupported_preset_for_hf_model_type"
     ),
     "deepspeed.module_inject.auto_tp": "AutoTP",
     "deepspeed.module_inject.layers": (
@@ -320,7 +368,8 @@ BUILT = {
     "deepspeed.utils.torch": "required_torch_version",
     "deepspeed.utils.zero_to_fp32": (
         "get_fp32_state_dict_from_zero_checkpoint convert_zero_checkpoint_to_fp32_state_dict "
-        "load_state_dict_from_zero_checkpoint get_model_state_file get_optim_files"
+        "load_state_dict_from_zero_checkpoint get_model_state_file get_optim_files parse_model_states "
+        "_raise_if_autoep_zero3_partitioned_checkpoint"
     ),
 }
 
