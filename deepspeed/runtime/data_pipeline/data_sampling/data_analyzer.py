@@ -132,10 +132,14 @@ class DataAnalyzer:
         batch_start_idx: int = 0,
     ) -> None:
         """Add the values of a batch, whose first sample is at place `batch_start_idx`."""
-        for kind, function, result in zip(
-            metric_types, metric_functions, metric_results, strict=True
-        ):
-            _add(result, kind, function(data), data, batch_start_idx, self.sample_indices)
+        _add_batch(
+            metric_results,
+            metric_types,
+            metric_functions,
+            data,
+            batch_start_idx,
+            self.sample_indices,
+        )
 
     def finalize_metric_results(
         self, metric_types: Sequence[str], metric_dtypes: Sequence[Any], metric_results: Results
@@ -157,14 +161,11 @@ class DataAnalyzer:
 
     def run_map_helper(self, thread_id: int) -> None:
         """Map one process's share."""
-        start, end = split_dataset(
-            self.dataset, self.num_workers, self.worker_id, self.num_threads
-        )[1][thread_id]
         lists = (self.metric_types, self.metric_dtypes)
         begin = self.custom_map_init or self.init_metric_results
         results = begin(thread_id, self.metric_names, *lists, self.save_path, self.worker_id)
         update = self.custom_map_update or self.update_metric_results
-        for first, data in _batches(self.dataset, start, end, self.batch_size, self.collate_fn):
+        for first, data in _batches(self, thread_id):
             update(data, *lists, self.metric_functions, results, first)
         (self.custom_map_finalize or self.finalize_metric_results)(*lists, results)
 
@@ -315,15 +316,11 @@ class DistributedDataAnalyzer:
 
     def run_map_helper(self, thread_id: int = 0, metric_queues: Any = None) -> Results:
         """Map one process's share and return its values."""
-        start, end = split_dataset(
-            self.dataset, self.num_workers, self.worker_id, self.num_threads
-        )[1][thread_id]
         results = [_nothing(name) for name in self.metric_names]
-        for first, data in _batches(self.dataset, start, end, self.batch_size, self.collate_fn):
-            for kind, function, result in zip(
-                self.metric_types, self.metric_functions, results, strict=True
-            ):
-                _add(result, kind, function(data), data, first, self.sample_indices)
+        for first, data in _batches(self, thread_id):
+            _add_batch(
+                results, self.metric_types, self.metric_functions, data, first, self.sample_indices
+            )
         return results
 
     def run_map_reduce(self) -> None:
@@ -386,15 +383,21 @@ def _nothing(metric: str) -> dict[str, Any]:
     return {"metric": metric, "values": [], "ids": [], "total": None}
 
 
-def _add(
-    result: dict[str, Any], kind: str, values: Any, data: Any, first: int, indices: Any
+def _add_batch(
+    results: Results,
+    kinds: Sequence[str],
+    functions: Sequence[Callable[..., Any]],
+    data: Any,
+    first: int,
+    indices: Any,
 ) -> None:
-    array = metric_files.as_integers(values, result["metric"])
-    if kind == SINGLE:
-        result["values"].append(array.reshape(-1))
-        result["ids"].append(metric_files.sample_ids(data, array.size, first, indices))
-    else:
-        result["total"] = array if result["total"] is None else result["total"] + array
+    for kind, function, result in zip(kinds, functions, results, strict=True):
+        array = metric_files.as_integers(function(data), result["metric"])
+        if kind == SINGLE:
+            result["values"].append(array.reshape(-1))
+            result["ids"].append(metric_files.sample_ids(data, array.size, first, indices))
+        else:
+            result["total"] = array if result["total"] is None else result["total"] + array
 
 
 def _joined(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -415,13 +418,14 @@ def _check_fit(values: np.ndarray, dtype: Any, metric: str) -> None:
         )
 
 
-def _batches(
-    dataset: Any, start: int, end: int, batch_size: int, collate_fn: Callable[..., Any] | None
-) -> Any:
-    part = Subset(dataset, range(start, end))
-    sampler = BatchSampler(SequentialSampler(part), batch_size, drop_last=False)
-    loader = DataLoader(part, batch_sampler=sampler, collate_fn=collate_fn)
-    return zip(range(start, end, batch_size), loader, strict=True)
+def _batches(job: DataAnalyzer | DistributedDataAnalyzer, thread_id: int) -> Any:
+    """The batches of one process's share, each with the place of its first sample."""
+    shares = split_dataset(job.dataset, job.num_workers, job.worker_id, job.num_threads)[1]
+    places = range(*shares[thread_id])
+    part = Subset(job.dataset, places)
+    sampler = BatchSampler(SequentialSampler(part), job.batch_size, drop_last=False)
+    loader = DataLoader(part, batch_sampler=sampler, collate_fn=job.collate_fn)
+    return zip(places[:: job.batch_size], loader, strict=True)
 
 
 def _pool(count: int, job: Any) -> Executor:
