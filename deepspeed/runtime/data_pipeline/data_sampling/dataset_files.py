@@ -69,6 +69,32 @@ def both_exist(path: Any) -> bool:
     return Path(index_file_path(path)).exists() and Path(data_file_path(path)).exists()
 
 
+def slice_range(part: slice, length: int) -> range:
+    """The numbers that a slice of a dataset stands for.
+
+    Raises:
+        ValueError: it has a step.
+    """
+    start, stop, step = part.indices(length)
+    if step != 1:
+        raise ValueError(
+            explain("slices of an indexed dataset must be contiguous", got=f"step {step}")
+        )
+    return range(start, stop)
+
+
+def check_same_dtype(path: str, dtype: Any, expected: Any) -> None:
+    """Raise ValueError unless the dataset at `path` has the dtype of the one that it is to be appended to."""
+    if dtype != expected:
+        raise ValueError(
+            explain(
+                f"{path} cannot be appended: its dtype is another",
+                got=np.dtype(dtype).name,
+                expected=np.dtype(expected).name,
+            )
+        )
+
+
 class IndexReader:
     """Numbers of an index file, one after the other; it says when there are fewer than were promised."""
 

@@ -19,10 +19,12 @@ from .dataset_files import (
     IndexReader,
     append_file,
     both_exist,
+    check_same_dtype,
     code,
     data_file_path,
     index_file_path,
     numpy_dtype,
+    slice_range,
 )
 
 
@@ -64,12 +66,7 @@ class IndexedDataset(Dataset):
     def __getitem__(self, idx: int | slice) -> Any:
         """One array, or a list of those of a slice (without a step)."""
         if isinstance(idx, slice):
-            start, stop, step = idx.indices(len(self))
-            if step != 1:
-                raise ValueError(
-                    explain("slices of an indexed dataset must be contiguous", got=f"step {step}")
-                )
-            return [self[number] for number in range(start, stop)]
+            return [self[number] for number in slice_range(idx, len(self))]
         idx = idx + self._len if idx < 0 else idx
         self.check_index(idx)
         start, stop = int(self.data_offsets[idx]), int(self.data_offsets[idx + 1])
@@ -154,14 +151,7 @@ class IndexedDatasetBuilder:
     def merge_file_(self, another_file: str) -> None:
         """Append the arrays and documents of the dataset at a path without ending."""
         other = IndexedDataset(another_file)
-        if other.dtype != self.dtype:
-            raise ValueError(
-                explain(
-                    f"{another_file} cannot be appended: its dtype is another",
-                    got=np.dtype(other.dtype).name,
-                    expected=np.dtype(self.dtype).name,
-                )
-            )
+        check_same_dtype(another_file, other.dtype, self.dtype)
         start = len(self.sizes)
         self.doc_idx += [start + int(at) for at in other.doc_idx[1:]]
         for offsets, more in (

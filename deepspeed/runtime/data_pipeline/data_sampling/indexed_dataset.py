@@ -25,7 +25,9 @@ from .dataset_files import (
     IndexReader,
     append_file,
     both_exist,
+    check_same_dtype,
     numpy_dtype,
+    slice_range,
 )
 from .dataset_files import code as code
 from .dataset_files import data_file_path as data_file_path
@@ -71,9 +73,8 @@ class MMapIndexedDataset(Dataset):
                     f"{data} is cut off", got=f"{length} bytes", expected=f"{needed} by its index"
                 )
             )
-        self._data = (
-            np.memmap(data, np.uint8, "r") if length else np.empty(0, np.uint8)
-        )  # an empty file cannot be mapped
+        # an empty file cannot be mapped
+        self._data = np.memmap(data, np.uint8, "r") if length else np.empty(0, np.uint8)
 
     def close(self) -> None:
         """Let go of the file, which Windows otherwise neither renames nor deletes; arrays that were taken keep it."""
@@ -92,12 +93,7 @@ class MMapIndexedDataset(Dataset):
         """One array, or a list of those of a slice (without a step)."""
         if not isinstance(idx, slice):
             return self.get(idx)
-        start, stop, step = idx.indices(len(self))
-        if step != 1:
-            raise ValueError(
-                explain("slices of an indexed dataset must be contiguous", got=f"step {step}")
-            )
-        return [self.get(number) for number in range(start, stop)]
+        return [self.get(number) for number in slice_range(idx, len(self))]
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """`length` elements of one array from `offset` on, or all from there."""
@@ -212,14 +208,7 @@ class MMapIndexedDatasetBuilder:
         """
         other = MMapIndexedDataset(another_file)
         other.close()
-        if other.dtype != self._dtype:
-            raise ValueError(
-                explain(
-                    f"{another_file} cannot be appended: its dtype is another",
-                    got=np.dtype(other.dtype).name,
-                    expected=np.dtype(self._dtype).name,
-                )
-            )
+        check_same_dtype(another_file, other.dtype, self._dtype)
         start = len(self._sizes)
         self._sizes += other.sizes.tolist()
         self._doc_idx += [start + int(at) for at in other.doc_idx[1:]]
