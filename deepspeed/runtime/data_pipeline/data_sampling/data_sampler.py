@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -187,7 +186,7 @@ class DeepSpeedDataSampler:
             "data_cluster_paths": list(clusters.names),
             "data_cluster_current_position": list(clusters.positions),
             "data_cluster_rounds": list(clusters.rounds),
-            "data_cluster_difficulties": copy.deepcopy(clusters.history),
+            "data_cluster_difficulties": [dict(admitted) for admitted in clusters.history],
         }
         return {
             "batch": list(self.batch),
