@@ -82,7 +82,7 @@ class Metric:
     def between(self, above: float, upto: float) -> np.ndarray:
         """Numbers of the samples more difficult than `above`, and not more than `upto`."""
         assert self.samples is not None
-        found = self.samples[self.place(above) : max(self.place(above), self.place(upto))]
+        found = self.samples[self.place(above) : self.place(upto)]
         return np.concatenate([np.empty(0, np.int64), *found]).astype(np.int64)
 
 
