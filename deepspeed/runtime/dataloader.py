@@ -184,17 +184,23 @@ class DeepSpeedDataLoader:
             self._continue(position)
             return self
         self._order_rng = None
-        self.dataloader = DataLoader(
-            self.dataset,
+        self.dataloader = self._torch_loader(
             batch_size=self.batch_size,
             sampler=self._noting_sampler(),
-            num_workers=self.num_local_io_workers,
-            collate_fn=self.collate_fn,
-            pin_memory=self.pin_memory,
             drop_last=self.dataloader_drop_last,
         )
         self.data = iter(self.dataloader)
         return self
+
+    def _torch_loader(self, **batching: Any) -> DataLoader:
+        """A loader of the dataset, with what all of this one's have in common."""
+        return DataLoader(
+            self.dataset,
+            num_workers=self.num_local_io_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            **batching,
+        )
 
     def _start_batches(self) -> None:
         """Go on with the sampler's micro batches; those that workers made ahead are drawn again."""
@@ -202,13 +208,7 @@ class DeepSpeedDataLoader:
         if self._ahead and self._loads == sampler.loads:
             sampler.load_state_dict(sampler.state_dict())
         self._ahead, self._loads = deque(), sampler.loads
-        self.dataloader = DataLoader(
-            self.dataset,
-            batch_sampler=_Stated(sampler, self._ahead),
-            num_workers=self.num_local_io_workers,
-            collate_fn=self.collate_fn,
-            pin_memory=self.pin_memory,
-        )
+        self.dataloader = self._torch_loader(batch_sampler=_Stated(sampler, self._ahead))
         self.data = iter(self.dataloader)
 
     def __next__(self) -> Any:
@@ -273,16 +273,12 @@ class DeepSpeedDataLoader:
         """Start an epoch behind the batches that were given before, without making them where that is possible."""
         replicas = getattr(self.data_sampler, "num_replicas", 1)
         given = int(position["samples"]) // (self.batch_size * replicas)
-        options: dict[str, Any] = {
-            "num_workers": self.num_local_io_workers,
-            "collate_fn": self.collate_fn,
-            "pin_memory": self.pin_memory,
-        }
         now = torch.get_rng_state()
         try:
             if is_iterable_style_dataset(self.dataset):
-                options |= {"batch_size": self.batch_size, "drop_last": self.dataloader_drop_last}
-                self.dataloader = DataLoader(self.dataset, **options)
+                self.dataloader = self._torch_loader(
+                    batch_size=self.batch_size, drop_last=self.dataloader_drop_last
+                )
                 self.data = itertools.islice(iter(self.dataloader), given, None)
             else:
                 if position.get("order_rng") is not None:
@@ -293,7 +289,7 @@ class DeepSpeedDataLoader:
                 left = itertools.islice(batches, given, None)
                 first = next(left, None)  # the sampler draws its order here
                 rest = left if first is None else itertools.chain([first], left)
-                self.dataloader = DataLoader(self.dataset, batch_sampler=_Given(rest), **options)
+                self.dataloader = self._torch_loader(batch_sampler=_Given(rest))
                 self.data = iter(self.dataloader)
         finally:
             torch.set_rng_state(now)
