@@ -152,7 +152,7 @@ class DecoupledCheckpointEngine(FastCheckpointEngine):
         wanted = self._snapshot.wants(archives.values())
         if not can_all_copy(publication.crew.exchange, wanted):
             logger.warning("too little free memory for a copy of the state: training waits")
-            super().store(publication, files, as_zip)
+            self.store_at_once(publication, archives, shared)
             return
         publication.begin(total_size(archives), shared)
         try:

@@ -65,7 +65,15 @@ class TorchCheckpointEngine(CheckpointEngine):
         if self.settings.type == MOCK:
             write_all(publication.partial, archives, self.settings)
             return
-        shared = self.divide(publication, archives)
+        self.store_at_once(publication, archives, self.divide(publication, archives))
+
+    def store_at_once(
+        self,
+        publication: Publication,
+        archives: Mapping[str, Archive],
+        shared: Sequence[str] | None,
+    ) -> None:
+        """Collectively write and publish this rank's files, of which it makes `shared` for others, too."""
         publication.begin(total_size(archives), shared)
         label = f"saving {publication.tag}" if publication.crew.rank == 0 else None
         publication.finish(
