@@ -83,9 +83,7 @@ def write_archive(
     for _ in range(settings.io_multiplier):
         if settings.type == MOCK:
             entry = _mock(path, archive)
-        elif archive.is_divided:
-            entry = _Parallel(path, archive, settings, progress, pace).write(flush)
-        elif settings.type == PYTHON or archive.size < BY_QUEUE:
+        elif not archive.is_divided and (settings.type == PYTHON or archive.size < BY_QUEUE):
             entry = _in_a_row(path, archive, progress, pace, flush)
         else:
             entry = _Parallel(path, archive, settings, progress, pace).write(flush)
