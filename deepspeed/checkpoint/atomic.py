@@ -193,7 +193,7 @@ def replace_file(path: Path, data: bytes, flush: bool = True) -> None:
 
     Without `flush` a power cut may leave it empty: for what can be had again.
     """
-    temporary = path.with_name(path.name + PARTIAL_SUFFIX)
+    temporary = _beside(path, PARTIAL_SUFFIX)
     write_small(temporary, data, flush)
     disk.replace(temporary, path)
     if flush:
@@ -429,7 +429,7 @@ def _publish(
     disk.remove(partial / PARTIAL_MARK)
     pointer = None if latest is None else save_dir / latest
     if pointer is not None:
-        small.append(pointer.with_name(pointer.name + PARTIAL_SUFFIX))
+        small.append(_beside(pointer, PARTIAL_SUFFIX))
         write_small(small[-1], tag.encode(), flush=False)
     aside = leftovers.free_aside(final)
     replacing = final.exists()
@@ -442,7 +442,7 @@ def _publish(
     disk.replace(partial, final)
     disk.sync_folder(final.parent)
     if pointer is not None:
-        disk.replace(pointer.with_name(pointer.name + PARTIAL_SUFFIX), pointer)
+        disk.replace(_beside(pointer, PARTIAL_SUFFIX), pointer)
         disk.sync_folder(save_dir)
     if replacing:
         _keep_foreign(aside, final)
