@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from deepspeed.moe.fused_expert_layout import classify_fused_gate_up_layout
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import log_dist
 
-from .auto_ep_capture import capture_target, record_router_logits
+from .auto_ep_capture import capture_target, collecting_modules, record_router_logits
 from .auto_ep_config import MoELayerSpec, fill_autoep_config_from_hf
 from .auto_ep_layer import AutoEPMoELayer
 from .auto_ep_preset_adapters import PresetAdapter, get_preset_adapter
@@ -42,6 +43,10 @@ class AutoEP:
         self.model = model
         self.config = config.model_copy()  # it is filled in for this model
         self.hf_config = _text_config(model)
+
+    @cached_property
+    def _collecting(self) -> list[nn.Module]:
+        return collecting_modules(self.model)  # once: there may be thousands of experts to pass by
 
     def ep_parser(self) -> list[MoELayerSpec]:
         """Describe all layers of experts.
@@ -115,7 +120,7 @@ class AutoEP:
         _check_router(name, gate, preset, stored)
         _check_count(name, stored["num_experts"], config.num_experts_attr, self.hf_config)
         shared, shared_gate = _shared(layer, config, preset)
-        target, index, layer_name = capture_target(self.model, layer, gate)
+        target, index, layer_name = capture_target(self._collecting, layer, gate)
         chosen = config.score_func
         score_func = preset.score_func if chosen == "auto" else chosen
         norm = adapter.route_norm(self.hf_config)
@@ -179,7 +184,7 @@ class AutoEP:
             spec, source, ep_size=ep_size, ep_rank=ep_rank, config=self.config
         ).train(source.training)
         setattr(parent, child, made)
-        record_router_logits(self.model, spec, source, made)
+        record_router_logits(self._collecting, spec, source, made)
         return made
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -12,15 +13,25 @@ from deepspeed.moe.ep_router import RouterGate
 _KEY = "router_logits"
 
 
+def collecting_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a Hugging Face model that say whose outputs they collect."""
+    return [module for module in model.modules() if getattr(module, "_can_record_outputs", None)]
+
+
 def capture_target(
-    model: nn.Module, block: nn.Module, router: nn.Module
+    collecting: Sequence[nn.Module], block: nn.Module, router: nn.Module
 ) -> tuple[str, int | None, str | None]:
     """Whose output a Hugging Face model collects as router logits.
+
+    Args:
+        collecting: the model's `collecting_modules`.
+        block: a layer of experts.
+        router: its router.
 
     Returns:
         "router", "moe_block" or "none", the index in its output, and the layer name that restricts it.
     """
-    for _, recorder in _recorders(model):
+    for _, recorder in _recorders(collecting):
         kind = _kind_of(recorder)
         for name, module in (("router", router), ("moe_block", block)):
             if isinstance(kind, type) and isinstance(module, kind):
@@ -29,13 +40,15 @@ def capture_target(
     return "none", None, None
 
 
-def record_router_logits(model: nn.Module, spec: Any, source: nn.Module, made: nn.Module) -> None:
-    """Have the model collect the logits of the new layer's gate where it collected those of `source`."""
+def record_router_logits(
+    collecting: Sequence[nn.Module], spec: Any, source: nn.Module, made: nn.Module
+) -> None:
+    """Have the model of these `collecting_modules` collect the logits of the new layer's gate where it collected those of `source`."""
     if spec.router_logits_capture_target == "none":
         return
     router = getattr(source, spec.router_name)
     old = router if spec.router_logits_capture_target == "router" else source
-    for owner, recorder in _recorders(model):
+    for owner, recorder in _recorders(collecting):
         kind = _kind_of(recorder)
         if not (isinstance(kind, type) and isinstance(old, kind)):
             continue
@@ -48,11 +61,10 @@ def record_router_logits(model: nn.Module, spec: Any, source: nn.Module, made: n
             _install_hook(made)
 
 
-def _recorders(model: nn.Module) -> list[tuple[Any, Any]]:
+def _recorders(collecting: Sequence[Any]) -> list[tuple[Any, Any]]:
     found = []
-    for module in model.modules():
-        recorded = getattr(module, "_can_record_outputs", None) or {}
-        entries = recorded.get(_KEY, [])
+    for module in collecting:
+        entries = module._can_record_outputs.get(_KEY, [])
         for entry in entries if isinstance(entries, list) else [entries]:
             found.append((module, entry))
     return found
