@@ -25,10 +25,7 @@ class PresetAdapter:
         self.preset = preset
 
     def _installed_transformers_version(self) -> str | None:
-        try:
-            return importlib.metadata.version("transformers")
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return _transformers_version()
 
     @property
     def is_old(self) -> bool:
@@ -51,6 +48,14 @@ class PresetAdapter:
         """Whether a model normalises the chosen scores."""
         rule = self.preset.route_norm
         return bool(getattr(hf_config, rule, True)) if isinstance(rule, str) else rule
+
+
+@cache
+def _transformers_version() -> str | None:
+    try:
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @cache
