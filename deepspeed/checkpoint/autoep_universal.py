@@ -18,9 +18,9 @@ from ..comm.mesh import expert_grid
 from ..utils.errors import explain
 from . import constants as keys
 from .autoep_metadata import aggregate_autoep_metadata, check_entries
-from .format import Universal, universal_state_file
+from .format import universal_state_file
 from .reader import load_file
-from .stacked_experts import WEIGHTS, stacked_names
+from .stacked_experts import WEIGHTS, stacked_names, universal_stack
 from .writer import save_file
 
 _STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -75,7 +75,7 @@ def consolidate_autoep_zero12_expert_states(
                 _save(target, parts[0][0])
                 continue
             local = [torch.cat([p.reshape(-1) for p in found])[: shape.numel()] for found in parts]
-            _save(target, _expert_state(torch.cat([part.view(shape) for part in local])))
+            _save(target, universal_stack(torch.cat([part.view(shape) for part in local])))
 
 
 def consolidate_autoep_expert_files(
@@ -104,15 +104,7 @@ def consolidate_autoep_expert_files(
         for weight, found in stacks.items():
             name = f"{entry['expert_key_prefix']}.{weight}"
             target = Path(output_dir) / universal_state_file(name, "fp32")
-            _save(target, _expert_state(torch.stack(found)))
-
-
-def _expert_state(stack: torch.Tensor) -> dict[str, Any]:
-    return {
-        Universal.PARAM: stack,
-        Universal.IS_EXPERT: True,
-        Universal.NUM_EXPERTS: stack.shape[0],
-    }
+            _save(target, universal_stack(torch.stack(found)))
 
 
 def _save(path: Path, content: Any) -> None:

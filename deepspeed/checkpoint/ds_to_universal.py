@@ -45,7 +45,7 @@ from .fragments import merge_tp_slices as merge_tp_slices
 from .merge_slices import MergeRules
 from .reader import Folder
 from .reshard import FP32, SavedState, from_inline, from_shards
-from .stacked_experts import stacked_names
+from .stacked_experts import stacked_names, universal_stack
 from .weights import of_frozen
 from .writer import plain, save_file
 
@@ -191,12 +191,7 @@ def _param_files(
     parts = grid[stage]
     for key in parts[0].states(name):
         if name in parts[0].stacks:
-            stack = parts[0].state(name, key)
-            whole: Any = {
-                Universal.PARAM: stack,
-                Universal.IS_EXPERT: True,
-                Universal.NUM_EXPERTS: stack.shape[0],
-            }
+            whole: Any = universal_stack(parts[0].state(name, key))
         elif parts[0].stacks and parts[0].saved.stage == 3:
             whole = parts[0].state(name, key).reshape(-1)  # what readers of spread experts expect
         else:

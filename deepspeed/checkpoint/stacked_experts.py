@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..utils.errors import explain
+from .format import Universal
 
 WEIGHTS = ("w1", "w2", "w3")
 _STACK = re.compile(r"(?P<layer>.+)\.experts\.(?P<weight>w[123])")
@@ -80,6 +81,15 @@ def fill_stacks(
             if name not in weights:
                 weights[name] = value.new_empty(shape)
             weights[name][place].copy_(value)
+
+
+def universal_stack(stack: torch.Tensor) -> dict[str, Any]:
+    """What a universal file holds of all experts' weights or states [experts, ...]."""
+    return {
+        Universal.PARAM: stack,
+        Universal.IS_EXPERT: True,
+        Universal.NUM_EXPERTS: stack.shape[0],
+    }
 
 
 def check_total(name: str, saved: int, local: int, ranks: int) -> None:
