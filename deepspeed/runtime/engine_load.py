@@ -200,8 +200,11 @@ class _Load:
         inline = self._inline
         if inline is None:
             return None
-        shapes = {name: shape_of(p) for p, name in self.engine.param_names.items()}
-        return from_inline(inline, optimizer_names(self.engine), shapes)
+        return from_inline(inline, optimizer_names(self.engine), self._own_shapes())
+
+    def _own_shapes(self) -> dict[str, torch.Size]:
+        """The shapes of the module's parameters when whole."""
+        return {name: shape_of(p) for p, name in self.engine.param_names.items()}
 
     def _from_shards(self) -> SavedState:
         config = self.model.get(Model.DS_CONFIG) or {}
@@ -209,8 +212,8 @@ class _Load:
         shapes = self.model[Model.PARAM_SHAPES]
         stacks = stacked_experts.stacked_names(self.model.get(Model.AUTOEP_LAYERS) or ())
         saved = from_shards(self._open_shard, shapes, self._near(), data_first, stacks)
-        own = {name: shape_of(p) for p, name in self.engine.param_names.items()}
-        saved = saved.shares(saved_experts.share_windows(self.engine, own, saved.shapes))
+        windows = saved_experts.share_windows(self.engine, self._own_shapes(), saved.shapes)
+        saved = saved.shares(windows)
         return saved.under_names(self._saved_names(saved.pieces))
 
     def _saved_names(self, found: Iterable[str]) -> dict[str, str]:
@@ -225,7 +228,7 @@ class _Load:
 
     def _open_universal(self) -> SavedState:
         engine = self.engine
-        own = {name: shape_of(p) for p, name in engine.param_names.items()}
+        own = self._own_shapes()
         there = self._saved_names(own)
         shapes = {there[name]: shape for name, shape in own.items()}
         groups = [list(group) for group in self.model.get(Model.PARAM_SHAPES) or ()]
@@ -350,7 +353,7 @@ class _Load:
         wanted = self._own_experts()
         mp_rank = mp_rank_of(self.engine)
         shares = saved_experts.shares_of(self.engine)
-        stacks = {n: shape_of(p) for p, n in self.engine.param_names.items() if n in shares}
+        stacks = {name: shape for name, shape in self._own_shapes().items() if name in shares}
         for pattern in (
             f"layer_*_expert_*_mp_rank_{mp_rank:02d}_*.pt",
             f"expert_*_mp_rank_{mp_rank:02d}_*.pt",
