@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A parameter of which this rank keeps a slice (ZeRO stage 3): cut it, gather it, let it go.
 
-The public face is a set of `ds_*` attributes on the parameter; they are set here and nowhere else. Between uses
+The public face is a set of `ds_*` attributes on the parameter; `describe` and `own_slice` give it these. Between uses
 `param.data` is an empty tensor. Gathering makes a new buffer each time and letting go only drops it, so whoever kept a
 reference to gathered values goes on seeing them.
 """
