@@ -170,9 +170,8 @@ def _cut(archive: Archive, count: int) -> list[list[_Part]]:
             found[which].append(_Part(record, begin * _PAGE, end * _PAGE))
             at += end - begin
             begin = end
-        if (
-            record.size % _PAGE
-        ):  # the leader's: it writes the next record's header into the same page
+        # the rest of a page is the leader's: it writes the next record's header into the same one
+        if record.size % _PAGE:
             found[0].append(_Part(record, whole * _PAGE, record.size))
     return found
 

@@ -89,12 +89,8 @@ def average_rows(
                 every.unsqueeze(0), numbers, param.shape, check_invariants=False
             ).coalesce()
         else:
-            for (
-                where,
-                numbers,
-            ) in (
-                pieces
-            ):  # one rank's rows are all different: the order of sums is that of the ranks
+            # one rank's rows are all different: the order of sums is that of the ranks
+            for where, numbers in pieces:
                 total.index_add_(0, where, numbers)
             summed = total
     param.grad = summed.to(param.dtype) * after
