@@ -136,7 +136,7 @@ class AutoEP:
             route_norm=norm if config.route_norm is None else config.route_norm,
             gate_bias=getattr(gate, "bias", None) is not None,
             return_router_logits=(target == "moe_block" and index == 1)
-            or (adapter.is_old and target == "none" and _returns_logits(self.hf_config)),
+            or (adapter.is_old and target == "none" and _returns_logits(self.hf_config, layer)),
             router_logits_capture_target=target,
             router_logits_capture_index=index,
             router_logits_capture_layer_name=layer_name,
@@ -213,9 +213,14 @@ def _resolve_route_scale(config: Any, hf_config: Any) -> float:
     return float(factor)
 
 
-def _returns_logits(hf_config: Any) -> bool:
-    """Whether layers of transformers 4 hand logits up themselves: Qwen2-MoE's decoder counts on it."""
-    return getattr(hf_config, "model_type", None) == "qwen2_moe"
+def _returns_logits(hf_config: Any, layer: nn.Module) -> bool:
+    """Whether a layer of transformers 4, whose outputs nothing collects, hands logits up itself.
+
+    Qwen2-MoE's decoder counts on it in all of 4, those of Mixtral and Qwen3-MoE in its earlier versions.
+    """
+    family = getattr(hf_config, "model_type", None)
+    theirs = type(layer).__module__.startswith("transformers.")
+    return family == "qwen2_moe" or (theirs and family in ("mixtral", "qwen3_moe"))
 
 
 def _text_config(model: nn.Module) -> Any:
