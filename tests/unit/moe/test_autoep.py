@@ -97,6 +97,8 @@ def test_output_and_gradients_are_those_of_the_models_own_layer(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hugging_face_models_keep_their_outputs(family: str) -> None:
     transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"transformers {transformers.__version__} does not have this family yet")
     latent = LATENT if family.startswith("Deepseek") else {}
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **latent, **FAMILIES[family]})
     torch.manual_seed(2)
