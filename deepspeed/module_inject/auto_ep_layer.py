@@ -12,7 +12,7 @@ from deepspeed import comm as dist
 from deepspeed.comm.mesh import Axis
 from deepspeed.moe.ep_count import count_tokens_per_expert
 from deepspeed.moe.ep_experts import GroupedExperts
-from deepspeed.moe.ep_kernels import scale_grad, source_to_expert_order
+from deepspeed.moe.ep_kernels import inverse_order, scale_grad, source_to_expert_order
 from deepspeed.moe.ep_repack import (
     common_requires_grad,
     copy_of,
@@ -136,8 +136,7 @@ def combine_from_routed(
         combine_impl: "legacy_bmm" for one product of matrices a token, else a sum.
         shape: of the result.
     """
-    places = torch.empty_like(token_indices_sorted)
-    places[token_indices_sorted] = torch.arange(places.numel(), device=places.device)
+    places = inverse_order(token_indices_sorted)
     rows = expert_output.index_select(0, places).view(-1, top_k, expert_output.shape[-1])
     if score_apply != "post":
         return rows.sum(dim=1).view(shape)
@@ -290,9 +289,7 @@ class AutoEPMoELayer(nn.Module):
         there = _Exchange.apply(rows, plan, self.ep_group)  # type: ignore[no-untyped-call]
         order = source_to_expert_order(plan.local_counts_by_source)
         results = self.experts(there.index_select(0, order), plan.local_counts)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        results = results.index_select(0, back)
+        results = results.index_select(0, inverse_order(order))
         reverse = SplitPlan(plan.output_splits, plan.input_splits, *plan[2:])
         return _Exchange.apply(results, reverse, self.ep_group)  # type: ignore[no-untyped-call,no-any-return]
 

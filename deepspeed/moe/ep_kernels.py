@@ -46,6 +46,13 @@ def source_to_expert_order(counts_by_source: Tensor) -> Tensor:
     return torch.argsort(of_row, stable=True)
 
 
+def inverse_order(order: Tensor) -> Tensor:
+    """The order that undoes `order`, a permutation of indices: `rows[order][inverse_order(order)]` is `rows`."""
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    return back
+
+
 def grouped_mm_available(rows: Tensor, weights: Tensor) -> bool:
     """Whether torch has one kernel for all experts' products of these tensors."""
     if not (rows.is_cuda and rows.dtype == weights.dtype == torch.bfloat16):
