@@ -65,9 +65,13 @@ def repack_expert_weights(
         return _from_list(experts, spec, mine)
 
 
+def _source_names(spec: Any) -> dict[str, Any]:
+    return {"w1": spec.expert_w1_name, "w2": spec.expert_w2_name, "w3": spec.expert_w3_name}
+
+
 def source_params(experts: nn.Module, spec: Any) -> dict[str, list[Tensor]]:
     """The model's parameters behind each of w1, w2 and w3."""
-    names = {"w1": spec.expert_w1_name, "w2": spec.expert_w2_name, "w3": spec.expert_w3_name}
+    names = _source_names(spec)
     if spec.expert_storage == FUSED:
         names["w3"] = names["w3"] or names["w1"]
         return {key: [getattr(experts, name)] for key, name in names.items()}
@@ -116,7 +120,7 @@ def unpack_expert_weights(
         spec: a `MoELayerSpec` that says how they were stored.
         transposed: what `is_transposed` said.
     """
-    names = {"w1": spec.expert_w1_name, "w2": spec.expert_w2_name, "w3": spec.expert_w3_name}
+    names = _source_names(spec)
     if spec.expert_storage == LISTED:
         return {
             f"{number}.{name}.weight": whole[key][number].clone()
