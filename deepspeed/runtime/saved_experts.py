@@ -16,6 +16,7 @@ from ..checkpoint.constants import (
     AUTOEP_ZERO3_EXPERT_STATE_FORMAT_VERSION_KEY,
     AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT,
 )
+from ..checkpoint.model_states import moe_prefixes
 from ..checkpoint.stacked_experts import WEIGHTS, check_total
 from ..comm import flat
 from ..utils.errors import explain
@@ -23,8 +24,6 @@ from ..utils.errors import explain
 
 def spread_layers(module: torch.nn.Module) -> list[tuple[int, str, Any]]:
     """AutoEP's layers: the number among all layers of experts, the name, and the layer."""
-    from ..checkpoint.model_states import moe_prefixes
-
     found = [(i, name, module.get_submodule(name)) for i, name in enumerate(moe_prefixes(module))]
     return [entry for entry in found if getattr(entry[2], "_is_autoep_layer", False)]
 
