@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .format import Model, Optim, Zero
+from .format import Model, Optim, Universal, Zero
 
 # ------------------------------------------------------------------ optimizer shards
 OPTIMIZER_STATE_DICT = Optim.STATE
@@ -68,16 +68,16 @@ PADDED_VOCAB_SIZE = "padded_vocab_size"
 FP32_WEIGHT_KEY = "fp32"
 
 # ------------------------------------------------------------------ automatic expert parallelism
-AUTOEP_LAYERS_KEY = "ds_autoep_layers"
+AUTOEP_LAYERS_KEY = Model.AUTOEP_LAYERS
 AUTOEP_LAYERS_KEY_LEGACY = "autoep_layers"
 AUTOEP_ZERO3_EXPERT_STATE_FORMAT_KEY = "checkpoint_format"
 AUTOEP_ZERO3_EXPERT_STATE_FORMAT_VERSION_KEY = "checkpoint_format_version"
 AUTOEP_ZERO3_EXPERT_STATE_FORMAT_VERSION = 1
 AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT = "zero3_partitioned"
 AUTOEP_PER_EXPERT_FILES_FORMAT = "per_expert_files"
-EP_IS_EXPERT_PARAM = "ep_is_expert_param"
-EP_NUM_EXPERTS = "ep_num_experts"
-FOLDING_METADATA_KEY = "folding"
+EP_IS_EXPERT_PARAM = Universal.IS_EXPERT
+EP_NUM_EXPERTS = Universal.NUM_EXPERTS
+FOLDING_METADATA_KEY = Model.FOLDING
 FOLDING_TP_SIZE = "tp_size"
 FOLDING_TP_RANK = "tp_rank"
 FOLDING_EP_SIZE = "ep_size"
