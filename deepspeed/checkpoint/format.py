@@ -88,6 +88,8 @@ class Zero:
     PARAM_PADDINGS = "param_alignment_paddings"
     PARTITION_COUNT = "partition_count"
     PARTITION_GROUPS = "ds_zero_partition_groups"
+    EXPERT_FAMILY, REPLICATED_FAMILY = "autoep_expert", "replicated"
+    """Kinds of parameters in those: an expert's, and the others."""
     SLICE_MAPPINGS = "param_slice_mappings"
     FP32_FLAT_GROUPS = "fp32_flat_groups"
     INNER = "optimizer_state_dict"

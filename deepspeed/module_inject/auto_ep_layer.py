@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed import comm as dist
+from deepspeed.checkpoint.format import Zero
 from deepspeed.comm.mesh import Axis
 from deepspeed.moe.ep_count import count_tokens_per_expert
 from deepspeed.moe.ep_experts import GroupedExperts
@@ -31,9 +32,6 @@ from deepspeed.moe.ep_tp_dispatch import (
 from deepspeed.utils.errors import explain
 
 from .tp_collectives import sum_of_grads
-
-EXPERT_FAMILY, REPLICATED_FAMILY = "autoep_expert", "replicated"
-"""`ds_zero_placement_family` of the parameters of a layer: of which ranks' states they are part."""
 
 
 class SplitPlan(NamedTuple):
@@ -204,10 +202,10 @@ class AutoEPMoELayer(nn.Module):
         for param in self.experts.parameters():
             param.allreduce = False
             param.group_name = self.ep_group_name
-            param.ds_zero_placement_family = EXPERT_FAMILY
+            param.ds_zero_placement_family = Zero.EXPERT_FAMILY
             param.ds_zero_partition_group_name = self.ep_group_name
         for param in self.router.parameters():
-            param.ds_zero_placement_family = REPLICATED_FAMILY
+            param.ds_zero_placement_family = Zero.REPLICATED_FAMILY
             param.ds_zero_partition_group_name = None
 
     def set_deepspeed_parallelism(

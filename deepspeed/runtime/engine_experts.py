@@ -17,8 +17,6 @@ from deepspeed.utils.errors import explain
 
 from . import module_prep, sharding
 
-_EXPERT, _REPLICATED = "autoep_expert", "replicated"
-
 
 class ExpertControl:
     """What an engine does for experts that are spread over ranks."""
@@ -166,7 +164,7 @@ class ExpertControl:
         """
         for param in self.module.parameters():
             group = getattr(param, "ds_process_group", None)
-            if getattr(param, "ds_zero_placement_family", _REPLICATED) == _EXPERT:
+            if getattr(param, "ds_zero_placement_family", None) == names.Zero.EXPERT_FAMILY:
                 name = param.ds_zero_partition_group_name
                 own = groups._get_expert_data_parallel_group(name)
                 if group is not None and group is not own:

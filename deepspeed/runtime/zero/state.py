@@ -74,7 +74,7 @@ def _partition_groups(optimizer: ZeroOptimizer) -> dict[str, Any]:
     found = []
     for number, group in enumerate(optimizer.groups):
         axis, params = group.shard_axis, group.params
-        families = {getattr(p, "ds_zero_placement_family", "replicated") for p in params}
+        families = {getattr(p, "ds_zero_placement_family", Zero.REPLICATED_FAMILY) for p in params}
         group_names = {getattr(p, "ds_zero_partition_group_name", None) for p in params} - {None}
         found.append(
             {
