@@ -153,15 +153,16 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
         )
         if self.optimizer is not None:
             self.watch.watch_params(self.module.parameters())
-        reducer = getattr(self.optimizer, "reducer", None)
-        if reducer is not None:
+        if (reducer := getattr(self.optimizer, "reducer", None)) is not None:
             reducer.before_first_grad = self.watch.on_stray_grad
             self.watch.on_output = reducer.note_outermost
         self._products = products_context(self.module, self.device, {self.precision.autocast})
         self._module_hooks: list[Any] = []
-        self._hook_module(self._before_module, self._after_module)
+        self._hook_module(lambda method: lambda *given: method(*given))
 
-    def _hook_module(self, before: Any, after: Any) -> None:
+    def _hook_module(self, wrap: Any) -> None:
+        # in functions, which a copy of the module shares; with methods it would copy the engine
+        before, after = wrap(self._before_module), wrap(self._after_module)
         for hook in self._module_hooks:
             hook.remove()
         self._module_hooks = [
@@ -191,12 +192,13 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
     # - forward
 
     def _before_module(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._config.float16_config.enabled and self._config.float16_config.auto_cast:
-            return module_prep.cast_inputs(args, torch.float16), kwargs
-        return None
+        fp16 = self._config.float16_config
+        casts = fp16.enabled and fp16.auto_cast and module is self.module
+        return (module_prep.cast_inputs(args, torch.float16), kwargs) if casts else None
 
     def _after_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and self.module.training and self.basic_optimizer is not None:
+        trained = self.basic_optimizer is not None and module is self.module and module.training
+        if trained and torch.is_grad_enabled():
             self.watch.watch_outputs(output)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -437,9 +439,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
         if self._is_compiled:
             return
         # The hooks look at autograd from outside; traced into the module they would break its graph and warn.
-        self._hook_module(
-            torch.compiler.disable(self._before_module), torch.compiler.disable(self._after_module)
-        )
+        self._hook_module(torch.compiler.disable)
         module_prep.compile_module(
             self.module, backend, compile_kwargs or {}, schedule, compiled_autograd_enabled
         )

@@ -388,6 +388,8 @@ def test_destroy_leaves_a_plain_module(stage):
 def test_a_copy_of_the_module_lives_by_itself(stage):
     engine = start(stage)
     twin = copy.deepcopy(engine.module)
+    for hook in (*twin._forward_hooks.values(), *twin._forward_pre_hooks.values()):
+        assert not hasattr(hook, "__self__"), "the engine was copied with the module"
     before = [p.detach().clone() for p in twin.parameters()]
     engine.backward(loss_of(engine, *data()))
     engine.step()
