@@ -246,14 +246,7 @@ def _model_files(folder: Folder, grid: Sequence[Sequence[_Part]]) -> Iterator[tu
 
 def _frozen(folder: Folder, part: _Part, mp_rank: int) -> dict[str, torch.Tensor]:
     """The frozen parameters of stage 3, put together."""
-    opened: dict[int, Any] = {}
-
-    def open_rank(rank: int) -> Any:
-        if rank not in opened:
-            opened[rank] = folder.load(names.zero3_model_file(rank, mp_rank))
-        return opened[rank]
-
-    weights = of_frozen(part.model, part.saved.world, open_rank)
+    weights = of_frozen(part.model, part.saved.world, folder.load, mp_rank)
     return {name: weight.whole() for name, weight in weights.items()}
 
 

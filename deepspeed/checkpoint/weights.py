@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .format import Model
+from .format import Model, zero3_model_file
 from .reshard import FP32, SavedState
 
 Runs = Callable[[int, int], Iterator[tuple[int, torch.Tensor]]]
@@ -64,15 +65,20 @@ def of_masters(saved: SavedState, name: str) -> SavedWeight:
 
 
 def of_frozen(
-    model: Mapping[str, Any], world: int, open_rank: Callable[[int], Mapping[str, Any]]
+    model: Mapping[str, Any], world: int, load: Callable[[str], Mapping[str, Any]], mp_rank: int
 ) -> dict[str, SavedWeight]:
     """The frozen weights of stage 3, of which each rank saved its slice.
 
     Args:
-        model: a model file of the checkpoint.
+        model: the model file of the first rank.
         world: over how many ranks they are spread.
-        open_rank: gives the content of a rank's model file.
+        load: gives the content of a model file; called once for each further rank whose slice is wanted.
+        mp_rank: the model-parallel rank.
     """
+
+    @functools.cache
+    def open_rank(rank: int) -> Mapping[str, Any]:
+        return load(zero3_model_file(rank, mp_rank)) if rank else model
 
     def weight(name: str, shape: torch.Size) -> SavedWeight:
         piece = -(-shape.numel() // world)

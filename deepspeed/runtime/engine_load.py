@@ -121,7 +121,6 @@ class _Load:
         self.engine, self.path, self.with_states = engine, path, with_states
         self.universal = engine.load_universal_checkpoint()
         self.model: dict[str, Any] = {}
-        self._models: dict[int, Mapping[str, Any]] = {}
         self.saved: SavedState | None = None
 
     # - opening
@@ -331,20 +330,12 @@ class _Load:
                 weights[name] = of_masters(saved, name)
         if self.is_zero3:
             world = self.model[Model.DP_WORLD_SIZE] if self.universal else saved.world
-            weights.update(of_frozen(self.model, world, self._model_of_rank))
+            mp_rank = mp_rank_of(self.engine)
+            weights.update(of_frozen(self.model, world, self.folder.load, mp_rank))
         for alias, name in (self.model.get(Model.SHARED_PARAMS) or {}).items():
             if name in weights:  # frozen ones may have been left out
                 weights[alias] = weights[name]
         return weights
-
-    def _model_of_rank(self, rank: int) -> Mapping[str, Any]:
-        """A rank's model file of stage 3."""
-        if rank not in self._models:
-            name = names.zero3_model_file(rank, mp_rank_of(self.engine))
-            self._models[rank] = (
-                self.model if name == self.model_path.name else self.folder.load(name)
-            )
-        return self._models[rank]
 
     def _with_experts(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self.engine.has_moe_layers or Model.NUM_EXPERTS not in self.model:
@@ -484,7 +475,6 @@ class _Load:
     def close(self) -> None:
         """Let go of the files (Windows neither renames nor deletes mapped ones)."""
         self.model = {}
-        self._models.clear()
         vars(self).pop("_inline", None)
         if self.saved is not None:
             self.saved.close()
