@@ -359,6 +359,9 @@ DS_EXPORT int ds_squared_norm(const ds_norm_args *args);
 /* The CRC-32 of zip and zlib, continued from `value` (0 at the start). */
 DS_EXPORT uint32_t ds_crc32(const void *data, int64_t bytes, uint32_t value);
 
+/* The same while the bytes are copied, past the caches where both addresses are multiples of 64. */
+DS_EXPORT uint32_t ds_copy_crc32(const void *from, void *to, int64_t bytes, uint32_t value);
+
 /* Files. A queue takes requests from any thread; they run side by side and in no order. ds_io_close drops what has not
  * begun, waits for what has, and must be the last call on its queue: until a request is over its memory is in use. */
 DS_EXPORT int ds_io_open(ds_io_open_args *args);

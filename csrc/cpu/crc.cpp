@@ -5,6 +5,7 @@
 
 #include "../api/ds_api.h"
 #include "cpuid.h"
+#include "dispatch.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define DS_CLMUL 1
@@ -132,4 +133,21 @@ extern "C" uint32_t ds_crc32(const void *data, int64_t bytes, uint32_t value) {
     if (bytes >= 256 && clmul) return ~by_clmul(begin, bytes, sum);
 #endif
     return ~by_tables(begin, bytes, sum);
+}
+
+extern "C" uint32_t ds_copy_crc32(const void *from, void *to, int64_t bytes, uint32_t value) {
+    const int64_t kPage = 4096;  // small enough to be in the first cache when it is copied
+    const Kernels *kernels = ds::kernels();
+    const bool streams = (((uintptr_t)from | (uintptr_t)to) & 63) == 0;
+    for (int64_t at = 0; at < bytes; at += kPage) {
+        const char *source = (const char *)from + at;
+        char *target = (char *)to + at;
+        const int64_t n = bytes - at < kPage ? bytes - at : kPage;
+        const int64_t lines = streams ? n & ~(int64_t)63 : 0;
+        value = ds_crc32(source, n, value);
+        kernels->stream(source, target, lines);
+        memcpy(target + lines, source + lines, (size_t)(n - lines));
+    }
+    kernels->settle();
+    return value;
 }

@@ -47,6 +47,15 @@ def crc32_of_address(address: int, nbytes: int, value: int = 0) -> int:
     return zlib.crc32((ctypes.c_char * nbytes).from_address(address), value) if nbytes else value
 
 
+def copy_and_sum(source: int, target: int, nbytes: int) -> int:
+    """Copy `nbytes` bytes of memory from one address to another; returns their CRC-32."""
+    function = _native_copy()
+    if function is not None:
+        return function(source, target, nbytes, 0)
+    ctypes.memmove(target, source, nbytes)
+    return crc32_of_address(source, nbytes)
+
+
 def combine(first: int, second: int, length: int) -> int:
     """The CRC-32 of two pieces in a row, from the CRC-32 of each and the length of the second in bytes."""
     return _times(_shift(length), first) ^ second if length else first
@@ -126,21 +135,28 @@ def _sha256(path: Path) -> str:
 
 
 @functools.cache
-def _function(library: native.NativeLibrary) -> Any:
+def _function(library: native.NativeLibrary, name: str, addresses: int) -> Any:
+    arguments = [ctypes.c_void_p] * addresses + [ctypes.c_int64, ctypes.c_uint32]
     try:
-        return library.function(
-            "ds_crc32", ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, result=ctypes.c_uint32
-        )
+        return library.function(name, *arguments, result=ctypes.c_uint32)
     except AttributeError:  # a library of before
         return None
 
 
 def _native() -> Any:
+    return _of_library("ds_crc32", 1)
+
+
+def _native_copy() -> Any:
+    return _of_library("ds_copy_crc32", 2)
+
+
+def _of_library(name: str, addresses: int) -> Any:
     try:
         library = native.opened()
     except native.NativeLibraryError:  # said where an op is asked for; a sum can do without
         return None
-    return None if library is None else _function(library)
+    return None if library is None else _function(library, name, addresses)
 
 
 def _address(view: memoryview) -> int:

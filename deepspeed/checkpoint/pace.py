@@ -9,9 +9,9 @@ import time
 
 from ..utils import env
 
-RATE = 250e6
+RATE = 150e6
 """Bytes in a second for each core of this rank. A core or a bus that a save takes from one thread of an operator holds up
-all of them, so what it takes is spread thin."""
+all of them, so what it takes is spread thin: at this rate steps that use every core take less than a twentieth longer."""
 LONGEST = 120.0
 """Seconds after which a save should be over; it goes as fast as that needs."""
 

@@ -18,12 +18,12 @@ import torch
 
 from ..ops.aio.buffers import aligned_tensor
 from .archive import Archive, Record, byte_view
-from .digest import combine_all, crc32_of_address
+from .digest import combine_all, copy_and_sum
 
 _UNIT = 4096
 """Copies begin on pages, as transfers past the page cache want it."""
 _PIECE = 8 << 20
-"""What a thread sums and then copies at a time: less than caches hold, and enough that threads rarely meet."""
+"""What a thread takes at a time: enough that threads rarely meet."""
 _SHARE = 0.5
 """At most this part of a machine's free memory is taken."""
 
@@ -90,9 +90,10 @@ def _begin(
     def piece(begin: int) -> tuple[int, int]:
         length = min(_PIECE, record.size - begin)
         address = source.data_ptr() + begin
-        value = crc32_of_address(address, length) if wanted else 0
+        if wanted:
+            return copy_and_sum(address, copy.data_ptr() + begin, length), length
         ctypes.memmove(copy.data_ptr() + begin, address, length)
-        return value, length
+        return 0, length
 
     return [pool.submit(piece, begin) for begin in range(0, record.size, _PIECE)]
 

@@ -22,7 +22,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "native" and not HAS_LIBRARY:
         pytest.skip("no native library here")
     if request.param == "zlib":
-        monkeypatch.setattr(digest, "_native", lambda: None)
+        monkeypatch.setattr(digest, "_of_library", lambda name, addresses: None)
     monkeypatch.setattr(digest, "_BY_LIBRARY", 0)
     return request.param
 
@@ -40,10 +40,23 @@ def test_the_sum_is_zlibs_for_any_length_place_and_start(way: str) -> None:
     assert digest.crc32_of_address(0, 0, 9) == 9
 
 
-def test_the_library_has_the_function() -> None:
+def test_a_copy_is_summed_as_it_is_made(way: str) -> None:
+    source = torch.randint(0, 256, (20_000,), dtype=torch.uint8)
+    for start, length in [(0, 0), (0, 1), (0, 64), (0, 4096), (0, 12_345), (3, 9000), (64, 8192)]:
+        for at in (0, 5):
+            target = torch.full((20_000,), 7, dtype=torch.uint8)
+            value = digest.copy_and_sum(source[start:].data_ptr(), target[at:].data_ptr(), length)
+            copied = source[start : start + length]
+            assert value == zlib.crc32(copied.numpy())
+            assert torch.equal(target[at : at + length], copied)
+            assert (target[:at] == 7).all() and (target[at + length :] == 7).all()
+
+
+def test_the_library_has_the_functions() -> None:
     if not HAS_LIBRARY:
         pytest.skip("no native library here")
     assert digest._native() is not None
+    assert digest._native_copy() is not None
 
 
 def test_sums_of_pieces_combine_in_any_cut() -> None:
