@@ -94,6 +94,19 @@ class SavedState:
             shapes={mine: self.shapes[n] for mine, n in known.items() if n in self.shapes},
         )
 
+    def with_states_named(self, keys: Mapping[str, str]) -> SavedState:
+        """The same with other keys of element-wise states: `keys` has those that are asked for by those in the files."""
+
+        def open_shard(rank: int) -> list[Slot]:
+            return [
+                Slot(
+                    {keys.get(key, key): value for key, value in slot.tensors.items()}, slot.numbers
+                )
+                for slot in self.slots(rank)
+            ]
+
+        return replace(self, open_shard=open_shard, _shards=OrderedDict())
+
     def shares(self, wanted: Mapping[str, tuple[int, torch.Size]]) -> SavedState:
         """The same with parts of some parameters: those of `wanted`, from an element on and of a shape."""
         pieces, shapes = dict(self.pieces), dict(self.shapes)

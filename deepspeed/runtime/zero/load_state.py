@@ -14,6 +14,7 @@ import torch
 
 from deepspeed.checkpoint.format import Zero
 from deepspeed.checkpoint.reshard import FP32, SavedState, from_inline, from_shards
+from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeed.utils.errors import DeepSpeedCheckpointError, explain
 
 from .diagnose import some_of
@@ -52,6 +53,7 @@ def load_state_dict(
     """
     if not isinstance(saved, SavedState):
         saved = _as_saved_state(optimizer, saved)
+    saved = _in_words_of(optimizer.optimizer, saved)
     _check_fits(optimizer, saved)
     if not load_from_fp32_weights or not saved.has_masters:
         optimizer.refresh_fp32_params()
@@ -86,6 +88,15 @@ def _as_saved_state(optimizer: ZeroOptimizer, saved: Any) -> SavedState:
         return from_shards(lambda rank: saved, shapes)
     given = list(saved)
     return from_shards(lambda rank: given[rank] or next(filter(None, given)), shapes)
+
+
+def _in_words_of(inner: torch.optim.Optimizer, saved: SavedState) -> SavedState:
+    """What torch's Adagrad calls ``sum``, the one for the host's memory calls ``exp_avg_sq``."""
+    if isinstance(inner, torch.optim.Adagrad):
+        return saved.with_states_named({"exp_avg_sq": "sum"})
+    if isinstance(inner, DeepSpeedCPUAdagrad):
+        return saved.with_states_named({"sum": "exp_avg_sq"})
+    return saved
 
 
 def _check_fits(optimizer: ZeroOptimizer, saved: SavedState) -> None:
@@ -258,6 +269,7 @@ def load_plain(
         saved: the saved state.
         names: parameter names of each of its groups, in order.
     """
+    saved = _in_words_of(optimizer, saved)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     flat_names = [name for group in names for name in group]
     states: dict[int, dict[str, Any]] = {}
