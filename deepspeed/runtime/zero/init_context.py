@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
@@ -23,7 +23,8 @@ from deepspeed.comm import comm as dist
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
 from deepspeed.ops.group_quant import GroupScheme
-from deepspeed.utils import env, groups
+from deepspeed.utils import groups
+from deepspeed.utils.env import WORLD_SIZE
 from deepspeed.utils.errors import explain
 
 from .codec import QUANTIZED_MODULES, GroupCodec, initial_scheme
@@ -101,9 +102,14 @@ class InitContext:
             return
         if not dist.is_initialized():
             dist.init_distributed()
-        _refuse_lonely_group()
+        chosen = data_parallel_group or sequence_data_parallel_group
+        wrong = single_rank_error(
+            dist.get_world_size(), chosen, {WORLD_SIZE.name: WORLD_SIZE.raw()}
+        )
+        if wrong is not None:
+            raise RuntimeError(wrong)
         settings = _settings(config_dict_or_path if config_dict_or_path is not None else config)
-        self.home = _axis(data_parallel_group or sequence_data_parallel_group, mpu)
+        self.home = _axis(chosen, mpu)
         self.axis = self.home
         if settings.mics_shard_size > 0:
             self.axis, _ = self.home.split(settings.mics_shard_size, groups.current_mesh().world)
@@ -313,18 +319,26 @@ def _settings(config: Any) -> _Settings:
     )
 
 
-def _refuse_lonely_group() -> None:
-    """Parameters cut over one process of several would be whole on each, and drift apart."""
-    expected = env.WORLD_SIZE.get() or 1
-    if expected > 1 and dist.get_world_size() == 1:
-        raise RuntimeError(
-            explain(
-                "zero.Init found a process group of one process in a job of several",
-                got=f"WORLD_SIZE={expected}, torch.distributed with 1 process",
-                expected=f"{expected} processes in the default group",
-                fix="call deepspeed.init_distributed() before anything else makes a group, or unset WORLD_SIZE",
-            )
-        )
+def single_rank_error(
+    dp_world_size: int, explicit_process_group: Any, env: Mapping[str, str | None]
+) -> str | None:
+    """What is wrong with parameters cut over one process of several: they would be whole on each, and drift apart.
+
+    Args:
+        dp_world_size: processes that the parameters are cut over.
+        explicit_process_group: the group that the caller chose, None if it is the default one.
+        env: the environment; a WORLD_SIZE that is no number says nothing.
+    """
+    text = env.get(WORLD_SIZE.name) or ""
+    expected = int(text) if text.strip().isdecimal() else 1
+    if dp_world_size > 1 or explicit_process_group is not None or expected <= 1:
+        return None
+    return explain(
+        "zero.Init found a process group of one process in a job of several",
+        got=f"WORLD_SIZE={expected}, torch.distributed with 1 process",
+        expected=f"{expected} processes in the default group",
+        fix="call deepspeed.init_distributed() before anything else makes a group, or unset WORLD_SIZE",
+    )
 
 
 def _axis(group: Any, mpu: Any) -> Axis:

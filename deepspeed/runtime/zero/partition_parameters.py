@@ -18,6 +18,7 @@ from .init_context import (
     InitContext,
     restore_init_context,
     shutdown_init_context,
+    single_rank_error,
 )
 from .linear import zero3_linear_wrap
 from .own_slice import ZeroParamStatus, ZeroParamType
@@ -51,6 +52,7 @@ partitioned_param_data_shape = [0]
 
 # The name that callers know.
 InsertPostInitMethodToModuleSubClasses = InitContext
+_contradicting_single_rank_pg_error = single_rank_error
 
 # Other libraries compare these, and replace the wrapper below, before they enter `Init`.
 _orig_torch_tensor = torch.tensor

@@ -20,6 +20,14 @@ def test_a_job_of_several_needs_a_group_of_several(monkeypatch):
         deepspeed.zero.Init()
 
 
+def test_a_group_of_one_that_the_caller_chose_is_meant(monkeypatch):
+    deepspeed.init_distributed()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = deepspeed.comm.new_group([0])
+    with deepspeed.zero.Init(data_parallel_group=alone):
+        assert torch.nn.Linear(2, 3).weight.ds_axis.size == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "dtype"),
     [
