@@ -20,6 +20,11 @@ class StageZeroOptimizer(ZeroOptimizer):
         """How the loss is scaled now."""
         return LossScaleConfig.of(self.loss_scaler)
 
+    @property
+    def low_precision_dtype(self) -> torch.dtype | None:
+        """The dtype that the model computes in."""
+        return self.precision.compute
+
     def _build_groups(self) -> list[ShardGroup]:
         groups = super()._build_groups()
         for group in groups:  # for rules that round what they exchange
