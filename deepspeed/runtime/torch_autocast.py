@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters' gradients may travel in autocast's dtype: those of modules that autocast computes in it."""
+"""Which parameters and gradients may travel in autocast's dtype: those of modules that autocast computes in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def get_default_autocast_lower_precision_modules() -> list[str]:
 def init_autocast_params(
     module: torch.nn.Module, dtype: torch.dtype, safe_modules: Iterable[str]
 ) -> None:
-    """Mark the parameters of safe modules: their gradients travel between ranks in `dtype`.
+    """Mark the parameters of safe modules: between ranks they and their gradients travel in `dtype`.
 
     Args:
         module: the model.
@@ -55,6 +55,16 @@ def has_comm_dtype(param: torch.nn.Parameter) -> bool:
 def get_comm_dtype(param: torch.nn.Parameter) -> torch.dtype:
     """The dtype in which a parameter's gradient travels if nothing else is configured: its mark, or its own."""
     return getattr(param, PARAM_COMM_DTYPE_ATTR_NAME, param.dtype)
+
+
+def autocast_of(kind: str) -> tuple[bool, torch.dtype]:
+    """Whether operations on devices of a type are under autocast now, and its dtype."""
+    try:
+        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    except (TypeError, AttributeError):  # torch 2.3 asks each kind by a function of its own
+        if kind == "cpu":
+            return torch.is_autocast_cpu_enabled(), torch.get_autocast_cpu_dtype()
+        return torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
 
 
 def _class_of(name: str) -> type:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import deepspeed
+from deepspeed.comm import flat
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 NOTHING_STAYS = {
@@ -403,3 +404,68 @@ def test_no_sync_is_legal(ranks2):
     want = by_hand(net_of(), 2, 2, loss)
     for got in ranks2.run(no_sync_windows):
         agree(got, want)
+
+
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+
+
+def autocast_loss(net, rank, step):
+    with torch.autocast("cpu", torch.bfloat16):
+        return net(x_of(rank, step)).float().square().mean()
+
+
+def narrow_gathers(rank, recompute):
+    ahead = {**NOTHING_STAYS, "stage3_prefetch_bucket_size": 60, "stage3_max_live_parameters": 60}
+    engine = start(net_of(), ahead, communication_data_type="fp32", **AUTOCAST)
+    first = engine.module[0].weight
+    seen, sent, inside = [], [], []
+
+    def look(module, args):
+        seen.append((module.weight.detach().clone(), module.bias.detach().clone()))
+        with deepspeed.zero.GatheredParameters(first):
+            inside.append(first.detach().clone())
+
+    def recorded(out, shard, axis, async_op=False):
+        sent.append(shard.dtype)
+        return gather(out, shard, axis, async_op)
+
+    start_values = whole(engine)[0]
+    engine.module[0].register_forward_pre_hook(look)
+    gather, flat.all_gather_into = flat.all_gather_into, recorded
+    for step in range(2):
+        x = x_of(rank, step).requires_grad_()
+        loss = (checkpoint(engine, x, use_reentrant=False) if recompute else engine(x)).float()
+        engine.backward(loss.square().mean())
+        engine.step()
+    flat.all_gather_into = gather
+    return seen, sent, (start_values, inside[0]), whole(engine)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_autocast_rounds_travels_rounded(recompute, ranks2):
+    # Rounding twice is rounding once, so the results are those of a plain autocast loop.
+    want = by_hand(net_of(), 2, 2, autocast_loss)
+    for seen, sent, (exact, opened), got in ranks2.run(narrow_gathers, recompute):
+        agree(got, want)
+        for value in seen[0]:
+            assert value.dtype == torch.float32
+            assert torch.equal(value, value.bfloat16().float())
+        # whoever is not computing sees all bits
+        assert torch.equal(opened, exact) and not torch.equal(exact, exact.bfloat16().float())
+        assert {torch.bfloat16, torch.float32} == set(sent)  # a LayerNorm is no safe module
+
+
+def test_without_autocast_marked_params_travel_as_they_are(ranks2):
+    for exact, used in ranks2.run(call_of_the_module_itself):
+        assert torch.equal(exact, used)
+
+
+def call_of_the_module_itself(rank):
+    engine = start(net_of(), **AUTOCAST)
+    exact, used = whole(engine)[0], []
+    engine.module[0].register_forward_pre_hook(
+        lambda m, args: used.append(m.weight.detach().clone())
+    )
+    with torch.no_grad():
+        engine.module(x_of(rank, 0))
+    return exact, used[0]

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.mesh import Axis
 from deepspeed.runtime.compiler import is_compiling
+from deepspeed.runtime.torch_autocast import autocast_of
 from deepspeed.utils import bwc
 from deepspeed.utils.errors import explain
 from deepspeed.utils.timer import SynchronizedWallClockTimer
@@ -186,6 +187,11 @@ def model_parallel_cuda_manual_seed(seed: int) -> None:
     tracker.reset()
     get_accelerator().manual_seed(seed)
     tracker.add(MODEL_PARALLEL_STREAM, _model_parallel_seed(seed))
+
+
+def _set_cuda_rng_state(new_state: torch.Tensor, device: int = -1) -> None:
+    """Set the random state of a device, by default the current one (Megatron's name for it)."""
+    get_accelerator().set_rng_state(new_state, None if device == -1 else device)
 
 
 def model_parallel_reconfigure_tp_seed(seed: int) -> None:
@@ -405,16 +411,7 @@ def _autocast_state() -> list[tuple[str, bool, torch.dtype, bool]]:
     """`(device type, enabled, dtype, cache)` of the CPU and of the accelerator."""
     kinds = dict.fromkeys(["cpu", get_accelerator().device_name()])
     cache = torch.is_autocast_cache_enabled()
-    return [(kind, *_autocast_of(kind), cache) for kind in kinds]
-
-
-def _autocast_of(kind: str) -> tuple[bool, torch.dtype]:
-    try:
-        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    except (TypeError, AttributeError):  # torch 2.3 asks each kind by a function of its own
-        if kind == "cpu":
-            return torch.is_autocast_cpu_enabled(), torch.get_autocast_cpu_dtype()
-        return torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
+    return [(kind, *autocast_of(kind), cache) for kind in kinds]
 
 
 @contextlib.contextmanager

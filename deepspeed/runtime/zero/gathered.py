@@ -24,7 +24,7 @@ from deepspeed.utils.logging import logger
 
 from .own_slice import ZeroParamStatus, is_its_slice, write_back
 from .residency import register_external
-from .sharded_param import finish_gather, gather, release
+from .sharded_param import gather, release
 from .spill import together
 from .utils import is_zero_param
 
@@ -76,8 +76,7 @@ class GatheredParameters:
         for param in self.params:
             _refuse_overlap(param, edits)
         self._gathered = [p for p in self.params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        gather(self._gathered)
-        finish_gather(self.params)
+        gather(self.params)
         for param in self.params:
             param.ds_open_gathers = [*getattr(param, "ds_open_gathers", []), edits]
             if param.ds_enable_sanity_checks and not edits:

@@ -23,7 +23,7 @@ from .init_context import (
 from .linear import zero3_linear_wrap
 from .own_slice import ZeroParamStatus, ZeroParamType
 from .residency import register_external, unregister_external
-from .sharded_param import release
+from .sharded_param import get_allgather_dtype, release
 from .utils import is_zero_param
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "ZeroParamType",
     "free_param",
     "get_accelerator",
+    "get_allgather_dtype",
     "is_zero_param",
     "partitioned_param_data_shape",
     "register_external_parameter",

@@ -320,7 +320,7 @@ class Residency:
             if id(param) not in self._live:
                 self._live[id(param)] = param
                 self._live_numel += self._weight_of(param)
-        start_gather(params, self._blocks)
+        start_gather(params, self._blocks, narrow=True)
 
     def _let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
         for param in params:

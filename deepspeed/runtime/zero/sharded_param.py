@@ -4,6 +4,11 @@
 The public face is a set of `ds_*` attributes on the parameter; `describe` and `own_slice` give it these. Between uses
 `param.data` is an empty tensor. Gathering makes a new buffer each time and letting go only drops it, so whoever kept a
 reference to gathered values goes on seeing them.
+
+[Note: Narrow gathers]
+What autocast computes in its own dtype is rounded to it anyhow, so module hooks may gather such parameters in that
+dtype: half the bytes, equal results. The values that land are the rounded ones, in the parameter's dtype. They are for
+computing only: whoever else asks for the values of a parameter that is whole in this way has it gathered again.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import torch
 
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
+from deepspeed.runtime.torch_autocast import autocast_of, get_comm_dtype, has_comm_dtype
 from deepspeed.utils.errors import explain
 
 from .blocks import Blocks
@@ -79,7 +85,7 @@ def describe(param: torch.nn.Parameter, axis: Axis, device: torch.device, home: 
     param.is_external_param = False
     param.ds_axis, param.ds_home, param.ds_device = axis, home, device
     param.ds_spill = param.ds_codec = param.ds_wire = param.ds_second = None
-    param.ds_packed = False
+    param.ds_packed = param.ds_narrowed = False
     param.ds_process_group = param.ds_zero_param_process_group = axis.group
     param.ds_zero_partition_rank, param.ds_zero_partition_world_size = axis.rank, axis.size
     param.ds_secondary_tensor, param.ds_secondary_tensor_group_size = None, 1
@@ -107,9 +113,15 @@ class Gathering:
     Args:
         params: parameters that are not available; they are marked as in flight.
         blocks: where whole values go; None is new memory.
+        narrow: they are for computing only; see [Note: Narrow gathers].
     """
 
-    def __init__(self, params: Sequence[torch.nn.Parameter], blocks: Blocks | None = None) -> None:
+    def __init__(
+        self,
+        params: Sequence[torch.nn.Parameter],
+        blocks: Blocks | None = None,
+        narrow: bool = False,
+    ) -> None:
         self._launched, self._take = False, torch.empty if blocks is None else blocks.take
         self._landing: list[tuple[flat.Handle, Callable[[], None]]] = []
         backward = in_backward()
@@ -123,6 +135,7 @@ class Gathering:
             param.ds_gathering = self
             second = param.ds_second if backward else None
             second = second if second is not None and second.ready else None
+            param.ds_narrowed = narrow and _may_narrow(param, backward)
             self._sources.append((param, second))
             if param.ds_spill is not None and second is None:
                 param.ds_spill.start()
@@ -156,7 +169,9 @@ class Gathering:
                 for axis in self._file_axes:
                     votes.enter_context(together(axis, "read its offloaded parameters"))
                 return [
-                    _from_all(param) if second is None else _from_neighbours(param, second)
+                    _from_all(param, self._take)
+                    if second is None
+                    else _from_neighbours(param, second)
                     for param, second in self._sources
                 ]
         except OSError:
@@ -213,7 +228,23 @@ class _Travel:
     land: Callable[[torch.Tensor], None]
 
 
-def _from_all(param: torch.nn.Parameter) -> _Travel:
+def _may_narrow(param: torch.nn.Parameter, backward: bool) -> bool:
+    """Whether a gather for computing may be narrow; the backward pass does as the forward pass did."""
+    narrow = get_allgather_dtype(param, param.ds_tensor)
+    plain = param.ds_wire is None and param.ds_codec is None and param.ds_second is None
+    if not plain or param.ds_axis.size == 1 or narrow.itemsize >= param.dtype.itemsize:
+        return False
+    if backward:
+        return param.ds_narrowed
+    return not param.ds_persist and autocast_of(param.ds_device.type) == (True, narrow)
+
+
+def get_allgather_dtype(param: torch.nn.Parameter, param_ds_tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which a parameter travels when a module of the forward pass needs it, and autocast is on."""
+    return get_comm_dtype(param) if has_comm_dtype(param) else param_ds_tensor.dtype
+
+
+def _from_all(param: torch.nn.Parameter, take: Callable[..., torch.Tensor]) -> _Travel:
     shard = slice_of(param).to(param.ds_device, non_blocking=True)
     wire = param.ds_wire
     if wire is not None and not param.ds_packed:
@@ -221,6 +252,9 @@ def _from_all(param: torch.nn.Parameter) -> _Travel:
             wire = None
         else:
             shard = wire.encode(shard)
+    if param.ds_narrowed:
+        shard = shard.to(get_allgather_dtype(param, shard))
+        return _Travel(param.ds_axis, shard, partial(_widen, param, take))
     return _Travel(param.ds_axis, shard, partial(_open, param, wire))
 
 
@@ -242,6 +276,13 @@ def _open(param: torch.nn.Parameter, wire: SliceCodec | None, whole: torch.Tenso
         param.ds_second.take(param.data)
 
 
+def _widen(
+    param: torch.nn.Parameter, take: Callable[..., torch.Tensor], narrow: torch.Tensor
+) -> None:
+    whole = take(narrow.numel(), dtype=param.dtype, device=narrow.device)
+    _become_whole(param, whole.copy_(narrow))
+
+
 def _become_whole(param: torch.nn.Parameter, whole: torch.Tensor) -> None:
     param.data = whole[: param.ds_numel].view(param.ds_shape)
     param.ds_status = ZeroParamStatus.AVAILABLE
@@ -253,11 +294,22 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def start_gather(params: Iterable[torch.nn.Parameter], blocks: Blocks | None = None) -> None:
-    """Begin to gather those of `params` that are neither whole nor on their way; a collective of all their ranks."""
+def start_gather(
+    params: Iterable[torch.nn.Parameter], blocks: Blocks | None = None, narrow: bool = False
+) -> None:
+    """Begin to gather those of `params` that are neither whole nor on their way; a collective of all their ranks.
+
+    Args:
+        params: sharded parameters.
+        blocks: where whole values go; None is new memory.
+        narrow: they are for computing only; see [Note: Narrow gathers].
+    """
+    params = list(dict.fromkeys(params))
+    if not narrow:
+        release(p for p in params if p.ds_narrowed)
     missing = [p for p in params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
     if missing:
-        Gathering(list(dict.fromkeys(missing)), blocks)
+        Gathering(missing, blocks, narrow)
 
 
 def finish_gather(params: Iterable[torch.nn.Parameter]) -> None:
