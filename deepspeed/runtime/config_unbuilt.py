@@ -68,13 +68,6 @@ def _divided(config: DeepSpeedConfig) -> bool:
     return config.tensor_parallel_config.autotp_size > 1
 
 
-def _compression(config: DeepSpeedConfig) -> bool:
-    techniques = dict(config.compression_config)
-    layers = techniques.pop("layer_reduction")
-    shared = (technique["shared_parameters"] for technique in techniques.values())
-    return bool(layers["enabled"]) or any(values["enabled"] for values in shared)
-
-
 _OFF = "Set it to false or remove the section."
 _REMOVE = "Remove the key."
 
@@ -190,9 +183,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         "Set it to false; engine.compile() then uses torch.compile.",
     ),
     # ------------------------------------------------------------------ techniques
-    Unbuilt(
-        "compression_training", "compression", _compression, "Disable its techniques or remove it."
-    ),
     Unbuilt(
         "weight_quantization",
         "quantised weights below ZeRO stage 3",

@@ -143,14 +143,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
         forward_kwargs.build_techniques(self)
 
     def _set_up_backward(self) -> None:
-        driver = self.driver
-        self.watch = BackwardWatch(
-            self.clock,
-            driver.begin,
-            driver.finish,
-            driver.reduces_each_backward,
-            lambda: self.driver.needs_scale,
-        )
+        self.watch = BackwardWatch(self.clock, self.driver)
         if self.optimizer is not None:
             self.watch.watch_params(self.module.parameters())
         if (reducer := getattr(self.optimizer, "reducer", None)) is not None:
@@ -207,6 +200,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
             offload_states.refuse_use(self.optimizer)
         if self.module.training:
             kwargs = forward_kwargs.with_techniques(self, kwargs)
+        self.watch.note_forward()
         with (
             self.observers.during("forward", self),
             self._products,
@@ -321,8 +315,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
             self.observers.after_step(self, boundary)
 
     def _take_model_step(self, lr_kwargs: dict[str, Any]) -> None:
-        forward_kwargs.before_step(self)
-        applied = self.driver.step()
+        applied = forward_kwargs.take_step(self)
         self.clock.applied = applied
         if applied and self.lr_scheduler is not None:
             build.step_scheduler(self.lr_scheduler, lr_kwargs, self.train_batch_size())

@@ -27,7 +27,7 @@ from ..checkpoint.weights import of_frozen, of_masters
 from ..utils.env import DS_RESUME_POSITION, DS_VERIFY_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from ..utils.logging import logger
-from . import saved_experts
+from . import compressing, saved_experts
 from .engine_checkpoint import (
     GRAD_SCALER,
     crew_of,
@@ -448,6 +448,7 @@ class _Load:
         _give_state(
             engine.random_ltd_scheduler, model.get(Model.RANDOM_LTD), "random-LTD scheduler"
         )
+        compressing.resume(engine)
 
     def _rates_from_schedule(self) -> None:
         """Set the learning rates of the next step where none were saved (upstream's elastic form has none)."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import compressing
 from .data_pipeline.curriculum_scheduler import CurriculumScheduler
 from .data_pipeline.data_routing.scheduler import RandomLTDScheduler
 from .progressive_layer_drop import ProgressiveLayerDrop
 
 
 def build_techniques(engine: Any) -> None:
-    """Set `engine.progressive_layer_drop`, `.curriculum_scheduler_legacy` and `.random_ltd_scheduler`.
+    """Set `engine.progressive_layer_drop`, `.curriculum_scheduler_legacy`, `.random_ltd_scheduler`, and what compresses.
 
     They are None where they are not asked for.
     """
+    compressing.build(engine)
     config = engine._config
     engine.progressive_layer_drop = engine.curriculum_scheduler_legacy = None
     engine.random_ltd_scheduler = None
@@ -55,7 +57,14 @@ def count_tokens(engine: Any) -> None:
         engine.random_ltd_scheduler.update_seq(engine.global_steps)
 
 
-def before_step(engine: Any) -> None:
-    """Called before an optimizer step: what `engine.get_pld_theta` then says is of that step."""
+def take_step(engine: Any) -> bool:
+    """Step the engine's optimizer, with what techniques do before and after; returns whether weights have changed.
+
+    What `engine.get_pld_theta` then says is of that step.
+    """
     if engine.progressive_layer_drop is not None:
         engine.progressive_layer_drop.update_state(engine.global_steps)
+    applied = engine.driver.step()
+    if applied:
+        compressing.after_step(engine)
+    return applied

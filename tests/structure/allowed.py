@@ -27,6 +27,7 @@ WIDE_CLASSES: dict[str, str] = {
 # over 8 params: signatures that the public contract or torch fixes
 WIDE_SIGNATURES: dict[str, str] = {
     "deepspeed/runtime/pipe/module.py:PipelineModule.__init__": "public constructor",
+    "deepspeed/runtime/quantize.py:Quantizer.__init__": "public constructor",
     "deepspeed/runtime/fp16/onebit/adam.py:OnebitAdam.__init__": "public constructor",
     "deepspeed/runtime/fp16/onebit/lamb.py:OnebitLamb.__init__": "public constructor",
     "deepspeed/runtime/fp16/onebit/zoadam.py:ZeroOneAdam.__init__": "public constructor",

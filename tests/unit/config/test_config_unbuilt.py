@@ -27,7 +27,6 @@ def divided(**section):
     return {"tensor_parallel": {"autotp_size": 2, **section}}
 
 
-GROUP = {"g": {"params": {"start_bits": 8, "target_bits": 4}}}
 QUANTIZED = {"weight_quantization": {"quantized_initialization": {"num_bits": 4, "group_size": 64}}}
 # key -> a configuration that asks for it
 ASKING = {
@@ -60,14 +59,6 @@ ASKING = {
         "hybrid_engine": {"enabled": True, "enable_cuda_graph": True}
     },
     "compile.deepcompile": {"compile": {"deepcompile": True}},
-    "compression_training": {
-        "compression_training": {
-            "weight_quantization": {
-                "shared_parameters": {"enabled": True},
-                "different_groups": GROUP,
-            }
-        }
-    },
     "weight_quantization": {**zero(2), **QUANTIZED},
     "quantize_training.eigenvalue.enabled": {
         "quantize_training": {"eigenvalue": {"enabled": True}}
