@@ -16,6 +16,7 @@ are read by an allow-list, so that a damaged or hostile file gives an error and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -24,6 +25,7 @@ import pickle
 import re
 import struct
 import sys
+import time
 import types
 import zlib
 from collections import OrderedDict
@@ -543,14 +545,15 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         file = f"{stem}{several}.{suffix}"
         weight_map.update(dict.fromkeys(names, file))
         print(f"writing {output / file} ({len(names)} tensors)")
-        temporary = output / f"{file}.tmp"
-        write(temporary, OrderedDict((name, weights[name]) for name in names))
-        os.replace(temporary, output / file)
+        some = OrderedDict((name, weights[name]) for name in names)
+        with _published(output / file) as temporary:
+            write(temporary, some)
     if len(plan) > 1:
         total = sum(4 * weight.numel() for weight in weights.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (output / f"{stem}.{suffix}.index.json").write_text(text, encoding="utf-8", newline="\n")
+        with _published(output / f"{stem}.{suffix}.index.json") as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _bytes(size: str | int) -> int:
@@ -575,6 +578,24 @@ def _plan_shards(weights: Mapping[str, Weight], limit: int | None) -> list[list[
         plan[-1].append(name)
         used += size
     return plan
+
+
+@contextlib.contextmanager
+def _published(path: Path) -> Iterator[Path]:
+    """Give a name of this process's own to write (each rank may convert), and rename the file once it is whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for pause in (0.05, 0.2, 1.0, None):
+            try:
+                os.replace(temporary, path)
+                break
+            except PermissionError:  # on Windows, while somebody has the file open
+                if pause is None:
+                    raise
+                time.sleep(pause)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_torch(path: Path, weights: Mapping[str, Weight]) -> None:

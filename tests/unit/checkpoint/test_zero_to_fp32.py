@@ -211,6 +211,27 @@ def test_files_hold_every_weight_once_and_the_index_says_where(
         assert files == [f"{stem}.{suffix}"] and not index.exists()
 
 
+def test_ranks_that_write_the_same_files_at_once_leave_them_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, output = make(tmp_path / "in", 2, 2), tmp_path / "out"
+    write, ranks = zero_to_fp32._write_torch, iter([os.getpid() + 1])
+
+    def write_while_another_rank_does(path: Path, some: Any) -> None:
+        write(path, some)
+        for other in ranks:
+            with monkeypatch.context() as patched:
+                patched.setattr(zero_to_fp32.os, "getpid", lambda other=other: other)
+                convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "in", output, 80, tag="t")
+
+    monkeypatch.setattr(zero_to_fp32, "_write_torch", write_while_another_rank_does)
+    convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "in", output, 80, tag="t")
+    assert not list(output.glob("*.tmp"))
+    index = json.loads((output / "pytorch_model.bin.index.json").read_text(encoding="utf-8"))
+    for name, file in index["weight_map"].items():
+        assert torch.equal(torch.load(output / file)[name], full[name])
+
+
 def test_safetensors_of_others_read_our_files(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     expected = make(tmp_path / "in", 3, 2)
