@@ -24,14 +24,14 @@ from .zero.residency import tensors_in
 
 
 class BackwardWatch:
-    """Brackets backward passes with `begin(sync)` and `finish(sync)`.
+    """Brackets backward passes with the driver's `begin(sync)` and `finish(sync)`.
+
+    `begin` is called before the first gradient, `finish` after the last; `sync` says whether this pass reduces over
+    the ranks.
 
     Args:
         clock: tells boundaries and `no_sync`.
-        begin: called before the first gradient; its argument says whether this pass reduces over the ranks.
-        finish: called after the last gradient, with the same argument.
-        reduces_each_backward: whether every pass reduces, not only the one at the boundary.
-        needs_scale: whether the loss must go through `engine.scale` first.
+        driver: knows, too, whether every pass reduces, and whether the loss must go through `engine.scale` first.
 
     Attributes:
         on_output: called in the outermost graph task, when a gradient reaches an output of the module.
@@ -42,18 +42,15 @@ class BackwardWatch:
     def __init__(
         self,
         clock: AccumulationClock,
-        begin: Callable[[bool], None],
-        finish: Callable[[bool], None],
-        reduces_each_backward: bool,
-        needs_scale: Callable[[], bool],
+        driver: Any,
     ) -> None:
         self.clock = clock
-        self._begin, self._finish = begin, finish
-        self._reduces_each_backward = reduces_each_backward
-        self._needs_scale = needs_scale
+        self._driver = driver
         self._by_engine = False
         self._plain = False
         self._scaled = False
+        self._forward_by_engine = False
+        self._late_scale: torch.Tensor | None = None
         self._sync = False
         self.allreduce_enabled = True
         self._hooks: list[Any] = []
@@ -67,11 +64,15 @@ class BackwardWatch:
         """The next plain backward pass has its loss scaled."""
         self._scaled = True
 
+    def note_forward(self) -> None:
+        """The engine was called, whose users know of its loss scale."""
+        self._forward_by_engine |= torch.is_grad_enabled()
+
     def syncs(self) -> bool:
         """Whether a backward pass that began now would reduce over the ranks."""
         if self.clock.unsynchronized or not self.allreduce_enabled:
             return False
-        return self._reduces_each_backward or self.clock.at_boundary
+        return self._driver.reduces_each_backward or self.clock.at_boundary
 
     @contextlib.contextmanager
     def engine_backward(self) -> Iterator[None]:
@@ -82,7 +83,7 @@ class BackwardWatch:
             yield
             self._end()
         finally:
-            self._by_engine = False
+            self._by_engine = self._forward_by_engine = False
 
     def watch_outputs(self, outputs: Any) -> None:
         """Place the hook of [Note: Plain backward] on the tensors of a module's output."""
@@ -111,37 +112,44 @@ class BackwardWatch:
     def _start(self) -> None:
         self._sync = self.syncs()
         self.clock.backwards += 1
-        self._begin(self._sync)
+        self._driver.begin(self._sync)
 
     def _end(self) -> None:
-        self._finish(self._sync)
+        self._driver.finish(self._sync)
 
     def _share_of(self, grad: torch.Tensor) -> torch.Tensor | None:
         if self._by_engine:
             return None
         share = self.clock.share()
+        if self._late_scale is not None:
+            return grad * (self._late_scale * share)
         return None if share == 1.0 else grad * share
 
     def _on_output_grad(self, grad: torch.Tensor) -> None:
         if not self._by_engine and not self._plain:
-            self._start_plain()
+            self._start_plain(grad)
         if self.on_output is not None:
             self.on_output()
 
-    def _start_plain(self) -> None:
-        if self._needs_scale() and not self._scaled:
-            raise RuntimeError(
-                explain(
-                    "Loss scaling is required, and backward() was called on a loss that is not scaled",
-                    got="fp16 training, which scales its loss",
-                    expected="engine.backward(loss), or engine.scale(loss).backward()",
-                    fix="use one of these two",
+    def _start_plain(self, first: torch.Tensor | None = None) -> None:
+        self._late_scale = None
+        if self._driver.needs_scale and not self._scaled:
+            if first is None or self._forward_by_engine:
+                raise RuntimeError(
+                    explain(
+                        "Loss scaling is required, and backward() was called on a loss that is not scaled",
+                        got="fp16 training, which scales its loss",
+                        expected="engine.backward(loss), or engine.scale(loss).backward()",
+                        fix="use one of these two",
+                    )
                 )
-            )
+            # `engine.module` was called, not the engine: gradients are scaled at the parameters
+            self._late_scale = self._driver.scale(torch.ones((), device=first.device))
         self._plain = True
         self._start()
         torch.autograd.Variable._execution_engine.queue_callback(self._end_plain)
 
     def _end_plain(self) -> None:
-        self._plain = self._scaled = False
+        self._plain = self._scaled = self._forward_by_engine = False
+        self._late_scale = None
         self._end()
