@@ -349,11 +349,13 @@ class DeepSpeedAccelerator(abc.ABC):
             return True
         return self._pins_host_memory() and tensor.is_pinned()
 
-    def unpin_memory(self, tensor: torch.Tensor) -> None:
-        """Unlock what the native backend locked; torch unlocks the pages when the tensor dies."""
+    def unpin_memory(self, tensor: torch.Tensor) -> bool | None:
+        """Unlock what the native backend locked; returns whether it had locked that tensor.
+
+        None where torch locks pages, which unlocks them when the tensor dies.
+        """
         native = self._native_pins()
-        if native is not None:
-            native.unpin(tensor)
+        return None if native is None else bool(native.unpin(tensor))
 
     def _native_pins(self) -> Any:
         """Return the pages of DS_PIN_MEMORY_BACKEND=native, or None for torch's."""

@@ -8,6 +8,7 @@ needs, and gives them back with the last tensor that shares them, or when it is 
 from __future__ import annotations
 
 import bisect
+import importlib
 import threading
 from typing import Any
 
@@ -102,7 +103,7 @@ class NativePinnedMemory:
             self._ranges.pop(address, None)
 
 
-_active: NativePinnedMemory | None = None
+_shared_native_pins: NativePinnedMemory | None = None
 
 
 def get_active_native_pinned_memory() -> NativePinnedMemory | None:
@@ -112,7 +113,7 @@ def get_active_native_pinned_memory() -> NativePinnedMemory | None:
         ValueError: DS_PIN_MEMORY_BACKEND is something else.
         RuntimeError: the native library is missing.
     """
-    global _active
+    global _shared_native_pins
     backend = (env.DS_PIN_MEMORY_BACKEND.get() or "torch").lower()
     if backend not in ("torch", "native"):
         raise ValueError(
@@ -124,6 +125,8 @@ def get_active_native_pinned_memory() -> NativePinnedMemory | None:
         )
     if backend == "torch":
         return None
-    if _active is None:
-        _active = NativePinnedMemory()
-    return _active
+    if _shared_native_pins is None:
+        builders = importlib.import_module("deepspeed.ops.op_builder")
+        builders.PinMemoryBuilder().load()
+        _shared_native_pins = NativePinnedMemory()
+    return _shared_native_pins

@@ -56,7 +56,7 @@ def test_the_accelerator_pins_by_the_backend_that_is_chosen(monkeypatch):
     monkeypatch.setenv("DS_PIN_MEMORY_BACKEND", "native")
     pinned = accelerator.pin_memory(torch.ones(2, 3))
     assert pinned.shape == (2, 3) and accelerator.is_pinned(pinned[1])
-    accelerator.unpin_memory(pinned)
+    assert accelerator.unpin_memory(pinned) is True and accelerator.unpin_memory(pinned) is False
     assert not get_active_native_pinned_memory().is_pinned(pinned)
     monkeypatch.setenv("DS_PIN_MEMORY_BACKEND", "cuda")
     with pytest.raises(ValueError, match="torch or native"):
