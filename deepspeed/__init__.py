@@ -50,6 +50,7 @@ _NAMES = {
     ".module_inject.tp_layer": ["set_autotp_mode"],
     ".monitor": ["*"],
     ".ops": ["*"],
+    ".ops.transformer": ["DeepSpeedTransformerConfig", "DeepSpeedTransformerLayer"],
     ".profiling": ["*"],
     ".runtime": ["*"],
     ".runtime.base_optimizer": ["DeepSpeedOptimizer", "ZeROOptimizer"],
@@ -82,12 +83,6 @@ _ALIASES = {
     "zero": "deepspeed.runtime.zero",
 }
 
-# Public names whose feature has no code yet; reaching for one says so.
-_NOT_BUILT = {
-    "DeepSpeedTransformerLayer": "the fused transformer layer",
-    "DeepSpeedTransformerConfig": "the fused transformer layer",
-}
-
 _lazy, _listing, __all__ = lazy_exports(__name__, _NAMES)
 __dir__ = _listing
 
@@ -99,10 +94,6 @@ def __getattr__(name: str) -> Any:
         return find_spec("triton") is not None
     if name in _ALIASES:
         return import_module(_ALIASES[name])
-    if name in _NOT_BUILT:
-        raise AttributeError(
-            f"deepspeed.{name} is not available: {_NOT_BUILT[name]} is not part of version {version} yet"
-        )
     return _lazy(name)
 
 

@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single operations of transformers."""
+"""Layers and single operations of transformers."""
+
+from .transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
+
+__all__ = ["DeepSpeedTransformerConfig", "DeepSpeedTransformerLayer"]
