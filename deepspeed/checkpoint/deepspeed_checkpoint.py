@@ -25,7 +25,7 @@ from .reshape_utils import (
 )
 from .zero_checkpoint import ZeROCheckpoint
 
-_ITERATION, _ARGS, _CHECKPOINT_INFO = "iteration", "args", "checkpoint_info"
+ITERATION_KEY, ARGS_KEY, CHECKPOINT_INFO_KEY = "iteration", "args", "checkpoint_info"
 EMBEDDING_LAYER_INDEX = 0
 # Small weights that every tensor-parallel rank holds whole: joined slices keep the first.
 _REPLICATED = (
@@ -121,21 +121,21 @@ class DeepSpeedCheckpoint:
     def _read_global_state(self) -> None:
         model = self.model_state_metadata[0]
         self.global_state = {
-            _ITERATION: model.get(_ITERATION, 0),
-            _ARGS: model.get(_ARGS),
-            _CHECKPOINT_INFO: model.get(_CHECKPOINT_INFO),
+            ITERATION_KEY: model.get(ITERATION_KEY, 0),
+            ARGS_KEY: model.get(ARGS_KEY),
+            CHECKPOINT_INFO_KEY: model.get(CHECKPOINT_INFO_KEY),
             UNIVERSAL_CHECKPOINT_INFO: model.get(UNIVERSAL_CHECKPOINT_INFO),
         }
 
     def get_iteration(self) -> int:
         """The client's count of iterations, 0 where it saved none."""
-        return self.global_state[_ITERATION]
+        return self.global_state[ITERATION_KEY]
 
     def get_args(self) -> Any:
         """The client's arguments."""
-        return self.global_state[_ARGS]
+        return self.global_state[ARGS_KEY]
 
-    def get_checkpoint_info(self, info_key: str = _CHECKPOINT_INFO) -> Any:
+    def get_checkpoint_info(self, info_key: str = CHECKPOINT_INFO_KEY) -> Any:
         """An entry that the client saved."""
         return self.global_state.get(info_key)
 

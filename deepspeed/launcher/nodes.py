@@ -56,8 +56,9 @@ RUNNERS: dict[str, type[MultiNodeRunner]] = {
 # the backends whose ranks ask MPI or Slurm for their numbers: the address must come from us
 _UNNUMBERED = (OPENMPI_LAUNCHER, SLURM_LAUNCHER, MVAPICH_LAUNCHER)
 
-# names, or their beginnings, of what goes along: Python's, the transports', the services', our own
-CARRIED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "NEBULA", "DS_", "DEEPSPEED_")
+# names, or their beginnings, of what goes along: Python's, the transports', the services', our own; programs that call
+# the launcher append theirs
+EXPORT_ENVS = ["MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "NEBULA", "DS_", "DEEPSPEED_"]
 CARRIED_NAMES = frozenset({"DLTS_JOB_ID", "DLTS_NUM_WORKER", "AML_RUN_ID", "AZUREML_RUN_ID"})
 _ONLY_HERE = frozenset({"DS_ENV_FILE"})
 _AISC_OWN = frozenset({"NCCL_IB_HCA", "UCX_NET_DEVICES"})  # its scheduler sets them on each node
@@ -75,7 +76,7 @@ def carried_environment(environment: Mapping[str, str]) -> dict[str, str]:
     carried = {
         name: value
         for name, value in environment.items()
-        if (name.startswith(CARRIED) or name in CARRIED_NAMES)
+        if (name.startswith(tuple(EXPORT_ENVS)) or name in CARRIED_NAMES)
         and name not in own | _ONLY_HERE
         and _NAME.fullmatch(name)
     }

@@ -37,11 +37,13 @@ from .hostfile import (
     parse_resource_filter,
 )
 from .launch import VISIBLE_DEVICES, speak_any_script, told_clearly
-from .nodes import check_launcher, run_on_nodes
+from .nodes import EXPORT_ENVS, check_launcher, run_on_nodes
 from .processes import POLL_S, WINDOWS, Family, Signals, exit_status
 
 __all__ = [
     "DEEPSPEED_ENVIRONMENT_NAME",
+    "DLTS_HOSTFILE",
+    "EXPORT_ENVS",
     "_parse_hostfile",
     "encode_world_info",
     "fetch_hostfile",
@@ -52,6 +54,7 @@ __all__ = [
     "run_autotuning",
 ]
 
+DLTS_HOSTFILE = DEFAULT_HOSTFILE
 LOCALHOST = "localhost"
 LOCAL_ADDRESS = "127.0.0.1"
 
