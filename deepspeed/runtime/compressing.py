@@ -72,6 +72,15 @@ def _quantizer(engine: Any, settings: dict[str, Any]) -> Quantizer:
     )
 
 
+def start(engine: Any) -> None:
+    """Called when the optimizer has its masters: round for the first forward pass, if quantization begins at step 0."""
+    if engine.quantizer is not None:
+        params = list(engine.module.parameters())
+        engine.quantizer.resume(params, 0)  # it remembers the bits and periods that all begin with
+        if engine.compression_scheduler.weight_quantization_enabled:
+            engine.quantizer.quantize([params], False)
+
+
 def after_step(engine: Any) -> None:
     """Called after an optimizer step that was applied: round what is to be rounded, and begin what is due."""
     scheduler = engine.compression_scheduler
@@ -90,14 +99,17 @@ def resume(engine: Any) -> None:
     applied = engine.global_steps - engine.skipped_steps
     scheduler.resume(applied)
     quantizer = engine.quantizer
-    if quantizer is None or not scheduler.weight_quantization_enabled:
+    if quantizer is None:
         return
-    calls = applied - scheduler.offsets["weight_quantization"]
+    offset = scheduler.offsets["weight_quantization"]
+    calls = max(applied - offset, 0) + (offset == 0)  # one before the first step
     params = list(engine.module.parameters())
     quantizer.resume(params, calls)
-    if calls:  # the weights have just been made from the masters
-        with torch.no_grad():
-            for param in params:
-                bits = getattr(param, "start_bits", None)
-                if bits and param.dim() > 1:
-                    param.data.copy_(quantizer.compute_quantization(param.data, bits))
+    if not calls:
+        return
+    engine.optimizer.update_lp_params()  # values that were rounded once give other scales
+    with torch.no_grad():
+        for param in params:
+            bits = getattr(param, "start_bits", None)
+            if bits and param.dim() > 1:
+                param.data.copy_(quantizer.compute_quantization(param.data, bits))

@@ -16,6 +16,7 @@ from deepspeed.utils.errors import explain
 from . import (
     build,
     build_checks,
+    compressing,
     engine_checkpoint,
     engine_load,
     forward_kwargs,
@@ -111,6 +112,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
             self._config, self.client_lr_scheduler, self.basic_optimizer, self.optimizer
         )
         self._set_up_backward()
+        compressing.start(self)
         self.checkpoint_engine = build.build_checkpoint_engine(self._config)
         ownership.claim(self)
         self._is_compiled = False
