@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import cuda_namespaces
 from deepspeed.ops.op_builder import namespaces
-from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder, probe_is_compatible
 
 _NOT_BUILT = "it is not built yet in this version"
 
@@ -116,7 +116,7 @@ ALL_OPS: dict[str, OpBuilder] = {builder.NAME: builder() for builder in BUILDERS
 
 def compatible_ops() -> dict[str, bool]:
     """Return for each op's NAME whether it can be loaded here."""
-    return {name: builder.is_compatible() for name, builder in ALL_OPS.items()}
+    return {name: probe_is_compatible(builder) for name, builder in ALL_OPS.items()}
 
 
 def __getattr__(name: str) -> str:

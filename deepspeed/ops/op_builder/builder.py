@@ -8,12 +8,13 @@ compiled when it is first loaded, and found again by its content after that (sou
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,8 @@ from deepspeed.ops.op_builder import source, toolchain
 from deepspeed.utils import env
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
+
+_PTX = "+PTX"
 
 
 class MissingCUDAException(Exception):
@@ -37,17 +40,32 @@ def installed_cuda_version(name: str = "") -> tuple[int, int]:
     """Return the version of the CUDA toolkit's compiler as (major, minor).
 
     Raises:
-        MissingCUDAException: no toolkit is installed.
+        MissingCUDAException: no toolkit is installed, or one without a compiler.
     """
     from torch.utils.cpp_extension import CUDA_HOME
 
-    if CUDA_HOME is None:
-        raise MissingCUDAException(f"{name or 'the op'} needs the CUDA toolkit; CUDA_HOME is unset")
-    nvcc = Path(CUDA_HOME) / "bin" / "nvcc"
-    words = subprocess.run([str(nvcc), "-V"], capture_output=True, text=True, check=True).stdout
+    nvcc = CUDA_HOME and shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin"))
+    if not nvcc:
+        raise MissingCUDAException(
+            explain(
+                f"{name or 'it'}: unable to compile CUDA ops",
+                got=f"CUDA_HOME {CUDA_HOME}",
+                expected="the folder of a CUDA toolkit, with bin/nvcc in it",
+            )
+        )
+    words = subprocess.run([nvcc, "-V"], capture_output=True, text=True, check=True).stdout
     release = words.split("release ")[1].split(",")[0]
     major, minor = release.split(".")[:2]
     return int(major), int(minor)
+
+
+def probe_is_compatible(builder: Any) -> bool:
+    """Say whether an op can be loaded here; a probe that fails is a no, and is logged."""
+    try:
+        return bool(builder.is_compatible())
+    except Exception as error:
+        logger.info("%s: whether it can be loaded is not known: %s", builder.name, error)
+        return False
 
 
 class OpBuilder:
@@ -65,6 +83,8 @@ class OpBuilder:
     MISSING: ClassVar[str] = ""
     # whether a source op is linked with torch; None: if it includes torch's headers
     LINKS_TORCH: ClassVar[bool | None] = None
+    # whether even its C++ sources are compiled for CUDA, where torch has it
+    WITH_CUDA: ClassVar[bool] = False
 
     _loaded_ops: ClassVar[dict[str, Any]] = {}
 
@@ -146,6 +166,7 @@ class OpBuilder:
             link_flags=tuple(strip(self.extra_ldflags())),
             libraries=tuple(strip(self.libraries_args())),
             torch=self.LINKS_TORCH,
+            cuda=self.WITH_CUDA and torch.cuda.is_available(),
         )
 
     def builder(self) -> Any:
@@ -285,45 +306,126 @@ class OpBuilder:
 
 
 class CUDAOpBuilder(OpBuilder):
-    """Legacy base of the ops that have CUDA sources."""
+    """Legacy base of the ops that have CUDA sources.
+
+    Attributes:
+        jit_mode: whether the op is compiled now, by torch, which takes the GPUs from TORCH_CUDA_ARCH_LIST.
+        enable_bf16: whether all GPUs that were chosen last compute in bf16.
+    """
+
+    WITH_CUDA: ClassVar[bool] = True
+
+    jit_mode = False
+    enable_bf16 = False
+    _jit_arch_list: str | None = None
 
     def filter_ccs(self, ccs: list[str]) -> list[list[str]]:
         """Return the compute capabilities that the op supports, each as [major, minor]; a subclass may drop some."""
         return [cc.split(".") for cc in ccs]
 
     def compute_capability_args(self, cross_compile_archs: list[str] | None = None) -> list[str]:
-        """Return nvcc's flags for the GPUs to compile for.
+        """Choose the GPUs to compile for, and note them in TORCH_CUDA_ARCH_LIST.
 
         Args:
             cross_compile_archs: capabilities as ``"8.0"`` or ``"9.0+PTX"``; None: TORCH_CUDA_ARCH_LIST, else the
                 GPUs of this machine.
 
+        Returns:
+            nvcc's flags for them; none while the op is compiled by torch, which adds them itself.
+
         Raises:
-            RuntimeError: none is left.
+            RuntimeError: none is left, or this is a forked process, which must not look for them.
         """
-        listed = (env.TORCH_CUDA_ARCH_LIST.get() or "").replace(" ", ";")
-        named = cross_compile_archs or [word for word in listed.split(";") if word]
-        if not named:
-            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            found = sorted({torch.cuda.get_device_capability(i) for i in range(count)})
-            named = [f"{major}.{minor}" for major, minor in found]
-            named[-1:] = [f"{last}+PTX" for last in named[-1:]]
-        flags = []
-        for major, minor in self.filter_ccs(named):
-            number = major + minor.removesuffix("+PTX")
-            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-            if minor.endswith("+PTX"):
-                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        if not flags:
+        listed = self._jit_arch_list or env.TORCH_CUDA_ARCH_LIST.get() or ""
+        named = cross_compile_archs or [word for word in re.split("[; ]", listed) if word]
+        probed = not named
+        if probed:
+            named = [f"{major}.{minor}" for major, minor in self._devices()]
+        supported = self.filter_ccs(_sorted(named))
+        if not supported:
             raise RuntimeError(
                 explain(
                     f"no GPU is known that {self.name} could be compiled for",
-                    got=", ".join(named) or "no device here",
+                    got=", ".join(named) or "no CUDA devices here",
                     fix="Set TORCH_CUDA_ARCH_LIST, for example to 8.0;9.0.",
                 )
             )
-        return flags
+        if (self.jit_mode or probed) and not supported[-1][1].endswith(_PTX):
+            supported[-1][1] += _PTX  # newer GPUs run that, too
+        self.enable_bf16 = all(int(major) >= 8 for major, _ in supported)
+        env.TORCH_CUDA_ARCH_LIST.set(";".join(".".join(cc) for cc in supported))
+        return [] if self.jit_mode else _gencode(supported)
+
+    def source_op(self) -> source.SourceOp:
+        """Return what the methods above say of the sources, as the compilation takes it."""
+        op = super().source_op()
+        if not (self.jit_mode and self.enable_bf16):
+            return op
+        bf16 = ("-DBF16_AVAILABLE",)
+        return op._replace(flags=op.flags + bf16, cuda_flags=op.cuda_flags + bf16)
+
+    def cuda_capability_major(self) -> int | None:
+        """Return the first number of the device's compute capability; None where asking would start CUDA."""
+        if not torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork():
+            return None
+        return int(torch.cuda.get_device_properties(0).major)
+
+    def jit_load(self, verbose: bool = True) -> Any:
+        """Compile the sources, unless that was done before; TORCH_CUDA_ARCH_LIST is as before afterwards.
+
+        Raises:
+            RuntimeError: there is nothing to compile, no way to, or the compiler refuses it; its words are in the
+                message.
+        """
+        before = env.TORCH_CUDA_ARCH_LIST.raw()
+        self.jit_mode, self._jit_arch_list = torch.cuda.is_available(), before
+        try:
+            return super().jit_load(verbose)
+        finally:
+            self.jit_mode, self._jit_arch_list = False, None
+            if before is None:
+                env.TORCH_CUDA_ARCH_LIST.unset()
+            else:
+                env.TORCH_CUDA_ARCH_LIST.set(before)
+
+    def _devices(self) -> list[tuple[int, int]]:
+        if torch.cuda._is_in_bad_fork():
+            raise RuntimeError(
+                explain(
+                    f"the GPUs to compile {self.name} for cannot be looked for",
+                    got="a forked process, whose parent uses CUDA",
+                    fix="Set TORCH_CUDA_ARCH_LIST, for example to 8.0;9.0, or load the op before the fork.",
+                )
+            )
+        return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 
 
 class TorchCPUOpBuilder(CUDAOpBuilder):
     """Legacy base of the CPU ops."""
+
+    WITH_CUDA: ClassVar[bool] = False
+
+
+def _sorted(ccs: Iterable[str]) -> list[str]:
+    """Each capability once, lowest first; with PTX if one of its mentions has it."""
+    ptx: dict[str, bool] = {}
+    for cc in ccs:
+        number = cc.removesuffix(_PTX)
+        ptx[number] = ptx.get(number, False) or cc.endswith(_PTX)
+
+    def order(number: str) -> tuple[int, int, str]:
+        major, minor = number.split(".")
+        digits = minor.rstrip("abcdefghijklmnopqrstuvwxyz")
+        return int(major), int(digits), minor
+
+    return [number + _PTX * ptx[number] for number in sorted(ptx, key=order)]
+
+
+def _gencode(ccs: list[list[str]]) -> list[str]:
+    flags = []
+    for major, minor in ccs:
+        number = major + minor.removesuffix(_PTX)
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if minor.endswith(_PTX):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags

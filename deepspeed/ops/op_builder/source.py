@@ -47,6 +47,7 @@ class SourceOp(NamedTuple):
         link_flags: for the linker.
         libraries: names of libraries to link.
         torch: whether libtorch is linked; None: if a file includes its headers.
+        cuda: whether C++ sources, too, are compiled and linked for CUDA.
     """
 
     name: str
@@ -57,11 +58,12 @@ class SourceOp(NamedTuple):
     link_flags: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     torch: bool | None = None
+    cuda: bool = False
 
     @property
     def has_cuda(self) -> bool:
-        """Whether nvcc has to compile a part of it."""
-        return any(Path(source).suffix == ".cu" for source in self.sources)
+        """Whether it takes the CUDA toolkit."""
+        return self.cuda or any(Path(source).suffix == ".cu" for source in self.sources)
 
     def uses_torch(self) -> bool:
         """Say whether a source, or a header of the user's that it includes, includes a header of torch."""
@@ -262,5 +264,6 @@ def _load_by_torch(op: SourceOp, verbose: bool) -> Any:
             extra_cuda_cflags=list(op.cuda_flags),
             extra_ldflags=[*op.link_flags, *(f"-l{name}" for name in op.libraries)],
             build_directory=str(entry / "build"),
+            with_cuda=True,
             verbose=verbose,
         )

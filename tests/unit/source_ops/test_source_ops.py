@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -256,8 +257,48 @@ def test_an_op_with_torchs_headers_takes_tensors(folder):
     assert Path(module.__file__).is_relative_to(source.folder())
 
 
-def test_the_helpers_of_builders():
+def test_an_op_for_cuda_is_compiled_by_torch_for_the_gpus_that_are_there(monkeypatch):
+    from torch.utils import cpp_extension
+
     from deepspeed.ops.op_builder import CUDAOpBuilder
+
+    class Gpu(CUDAOpBuilder):
+        NAME = "gpu"
+
+        def sources(self):
+            return [__file__]
+
+        def nvcc_args(self):
+            return self.compute_capability_args()
+
+    given = []
+
+    def load(**settings):
+        given.append((os.environ["TORCH_CUDA_ARCH_LIST"], settings))
+        return "the module"
+
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(cpp_extension, "load", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (8, 6)].__getitem__)
+    builder = Gpu()
+    assert builder.jit_load(verbose=False) == "the module"
+    listed, settings = given[0]
+    assert listed == "8.6;9.0+PTX" and settings["with_cuda"] is True
+    assert settings["extra_cuda_cflags"] == ["-DBF16_AVAILABLE"]
+    assert "TORCH_CUDA_ARCH_LIST" not in os.environ and not builder.jit_mode
+    assert builder.cuda_capability_major() is None  # CUDA is not started to ask
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(RuntimeError, match="before the fork"):
+        builder.jit_load(verbose=False)
+    assert len(given) == 1
+
+
+def test_the_helpers_of_builders(monkeypatch):
+    from deepspeed.ops.op_builder import CUDAOpBuilder
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")  # restored at the end
 
     class Gpu(CUDAOpBuilder):
         NAME = "gpu"
@@ -272,6 +313,14 @@ def test_the_helpers_of_builders():
     ]
     with pytest.raises(RuntimeError, match="TORCH_CUDA_ARCH_LIST"):
         Gpu().compute_capability_args(["6.0"])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a 8.0+PTX;10.0;8.0")
+    assert [flag[-6:] for flag in Gpu().compute_capability_args()] == [
+        "=sm_80",
+        "ute_80",
+        "sm_90a",
+        "sm_100",
+    ]
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0+PTX;9.0a;10.0"
     mine = Gpu()
     mine.validate_torch_version({"version": ".".join(torch.__version__.split(".")[:2])})
     with pytest.raises(RuntimeError, match="another torch"):
