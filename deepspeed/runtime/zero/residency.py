@@ -24,12 +24,14 @@ next to nothing.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from deepspeed.runtime.compiler import disable
 
@@ -97,9 +99,21 @@ class Residency:
     # - which module needs what
 
     def hook(self, root: torch.nn.Module) -> None:
-        """Place the hooks on `root` and what is below it, down to leaf modules."""
+        """Place the hooks on `root` and what is below it, down to leaf modules, and on what is attached there later."""
+        if not self.forward_hooks:
+            told = partial(_tell_of_attached, weakref.ref(self))
+            self.forward_hooks.append(register_module_module_registration_hook(told))
+        self._hook_all(_down_to_leaves(root))
+
+    def attached(self, parent: torch.nn.Module, child: torch.nn.Module) -> None:
+        """`parent` got a new submodule: the hooks are placed on it, if it is in this tree."""
+        if self.forward_hooks and id(parent) in self._number:
+            new = [each for each in _down_to_leaves(child) if id(each) not in self._number]
+            self._hook_all(new)
+
+    def _hook_all(self, modules: Iterable[torch.nn.Module]) -> None:
         before, after = disable(self._before), disable(self._after)
-        for module in _down_to_leaves(root):
+        for module in modules:
             number = self._number_of(module)
             is_leaf = getattr(module, "_z3_leaf", False)
             own = module.parameters(recurse=is_leaf)
@@ -331,6 +345,14 @@ class Residency:
     def _weight_of(self, param: torch.nn.Parameter) -> int:
         """Elements of memory that being whole takes."""
         return 0 if id(param) in self._free else param.ds_numel
+
+
+def _tell_of_attached(
+    place: weakref.ref[Residency], parent: torch.nn.Module, name: str, child: torch.nn.Module | None
+) -> None:
+    residency = place()
+    if residency is not None and child is not None:
+        residency.attached(parent, child)
 
 
 def register_external(module: torch.nn.Module, param: torch.nn.Parameter) -> None:

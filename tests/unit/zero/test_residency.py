@@ -108,3 +108,35 @@ def test_what_stays_on_one_rank_says_so():
     }
     engine = deepspeed.initialize(model=torch.nn.Linear(8, 6), config=config)[0]
     assert all(p.ds_persist for p in engine.module.parameters())
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner, extra):
+        super().__init__()
+        self.inner, self.extra = inner, extra
+
+    def forward(self, x):
+        return self.inner(x) + self.extra(x)
+
+
+def test_a_module_attached_later_is_gathered_and_what_it_wraps_only_once():
+    engine = make()
+    first = engine(X)
+    with deepspeed.zero.Init(dtype=torch.float32):
+        extra = torch.nn.Linear(6, 4)
+    with deepspeed.zero.GatheredParameters(list(extra.parameters()), modifier_rank=0):
+        torch.nn.init.constant_(extra.weight, 0.5)
+        torch.nn.init.zeros_(extra.bias)
+    hooks = len(engine.module[2]._forward_hooks)
+    engine.module[2] = Wrapper(engine.module[2], extra)
+    assert len(engine.module[2].inner._forward_hooks) == hooks
+    assert extra.weight.ds_status is ZeroParamStatus.NOT_AVAILABLE
+    for _ in range(2):
+        inner = torch.tanh(engine.module[0](X))
+        out = engine(X)
+        torch.testing.assert_close(out, first + 0.5 * inner.sum(1, keepdim=True))
+        engine.backward(out.sum())
+        assert extra.weight.ds_status is ZeroParamStatus.NOT_AVAILABLE
+    engine.destroy()
+    engine.module.late = torch.nn.Linear(4, 4)
+    assert not engine.module.late._forward_hooks
