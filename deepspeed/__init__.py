@@ -173,7 +173,7 @@ def init_inference(model: torch.nn.Module, config: Any = None, **kwargs: Any) ->
     Raises:
         ValueError: a field is given twice with different values, or weights are missing.
         pydantic.ValidationError: an unknown field, or a value that does not fit.
-        DeepSpeedConfigError: something that is not built, such as `tensor_parallel.tp_size` above 1.
+        DeepSpeedConfigError: something that is not built, such as `use_triton`.
 
     Example:
         >>> import torch, deepspeed

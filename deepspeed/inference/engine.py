@@ -15,22 +15,26 @@ from torch import nn
 from deepspeed.accelerator import get_accelerator
 from deepspeed.accelerator.lowp_products import products_context
 from deepspeed.module_inject import generation
+from deepspeed.module_inject.decoder import Decoder
 from deepspeed.module_inject.replace_module import inject
 from deepspeed.runtime import module_prep
+from deepspeed.runtime.tensor_parallel.division import check_inputs_once
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
+from deepspeed.utils.logging import logger
 
 from .config import DeepSpeedInferenceConfig
 from .graphs import ForwardGraphs
 from .loading import find_files, is_meta, load_model_with_checkpoint
+from .tensor_parallel import divide_for_inference, ranks_of, share_random_state
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class InferenceEngine(nn.Module):
-    """Wraps a model for inference; see `deepspeed.init_inference`.
+    """Wraps a model for inference; see `deepspeed.init_inference`. Collective where layers are divided over ranks.
 
     Args:
-        model: any module; it is cast and moved in place, and put into evaluation mode.
+        model: any module; it is cast, divided and moved in place, and put into evaluation mode.
         config: what to do with it.
 
     Raises:
@@ -46,13 +50,19 @@ class InferenceEngine(nn.Module):
         self.module = model
         self.dtype = config.dtype
         self._load(model)
+        self._cast(model)
+        self._ranks = ranks_of(config)
+        self.mp_group = self._ranks.group
+        if self._ranks.size > 1:
+            divide_for_inference(model, config, self._ranks)
+            check_inputs_once(model, self._ranks)
         self.device = self._place(model)
         model.eval()
         self.training = False
         if hasattr(model, "config"):
             self.config = model.config
         graphs = config.enable_cuda_graph
-        self.decoder = inject(model, graphs) if config.replace_with_kernel_inject else None
+        self.decoder = self._inject(model) if config.replace_with_kernel_inject else None
         self._graphs = ForwardGraphs(model) if graphs and self.decoder is None else None
         self._products = products_context(model, self.device)
         self._is_compiled = False
@@ -81,7 +91,7 @@ class InferenceEngine(nn.Module):
         """Fill a model with a checkpoint's weights; see `inference.loading`."""
         load_model_with_checkpoint(model, find_files(checkpoint, base_dir), self.dtype)
 
-    def _place(self, model: nn.Module) -> torch.device:
+    def _cast(self, model: nn.Module) -> None:
         rotary = [
             (module, name, values)
             for module in model.modules()
@@ -91,11 +101,21 @@ class InferenceEngine(nn.Module):
         model.to(self.dtype)
         for module, name, values in rotary:
             module._buffers[name] = values  # angles of far positions need all of their bits
+
+    def _place(self, model: nn.Module) -> torch.device:
         if self._config.keep_module_on_host:
             return torch.device("cpu")
         device = torch.device(get_accelerator().current_device_name())
         model.to(device)
         return device
+
+    def _inject(self, model: nn.Module) -> Decoder | None:
+        if self._ranks.size > 1:
+            logger.warning(
+                "no fused decoder for a model that is divided over ranks, it runs as it is"
+            )
+            return None
+        return inject(model, self._config.enable_cuda_graph)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -130,6 +150,7 @@ class InferenceEngine(nn.Module):
             raise AttributeError(f"class {type(self.module).__name__} has no method generate")
         self._check_beams(kwargs)
         self._check_length(inputs, kwargs)
+        share_random_state(self._ranks)
         with self._products:
             if self.decoder is not None:
                 limit = self.decoder.weights.positions
@@ -219,13 +240,15 @@ class InferenceEngine(nn.Module):
 
 def _requests(config: DeepSpeedInferenceConfig) -> Iterator[tuple[str, str]]:
     """What a configuration asks for that cannot be done here, and what to do instead."""
-    if config.tensor_parallel.tp_size > 1:
-        size = config.tensor_parallel.tp_size
-        yield f"tensor_parallel.tp_size={size}", "Set it to 1; ZeRO-3 spreads a model over ranks."
     if config.dtype not in _DTYPES:
         yield f"dtype={config.dtype}", "Use fp32, fp16 or bf16."
     if config.enable_cuda_graph and get_accelerator()._name != "cuda":
         yield "enable_cuda_graph without a CUDA device", "Set it to false."
+    if config.enable_cuda_graph and config.tensor_parallel.tp_size > 1:
+        yield (
+            "enable_cuda_graph with tensor_parallel.tp_size above 1",
+            "Set one of them to its default.",
+        )
     if config.use_triton:
         yield "use_triton", "Set it to false."
     if config.moe.ep_size > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,16 +60,39 @@ def divide_model(
         ValueError: no rule is known for the model, the rules name none of its layers, or they cannot be followed.
         NotImplementedError: its parameters are sharded already.
     """
+    set_units(model, config.tensor_parallel.tp_grain_size)
+    division = AutoTP(model, [], partition_config=find_rules(model, config))
+    division.set_tensor_parallel_config(axis.size, group)
+    for layer in divide(division, {"": model}, axis, device):
+        layer.tp_overlap_comm = config.tp_overlap_comm
+    setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))
+
+
+def divide(
+    division: AutoTP, tops: Mapping[str, torch.nn.Module], axis: Axis, device: torch.device
+) -> list[TensorParallelLayer]:
+    """Divide the layers below some modules of a model, in place. Collective.
+
+    Args:
+        division: what is done to each layer, over which ranks; it holds the model.
+        tops: the modules, by their names.
+        axis, device: as for `divide_model`.
+
+    Returns:
+        All divided layers of the model.
+
+    Raises:
+        ValueError: none of its layers is divided though something should be, or rules cannot be followed.
+        NotImplementedError: its parameters are sharded already.
+    """
+    model, rules = division.module, division.partition_config
     _refuse_sharded(model)
-    _set_units(model, config)
-    rules = find_rules(model, config)
     _equal_weights(model, axis, device)
     heads = _first(model, _HEADS)
-    division = AutoTP(model, [], "", None, None, None, False, rules)
-    division.set_tensor_parallel_config(axis.size, group)
-    division._replace_module(model)
+    for name, top in tops.items():
+        division._replace_module(top, "", name)
     layers = [m for m in model.modules() if isinstance(m, TensorParallelLayer)]
-    if not layers and any(s.partition_type is not PartitionType.SKIP for s in rules.layer_specs):
+    if not layers and rules is not None and _wants_any(rules):
         raise ValueError(
             explain(
                 "tensor parallelism divides none of the model's layers",
@@ -77,10 +100,12 @@ def divide_model(
                 expected='patterns that match names of linear layers with ".weight" behind',
             )
         )
-    for layer in layers:
-        layer.tp_overlap_comm = config.tp_overlap_comm
     _divide_biases(model, heads, axis.rank)
-    setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))
+    return layers
+
+
+def _wants_any(rules: AutoTPConfig) -> bool:
+    return any(spec.partition_type is not PartitionType.SKIP for spec in rules.layer_specs)
 
 
 # - rules
@@ -163,12 +188,12 @@ def _refuse_sharded(model: torch.nn.Module) -> None:
         )
 
 
-def _set_units(model: torch.nn.Module, config: TPTrainingConfig) -> None:
-    """Say what shards are whole numbers of."""
+def set_units(model: torch.nn.Module, grain: int) -> None:
+    """Say what shards are whole numbers of: heads, else `grain` elements."""
     kv_heads = _first(model, _KV_HEADS)
     tp_shard.set_num_kv_heads(_first(model, _HEADS) if kv_heads is None else kv_heads)
     tp_shard.set_n_embd(_first(model, _WIDTH))
-    tp_shard.set_tp_grain_size(config.tensor_parallel.tp_grain_size)
+    tp_shard.set_tp_grain_size(grain)
 
 
 def _first(model: torch.nn.Module, names: tuple[str, ...]) -> int | None:

@@ -64,8 +64,6 @@ def test_half_precision_is_the_default():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tensor_parallel": {"tp_size": 2}}, "tensor_parallel.tp_size=2 is not available"),
-        ({"mp_size": 2}, "tensor_parallel.tp_size=2 is not available"),
         ({"dtype": "int8"}, "dtype=torch.int8 is not available"),
         ({"enable_cuda_graph": True}, "enable_cuda_graph without a CUDA device"),
         ({"moe": {"ep_size": 2}}, "moe.ep_size=2"),
