@@ -101,6 +101,11 @@ def redundancy_clean(model: nn.Module, deepspeed_config: Any, mpu: Any = None) -
     with torch.no_grad():
         for group in groups:
             _clean(inner, group)
+        for param in inner.parameters():
+            if param.untyped_storage().nbytes() > param.numel() * param.element_size():
+                param.data = (
+                    param.data.clone()
+                )  # an engine's flat buffer would stay, and be saved, as a whole
         sparse = shared(config, "sparse_pruning")
         if sparse["enabled"] and sparse["method"] == SNIP:
             for layer in inner.modules():

@@ -106,9 +106,10 @@ def convert_conv1d_to_linear(model: nn.Module, convert_type: type[nn.Module]) ->
         return _linear(inner)
     made: dict[nn.Module, nn.Linear] = {}
     for parent in list(inner.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if isinstance(child, convert_type):
-                made.setdefault(child, _linear(child))
+                if child not in made:
+                    made[child] = _linear(child)
                 setattr(parent, name, made[child])
     return model
 

@@ -119,7 +119,9 @@ def _groups(
             continue
         others = [matching(model, other, CLEANING[technique], mpu) for other in related[number]]
         for other, names in zip(related[number], others, strict=True):
-            if len(names) != len(modules):
+            if not names:
+                logger.warning(f"{technique}, group {name}: no module has a name like {other!r}")
+            elif len(names) != len(modules):
                 raise ValueError(
                     explain(
                         f"related modules of the group {name} of {technique} are not as many as their modules",
@@ -127,9 +129,9 @@ def _groups(
                         expected=f"{len(modules)}, one for each of {modules}",
                     )
                 )
-        yield Group(
-            technique, name, settings, modules, [list(each) for each in zip(*others, strict=True)]
-        )
+        present = [names for names in others if names]
+        each = [[names[place] for names in present] for place in range(len(modules))]
+        yield Group(technique, name, settings, modules, each)
 
 
 def matching(model: nn.Module, pattern: str, method: str, mpu: Any = None) -> list[str]:

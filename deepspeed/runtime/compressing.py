@@ -105,7 +105,7 @@ def resume(engine: Any) -> None:
     calls = max(applied - offset, 0) + (offset == 0)  # one before the first step
     params = list(engine.module.parameters())
     quantizer.resume(params, calls)
-    if not calls:
+    if not calls or engine.optimizer is None:
         return
     engine.optimizer.update_lp_params()  # values that were rounded once give other scales
     with torch.no_grad():
