@@ -45,11 +45,11 @@ FILES = (
     "io/memory.cpp",
     "io/io_api.cpp",
 )
-# ISA unit -> (GCC and clang flags, MSVC flags), per machine. No -mfma: see [Note: same bits everywhere].
+# ISA unit -> (GCC and clang flags, MSVC flags), per machine. What is fused is said so: see [Note: same bits everywhere].
 UNITS = {
     "x86_64": {
         "scalar": ((), ()),
-        "avx2": (("-mavx2", "-mf16c"), ("/arch:AVX2",)),
+        "avx2": (("-mavx2", "-mf16c", "-mfma"), ("/arch:AVX2",)),
         "avx512": (
             ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
             ("/arch:AVX512",),

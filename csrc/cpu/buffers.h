@@ -97,11 +97,17 @@ inline const float *as_floats(const Kernels *k, const char *data, int32_t dtype,
     return scratch;
 }
 
-// Extents of groups in memory, see Kernels::extent; at most kExtents of 16 bits at a time.
+// Extents of groups in memory, see Kernels::extent; at most kExtents at a time.
 enum { kExtents = 1024 };
 inline void extents(const Kernels *k, const void *x, int32_t dtype, int64_t groups, int64_t size,
                     float *low, float *high) {
-    if (dtype == DS_F32) return k->extent((const float *)x, groups, size, low, high);
+    if (dtype == DS_F32) {
+        uint32_t least[kExtents], most[kExtents];
+        k->extent((const float *)x, groups, size, low ? least : nullptr, most);
+        memcpy(high, most, (size_t)groups * sizeof(float));
+        if (low) memcpy(low, least, (size_t)groups * sizeof(float));
+        return;
+    }
     uint16_t least[kExtents], most[kExtents];
     const int infinity = dtype == DS_BF16 ? 0x7f80 : 0x7c00;
     k->extent_halves((const uint16_t *)x, groups, size, infinity, low ? least : nullptr, most);

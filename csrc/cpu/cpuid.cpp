@@ -62,7 +62,8 @@ bool cpu_has_wide_clmul() { return cpu_has_clmul() && cpu_has_avx512() && bit(le
 
 bool cpu_has_avx2() {
     const Leaf one = leaf(1), seven = leaf(7);
-    return bit(one.c, 28) && bit(one.c, 29) && bit(seven.b, 5) && system_saves(kYmm);
+    const bool all = bit(one.c, 12) && bit(one.c, 28) && bit(one.c, 29) && bit(seven.b, 5);
+    return all && system_saves(kYmm);
 }
 
 bool cpu_has_avx512() {

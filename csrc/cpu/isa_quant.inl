@@ -9,139 +9,87 @@ const float kMagic = 12582912.0f;
 // ---------------------------------------------------------------------------------------------------------------------
 // groups of numbers
 
-// Accumulates least and greatest; remembers whether there was a NaN.
+// The bits of some numbers as whole ones.
+inline Ints lanes(const float *p) { return bits(Vec::load(p)); }
+inline Halves lanes(const uint16_t *p) { return Halves::load(p); }
+
+// Of a group, as whole numbers: the greatest, the greatest without regard to signs, and the least; or the greatest of the
+// sizes alone. Floats are in order as whole numbers where they have no sign, and in the reverse order where they have one.
+template <class Lanes, bool Sizes>
 struct Extent {
-    Vec low, high;
-    Mask nan;
+    Lanes most, farthest, least;
 
-    explicit Extent(float first)
-        : low(Vec::all(first)), high(low), nan(unordered(Vec::all(first))) {}
+    explicit Extent(Lanes first) : most(first), farthest(first), least(first) {}
 
-    inline void add(Vec x) {
-        nan = nan | unordered(x);
-        low = smaller(x, low);
-        high = larger(x, high);
-    }
     inline void add(const Extent &o) {
-        nan = nan | o.nan;
-        low = smaller(low, o.low);
-        high = larger(high, o.high);
+        most = larger(most, o.most);
+        if (Sizes) return;
+        farthest = farther(farthest, o.farthest);
+        least = smaller(least, o.least);
     }
 };
 
-// Accumulates the greatest size. Sizes are in order as whole numbers too, and all NaN are greater than infinity.
-struct Size {
-    Ints high;
-
-    explicit Size(float) : high(Ints::all(0)) {}
-
-    inline void add(Vec x) { high = larger(bits(x) & Ints::all(0x7fffffff), high); }
-    inline void add(const Size &o) { high = larger(high, o.high); }
-};
-
-template <class Found>
-inline Found extent_of(const float *x, int64_t size) {
-    Found even(x[0]), odd = even;
+template <class Lanes, bool Sizes, class T>
+inline Extent<Lanes, Sizes> extent_of(const T *x, int64_t size) {
+    enum { w = sizeof(Lanes) / sizeof(T), run = 2 * kBlock };
+    typedef Extent<Lanes, Sizes> Found;
+    const Lanes no_sign = Lanes::all((int)(0xffffffffu >> (33 - 8 * sizeof(T))));
+    const auto at = [&](const T *p) { return Found(Sizes ? lanes(p) & no_sign : lanes(p)); };
+    if (size < w) {
+        T few[w];
+        for (int64_t k = 0; k < w; ++k) few[k] = x[k < size ? k : 0];
+        return at(few);
+    }
+    Found even = at(x), odd = even;
     int64_t i = 0;
-    for (; i + 2 * Vec::width <= size; i += 2 * Vec::width) {
-        fetch_alone(x, i, 2 * Vec::width);
-        even.add(Vec::load(x + i));
-        odd.add(Vec::load(x + i + Vec::width));
-    }
-    for (; i < size; i += Vec::width) {
-        if (i + Vec::width <= size) {
-            even.add(Vec::load(x + i));
-            continue;
+    for (; i + run <= size; i += run) {
+        fetch_block(x + i, kAloneAhead);
+        fetch_block(x + i + kBlock, kAloneAhead);
+        for (int k = 0; k < run; k += 2 * w) {
+            even.add(at(x + i + k));
+            odd.add(at(x + i + k + w));
         }
-        float last[Vec::width];
-        for (int64_t k = 0; k < Vec::width; ++k) last[k] = x[i + k < size ? i + k : i];
-        even.add(Vec::load(last));
     }
+    for (; i + w <= size; i += w) even.add(at(x + i));
+    if (i < size) even.add(at(x + size - w));  // some of them once more
     even.add(odd);
     return even;
 }
 
-void extent(const float *x, int64_t groups, int64_t size, float *low, float *high) {
-    const float nothing = highest(floats(Ints::all(0x7fc00000)));
-    const Vec zero = Vec::all(0);
+// Writes of each group the bits of the least and of the greatest; those of a NaN for groups that have one.
+template <class Lanes, bool Sizes, class T, class Bits>
+inline void extents_as(const T *x, int64_t groups, int64_t size, int infinity, Bits *low,
+                       Bits *high) {
+    const int nothing = sizeof(T) == 4 ? 0x7fc00000 : 0x7fff;
+    const int negative_infinity = infinity - (int)(0x80000000u >> (32 - 8 * sizeof(T)));
     for (int64_t group = 0; group < groups; ++group, x += size) {
-        if (low == nullptr) {
-            const Ints most = extent_of<Size>(x, size).high;
-            const bool spoilt = any(less(Ints::all(0x7f800000), most));
-            high[group] = spoilt ? nothing : highest(floats(most));
-            continue;
+        const Extent<Lanes, Sizes> found = extent_of<Lanes, Sizes>(x, size);
+        const int most = highest(found.most);
+        bool spoilt = most > infinity;  // there lie the NaN
+        if (!Sizes) {
+            const int least = lowest(found.least), far = farthest(found.farthest);
+            spoilt = spoilt || (far < 0 && far > negative_infinity);
+            low[group] = (Bits)(spoilt ? nothing : far < 0 ? far : least);
+            high[group] = (Bits)(spoilt ? nothing : most < 0 ? least : most);
+        } else {
+            high[group] = (Bits)(spoilt ? nothing : most);
         }
-        const Extent found = extent_of<Extent>(x, size);
-        const bool spoilt = any(found.nan);
-        high[group] = spoilt ? nothing : highest(found.high);
-        low[group] = spoilt ? nothing : -highest(zero - found.low);
     }
 }
 
-// The bits of a 16-bit float as a whole number in the same order, and back.
-inline Halves in_order(Halves x) { return x ^ (right(x, 15) & Halves::all(0x7fff)); }
-inline uint16_t float_bits(int x) { return (uint16_t)(x < 0 ? x ^ 0x7fff : x); }
-
-// The greatest of a group's sizes, or its extent. Floats are in order as whole numbers where they have no sign, and in the
-// reverse order where they have one. So the greatest whole number is the greatest float unless all have a sign, the
-// greatest without regard to signs is the least float unless none has one; else the least whole number is.
-template <bool Sizes>
-struct HalfExtent {
-    Halves most, farthest, least;
-
-    explicit HalfExtent(Halves first)
-        : most(Sizes ? Halves::all(0) : first), farthest(first), least(first) {}
-
-    inline void add(Halves x) {
-        if (Sizes) {
-            most = larger(most, x & Halves::all(0x7fff));
-            return;
-        }
-        most = larger(most, x);
-        farthest = farther(farthest, x);
-        least = smaller(least, x);
-    }
-    // As whole numbers in order.
-    inline int high() const {
-        return highest(Sizes ? most : in_order(most ^ ((most ^ least) & right(most, 15))));
-    }
-    inline int low() const {
-        return lowest(in_order(least ^ ((least ^ farthest) & right(farthest, 15))));
-    }
-};
-
-template <bool Sizes>
-inline void extent_halves_as(const uint16_t *x, int64_t groups, int64_t size, int infinity,
-                             uint16_t *low, uint16_t *high) {
-    enum { w = Halves::width };
-    for (int64_t group = 0; group < groups; ++group, x += size) {
-        HalfExtent<Sizes> found(Halves::all(x[0]));
-        int64_t i = 0;
-        for (; i + 2 * w <= size; i += 2 * w) {
-            fetch_alone(x, i, 2 * w);
-            found.add(Halves::load(x + i));
-            found.add(Halves::load(x + i + w));
-        }
-        for (; i + w <= size; i += w) found.add(Halves::load(x + i));
-        if (i < size) {
-            uint16_t last[w];
-            for (int64_t k = 0; k < w; ++k) last[k] = x[i + k < size ? i + k : i];
-            found.add(Halves::load(last));
-        }
-        // Beyond infinity lie the NaN, of either sign.
-        const int top = found.high(), bottom = Sizes ? top : found.low();
-        const bool spoilt = top > infinity || bottom < (infinity ^ -1);
-        high[group] = spoilt ? 0x7fff : float_bits(top);
-        if (!Sizes) low[group] = spoilt ? 0x7fff : float_bits(bottom);
-    }
+void extent(const float *x, int64_t groups, int64_t size, uint32_t *low, uint32_t *high) {
+    if (low == nullptr)
+        extents_as<Ints, true>(x, groups, size, 0x7f800000, low, high);
+    else
+        extents_as<Ints, false>(x, groups, size, 0x7f800000, low, high);
 }
 
 void extent_halves(const uint16_t *x, int64_t groups, int64_t size, int infinity, uint16_t *low,
                    uint16_t *high) {
     if (low == nullptr)
-        extent_halves_as<true>(x, groups, size, infinity, low, high);
+        extents_as<Halves, true>(x, groups, size, infinity, low, high);
     else
-        extent_halves_as<false>(x, groups, size, infinity, low, high);
+        extents_as<Halves, false>(x, groups, size, infinity, low, high);
 }
 
 void extent_columns(const float *x, int64_t n, float *low, float *high) {
@@ -317,28 +265,21 @@ void quantize_columns(const float *x, int64_t n, const Rounding *rule, uint8_t *
     copy_some(to, codes + i, n - i);
 }
 
-// What the codes of one group stand for. Codes with a sign are multiplied by a step; weights, which have none, are
-// divided by their scale: both as their formats were made. Only codes with a sign and an offset, and weights without a
-// minimum, are shifted; only weights with one have a base.
+// What the codes of one group stand for, which come times `unit`, a power of two. Codes with a sign are multiplied by a
+// step; weights, which have none, are divided by their scale: both as their formats were made. Only codes with a sign and
+// an offset, and weights without a minimum, are shifted; only weights with one have a base.
 template <bool Signed, bool Asym>
 struct Decoder {
+    enum { has_sign = Signed };
     Vec by, shift, base;
-    Ints half;
 
-    Decoder(float by_, float shift_, float base_, int width)
-        : by(Vec::all(by_)), shift(Vec::all(shift_)), base(Vec::all(base_)),
-          half(Ints::all(1 << (width - 1))) {}
+    Decoder(float by_, float shift_, float base_, float unit)
+        : by(Vec::all(by_ * (Signed ? 1 / unit : unit))),
+          shift(Vec::all(shift_ * unit)),
+          base(Vec::all(base_)) {}
 
-    // No result is NaN: numbers that end or leave the normal ones may make one.
-    static bool finite(float by, float shift, float base) {
-        const float size = by < 0 ? -by : by;
-        const bool ordinary = size > 1e-37f && size < 3e38f;
-        return ordinary && shift - shift == 0 && base - base == 0;
-    }
-
-    inline Vec operator()(Ints code) const { return value(Signed ? (code ^ half) - half : code); }
     // Of a code whose sign has been spread.
-    inline Vec value(Ints code) const {
+    inline Vec operator()(Ints code) const {
         Vec x = to_float(code);
         if (Signed == Asym) x = x - shift;
         x = Signed ? x * by : x / by;
@@ -346,29 +287,47 @@ struct Decoder {
     }
 };
 
-// Codes of eight bits with a sign.
-template <class P, class Value>
-inline int64_t decode_signed(const uint8_t *codes, typename P::Kept *to, int64_t n,
-                             const Value &decoder) {
+// Whether no result is NaN, and units change no bit, in all of n groups: numbers that end or leave the normal ones may
+// make one or do so.
+inline bool ordinary(const float *by, const float *shift, const float *base, int64_t n) {
     enum { w = Vec::width };
+    const Ints no_sign = Ints::all(0x7fffffff);
+    Ints least = no_sign, most = Ints::all(0);
+    const auto add = [&](Vec step, Vec moved, Vec more) {
+        const Ints size = bits(step) & no_sign;
+        least = smaller(least, size);
+        most = larger(larger(most, size), larger(bits(moved) & no_sign, bits(more) & no_sign));
+    };
     int64_t i = 0;
-    for (; i + 2 * w <= n; i += 2 * w) {
+    for (; i + w <= n; i += w) add(Vec::load(by + i), Vec::load(shift + i), Vec::load(base + i));
+    for (; i < n; ++i) add(Vec::all(by[i]), Vec::all(shift[i]), Vec::all(base[i]));
+    return !any(less(least, bits(Vec::all(1e-28f))) | less(bits(Vec::all(1e28f)), most));
+}
+
+// Some vectors; returns how many numbers they hold.
+template <class P, bool Signed, class Value>
+inline int64_t decode_pairs(const uint8_t *codes, typename P::Kept *to, int64_t n,
+                            const Value &value) {
+    enum { w = Vec::width, run = 2 * kBlock };
+    const auto two = [&](int64_t i) {
         Ints a, b;
-        P::signed_codes(codes + i, a, b);
-        P::store_pair(decoder.value(a), decoder.value(b), to + i);
-    }
+        if (Signed)
+            P::signed_codes(codes + i, a, b);
+        else
+            P::codes(codes + i, a, b);
+        P::store_pair(value(a), value(b), to + i);
+    };
+    int64_t i = 0;
+    for (; i + run <= n; i += run)
+        for (int k = 0; k < run; k += 2 * w) two(i + k);
+    for (; i + 2 * w <= n; i += 2 * w) two(i);
     return i;
 }
 
 template <class P, class Value>
 inline void decode_run(const uint8_t *codes, typename P::Kept *to, int64_t n, const Value &value) {
     enum { w = Vec::width };
-    int64_t i = 0;
-    for (; i + 2 * w <= n; i += 2 * w) {
-        Ints a, b;
-        P::codes(codes + i, a, b);
-        P::store_pair(value(a), value(b), to + i);
-    }
+    int64_t i = decode_pairs<P, false>(codes, to, n, value);
     for (; i + w <= n; i += w) P::store(value(Ints::bytes(codes + i)), to + i);
     if (i == n) return;
     uint8_t last[w] = {0};
@@ -381,29 +340,60 @@ inline void decode_run(const uint8_t *codes, typename P::Kept *to, int64_t n, co
 // The sixteen values that codes of four bits stand for.
 template <class P, class Value>
 inline void values_of_fours(const Value &value, typename P::Kept *table) {
+    const int sign = Value::has_sign ? 8 : 0;
     uint8_t every[16];
-    for (int i = 0; i < 16; ++i) every[i] = (uint8_t)i;
-    for (int i = 0; i < 16; i += Vec::width) P::store(value(Ints::bytes(every + i)), table + i);
+    for (int i = 0; i < 16; ++i) every[i] = (uint8_t)((i ^ sign) - sign);
+    for (int i = 0; i < 16; i += Vec::width)
+        P::store(value(Ints::signed_bytes(every + i)), table + i);
+}
+
+// Whole pairs of vectors of each group.
+template <class P, bool Signed, bool Asym>
+inline void dequantize_pairs(const uint8_t *codes, typename P::Kept *to, int64_t groups,
+                             int64_t size, const float *by, const float *shifts,
+                             const float *bases, float unit) {
+    for (int64_t group = 0; group < groups; ++group, codes += size, to += size)
+        decode_pairs<P, Signed>(codes, to, size, Decoder<Signed, Asym>(by[group], shifts[group],
+                                                                       bases[group], unit));
+}
+
+// Some codes of a group, in any case.
+template <class P, class Value>
+inline void dequantize_some(const uint8_t *codes, typename P::Kept *to, int64_t n,
+                            const Value &value, int width, int down) {
+    if (width == 4) {
+        float table[16];
+        values_of_fours<F32>(value, table);
+        const Table values(table);
+        return decode_run<Plain<P>>(codes, to, n, [&](Ints code) { return values[code]; });
+    }
+    const Ints half = Ints::all(Value::has_sign ? 1 << (width - 1) : 0);
+    decode_run<Plain<P>>(codes, to, n, [&](Ints code) {
+        return value((right(code, down) ^ half) - half);
+    });
 }
 
 template <class P, bool Signed, bool Asym>
 inline void dequantize_as(const uint8_t *codes, typename P::Kept *to, int64_t groups, int64_t size,
                           const float *by, const float *shifts, const float *bases, int width) {
     typedef Decoder<Signed, Asym> Value;
-    for (int64_t group = 0; group < groups; ++group, codes += size, to += size) {
-        const Value value(by[group], shifts[group], bases[group], width);
-        if (width == 4) {
-            float table[16];
-            values_of_fours<F32>(value, table);
-            const Table values(table);
-            decode_run<Plain<P>>(codes, to, size, [&](Ints code) { return values[code]; });
-        } else if (Value::finite(by[group], shifts[group], bases[group])) {
-            int64_t i = 0;
-            if (Signed && width == 8) i = decode_signed<Finite<P>>(codes, to, size, value);
-            if (i < size) decode_run<Finite<P>>(codes + i, to + i, size - i, value);
-        } else {
-            decode_run<Plain<P>>(codes, to, size, value);
-        }
+    enum { up = Signed ? Finite<P>::signed_up : Finite<P>::up };
+    const int down = width == 6 ? 2 : 0;  // these lie in the upper bits of their bytes
+    const int64_t pairs = size - size % (2 * Vec::width);
+    const bool all = width != 4 && ordinary(by, shifts, bases, groups);
+    for (int64_t group = 0; group < groups;) {
+        const int64_t end = all ? groups : group + 1;
+        const bool pairs_first =
+            all || (width != 4 && ordinary(by + group, shifts + group, bases + group, 1));
+        const int64_t done = pairs_first ? pairs : 0;
+        if (done)
+            dequantize_pairs<Finite<P>, Signed, Asym>(codes + group * size, to + group * size,
+                                                      end - group, size, by + group, shifts + group,
+                                                      bases + group, (float)(1 << (up + down)));
+        for (; done < size && group < end; ++group)
+            dequantize_some<P>(codes + group * size + done, to + group * size + done, size - done,
+                               Value(by[group], shifts[group], bases[group], 1), width, down);
+        group = end;
     }
 }
 
@@ -421,7 +411,7 @@ template <class P, bool Signed, bool Asym>
 inline void dequantize_fours_as(const uint8_t *packed, uint16_t *to, int64_t groups, int64_t size,
                                 const float *by, const float *shifts, const float *bases) {
     for (int64_t group = 0; group < groups; ++group, packed += size / 2, to += size) {
-        const Decoder<Signed, Asym> value(by[group], shifts[group], bases[group], 4);
+        const Decoder<Signed, Asym> value(by[group], shifts[group], bases[group], 1);
         uint16_t table[16];
         values_of_fours<P>(value, table);
         const HalfTable values(table);

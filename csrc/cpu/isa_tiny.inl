@@ -63,108 +63,78 @@ struct TinyCoder {
     }
 };
 
-// [Note: codes without division]
-// Dividing takes longer than all the rest. x times the rounded 1 / scale is at most 3 units of the last place from the
-// rounded x / scale; both have the same code unless a border between codes is so near. `border` tells, and the few that
-// it names are divided. In units of 2^-drop of a code's last place, a number from the least normal one up is its own
-// bits, one below is what adding the least normal one leaves in the low bits, and the greater of the two is right.
+// [Note: rounding to a small float]
+// A float whose last place is worth that of the code is added to the quotient, `power` * 2^(23 - mantissa): the sum has
+// been rounded to nearest even by the processor. Its low half counts the last places, its upper half has the exponent,
+// and the sum of both, the exponent less that of the least normal number, is the code. The quotients are
+// 2^(23 - mantissa) times as large as they are, so that their own exponent is that of the float to add.
 struct QuickCoder {
-    Vec by, least;
-    Ints step, offset, low_bits;
-    int drop;
+    Divisor by;
+    Ints exponent, least;
+    Vec unit;
+    int weight, drop;
+    Halves base;
 
     QuickCoder(float scale, Tiny form)
-        : by(Vec::all(1 / scale)),
-          least(floats(Ints::all(least_normal(form)))),
-          step(Ints::all(1 << 23)),
-          offset(Ints::all((1 << 23) - least_normal(form) + (1 << (22 - form.mantissa)) + 4)),
-          low_bits(Ints::all((1 << (23 - form.mantissa)) - 1)),
-          drop(23 - form.mantissa) {}
+        : by(scale * power(form.mantissa - 23)),
+          exponent(Ints::all(0x7f800000)),
+          least(Ints::all(first(form))),
+          unit(Vec::all(power(form.mantissa - 23))),
+          weight(1 << (7 - form.mantissa)),
+          drop(7 - form.mantissa),
+          base(Halves::all(first(form) >> 16)) {}
 
-    // 1 / scale and the quotients lie far from where numbers end; scales are found from the greatest number, so that no
-    // quotient is beyond the greatest code.
-    static bool serves(float scale) { return scale > 1e-30f && scale < 1e30f; }
+    static float power(int n) { return (float)((int64_t)1 << (40 + n)) / ((int64_t)1 << 40); }
+    static int32_t first(Tiny form) { return least_normal(form) + ((23 - form.mantissa) << 23); }
 
-    // The code without its sign, before its low bits are dropped.
-    inline Ints operator()(Vec x) const {
-        const Vec size = floats(bits(x * by) & Ints::all(0x7fffffff));
-        return larger(bits(size + least) - step, bits(size)) + offset;
+    // Neither 1 / scale nor the quotients and their remainders lie near where numbers end. Scales are found from the
+    // greatest number, so that no quotient is beyond the greatest code.
+    static bool serves(float scale) { return scale > 1e-25f && scale < 1e25f; }
+
+    template <class P>
+    inline Ints sum(Vec size) const {
+        const Vec q = P::quotient(by, size);
+        return bits(exact_sum(q, unit, floats(larger(bits(q) & exponent, least))));
     }
-    inline Ints fraction(Ints a) const { return a & low_bits; }
-    inline bool border(Ints least_fraction) const { return any(less(least_fraction, Ints::all(8))); }
+    // Codes of sizes.
+    template <class P>
+    inline Halves codes(Vec a, Vec b) const {
+        return right(join_halves(sum<P>(a), sum<P>(b), weight) - base, drop);
+    }
 };
 
-enum { kEncodeRun = 1024 };
-
-// Some whole vectors by division.
-template <class P, class Codes>
-void divide(const typename P::Kept *x, typename Codes::Kept *codes, int64_t n, float scale,
-            Tiny form) {
-    const TinyCoder coder(form);
-    const Vec by = Vec::all(scale);
-    for (int64_t i = 0; i < n; i += Vec::width)
-        Codes::store(coder.nearest(P::load(x + i) / by), codes + i);
-}
-
-// A run of whole blocks, four vectors each. Those with a code on a border come last: to branch off in their midst would
-// cost more than to divide.
+// As many codes as fill the widest stores; returns how many.
 template <class P>
-inline void encode_blocks(const typename P::Kept *x, uint8_t *codes, int64_t n, float scale,
-                          Tiny form) {
+inline int64_t encode_most(const typename P::Kept *x, uint8_t *codes, int64_t n, float scale,
+                           Tiny form) {
     enum { w = Vec::width };
     const QuickCoder quick(scale, form);
     const int place = 7 - form.exponent - form.mantissa;
     const Bytes sign = Bytes::all(0x80 >> place);
-    int32_t late[kEncodeRun / (4 * w) + 1];
-    int count = 0;
-    for (int64_t i = 0; i < n; i += 4 * w) {
+    int64_t i = 0;
+    for (; i + 4 * w <= n; i += 4 * w) {
         Vec a, b, c, d;
-        P::load_four(x + i, a, b, c, d);
-        const Ints p = quick(a), q = quick(b), r = quick(c), s = quick(d);
-        const Ints nearest = smaller(smaller(quick.fraction(p), quick.fraction(q)),
-                                     smaller(quick.fraction(r), quick.fraction(s)));
-        late[count] = (int32_t)i;
-        count += quick.border(nearest);
-        const Bytes sizes = to_bytes(right(p, quick.drop), right(q, quick.drop),
-                                     right(r, quick.drop), right(s, quick.drop));
-        const Bytes signs = right(sign_bytes(bits(a), bits(b), bits(c), bits(d)), place) & sign;
-        P::store_four(sizes | signs, codes + i);
+        const Halves first = P::load_sizes(x + i, a, b), second = P::load_sizes(x + i + 2 * w, c, d);
+        const Bytes sizes = to_bytes(quick.codes<P>(a, b), quick.codes<P>(c, d));
+        P::store_four(sizes | (right(sign_bytes(first, second), place) & sign), codes + i);
     }
-    for (int k = 0; k < count; ++k)
-        divide<P, Narrow>(x + late[k], codes + late[k], 4 * w, scale, form);
+    return i;
 }
 
 template <class P>
-inline void encode_blocks(const typename P::Kept *x, uint16_t *codes, int64_t n, float scale,
-                          Tiny form) {
+inline int64_t encode_most(const typename P::Kept *x, uint16_t *codes, int64_t n, float scale,
+                           Tiny form) {
     enum { w = Vec::width };
     const QuickCoder quick(scale, form);
-    const int sign_at = form.exponent + form.mantissa;
-    int32_t late[kEncodeRun / (2 * w) + 1];
-    int count = 0;
-    for (int64_t i = 0; i < n; i += 2 * w) {
+    const int place = 15 - form.exponent - form.mantissa;
+    const Halves sign = Halves::all(0x8000 >> place);
+    int64_t i = 0;
+    for (; i + 2 * w <= n; i += 2 * w) {
         Vec a, b;
-        P::load_pair(x + i, a, b);
-        const Ints p = quick(a), q = quick(b);
-        late[count] = (int32_t)i;
-        count += quick.border(smaller(quick.fraction(p), quick.fraction(q)));
-        const Ints first = right(p, quick.drop) | left(right(bits(a), 31), sign_at);
-        const Ints second = right(q, quick.drop) | left(right(bits(b), 31), sign_at);
-        store_words_pair(first, second, codes + i);
+        const Halves signs = P::load_sizes(x + i, a, b);
+        P::store_two(quick.codes<P>(a, b) | (right(signs, place) & sign), codes + i);
     }
-    for (int k = 0; k < count; ++k)
-        divide<P, Wide>(x + late[k], codes + late[k], 2 * w, scale, form);
-}
-
-// As many codes as fill the widest stores; returns how many.
-template <class P, class Code>
-inline int64_t encode_most(const typename P::Kept *x, Code *codes, int64_t n, float scale,
-                           Tiny form) {
-    const int64_t whole = n - n % (4 * Vec::width);
-    for (int64_t i = 0; i < whole; i += kEncodeRun)
-        encode_blocks<P>(x + i, codes + i, whole - i < kEncodeRun ? whole - i : (int64_t)kEncodeRun,
-                         scale, form);
-    return whole;
+    return i;
 }
 
 template <class P, class Codes>
@@ -194,14 +164,15 @@ void encode(const void *from, void *to, int64_t n, float scale, Tiny form, const
     copy_some(made, codes + i, n - i);
 }
 
-// What codes stand for: moved to where fp16 has sign, exponent and mantissa they are fp16 of another bias.
+// What codes stand for: moved to where fp16 has sign, exponent and mantissa they are fp16 of another bias. Those of six
+// bits come in the upper bits of a byte, others in the lower ones.
 struct TinyReader {
     int up, down;
     Halves kept;
     Vec bias;
 
     explicit TinyReader(Tiny form)
-        : up(15 - form.exponent - form.mantissa),
+        : up(form.exponent + form.mantissa == 5 ? 8 : 15 - form.exponent - form.mantissa),
           down(5 - form.exponent),
           kept(Halves::all(0x8000 | ((1 << (10 + form.exponent)) - 1))),
           bias(floats(Ints::all((127 + 16 - (1 << (form.exponent - 1))) << 23))) {}
@@ -212,20 +183,17 @@ struct TinyReader {
     }
 };
 
+inline Halves halves_of(const uint8_t *p) { return Halves::bytes(p); }
+inline Halves halves_of(const uint16_t *p) { return Halves::load(p); }
+
 template <class P, class Code>
 inline void decode_as(const Code *codes, typename P::Kept *to, int64_t n, const TinyReader &read,
-                      Vec first, Vec second, bool twice) {
+                      Vec by) {
     enum { w = Vec::width };
     const auto two = [&](const Code *in, typename P::Kept *made) {
         Vec a, b;
-        read(P::codes(in), a, b);
-        a = a * first;
-        b = b * first;
-        if (twice) {
-            a = a * second;
-            b = b * second;
-        }
-        P::store_pair(a, b, made);
+        read(halves_of(in), a, b);
+        P::store_pair(a * read.bias * by, b * read.bias * by, made);
     };
     int64_t i = 0;
     for (; i + 2 * w <= n; i += 2 * w) two(codes + i, to + i);
@@ -237,17 +205,69 @@ inline void decode_as(const Code *codes, typename P::Kept *to, int64_t n, const 
     copy_some(made, to + i, n - i);
 }
 
+// Where nothing ends, bf16 has shorter ways; they return how many codes they served.
+template <class Kept, class Code>
+inline int64_t decode_most(const Code *, Kept *, int64_t, const TinyReader &, Vec, Tiny) {
+    return 0;
+}
+
+// [Note: small floats from a table]
+// A power of two commutes with rounding: codes of one mantissa differ in the exponent alone. Codes below 2^(mantissa + 1)
+// are all that have to be converted; the others are the one of these that has the same mantissa, and their exponent.
+inline int64_t decode_most(const uint8_t *codes, uint16_t *to, int64_t n, const TinyReader &read,
+                           Vec by, Tiny form) {
+    const int place = 7 - form.exponent - form.mantissa;
+    if (place > 2) return 0;
+    uint8_t few[32];
+    uint16_t table[32];
+    for (int i = 0; i < 32; ++i) few[i] = (uint8_t)(i << place);
+    decode_as<Bf16>(few, table, 32, read, by);
+    const ByteTable values(table);
+    const Bytes sign = Bytes::all(0x80), sizes = Bytes::all(0x7f >> place);
+    const Bytes one = Bytes::all(1 << form.mantissa), rest = Bytes::all((1 << form.mantissa) - 1);
+    int64_t i = 0;
+    for (; i + Bytes::width <= n; i += Bytes::width) {
+        const Bytes code = Bytes::load_apart(codes + i), size = right(code, place) & sizes;
+        const Bytes at = smaller(size, (size & rest) | one);
+        Halves a, b, x, y;
+        values.look_up(at, code & sign, a, b);
+        ByteTable::raise(size - at, x, y);
+        (a + right(x, form.mantissa + 1)).store_apart(to + i);
+        (b + right(y, form.mantissa + 1)).store_apart(to + i + Halves::width);
+    }
+    return i;
+}
+
+// Twelve bits have the mantissa of bf16. Below the least normal number, 1.f stands where 0.f is meant: twice the number
+// less twice the least one is right there and larger elsewhere.
+inline int64_t decode_most(const uint16_t *codes, uint16_t *to, int64_t n, const TinyReader &,
+                           Vec by, Tiny form) {
+    if (form.mantissa != 7) return 0;
+    const int bias = 128 - (1 << (form.exponent - 1));
+    const Halves sizes = Halves::all(0x7ff), exponent = Halves::all(bias << 7);
+    const Vec two = Vec::all(2), least = floats(Ints::all((int)((bias + 1) << 23 | 0x80000000u)));
+    int64_t i = 0;
+    for (; i + Halves::width <= n; i += Halves::width) {
+        const Halves code = Halves::load(codes + i);
+        Vec a, b;
+        widen_bf16_split((code & sizes) + exponent, a, b);
+        a = smaller(a, exact_sum(a, two, least));
+        b = smaller(b, exact_sum(b, two, least));
+        (narrow_bf16_split(a * by, b * by) | (left(code, 4) & Halves::all(0x8000)))
+            .store_apart(to + i);
+    }
+    return i;
+}
+
 template <class P, class Codes>
 void decode(const void *from, void *out, int64_t n, float scale, Tiny form) {
     const TinyReader read(form);
-    const Vec by = Vec::all(scale);
     const typename Codes::Kept *codes = (const typename Codes::Kept *)from;
     typename P::Kept *to = (typename P::Kept *)out;
-    // Bias times scale is exact, and no product NaN, where the scale is ordinary.
-    if (scale > -1e30f && scale < 1e30f && sizeof(*codes) == 1)
-        decode_as<Finite<P>>((const uint8_t *)codes, to, n, read, by * read.bias, by, false);
-    else
-        decode_as<Plain<P>>(codes, to, n, read, read.bias, by, true);
+    const Vec by = Vec::all(scale);
+    int64_t i = 0;
+    if (P::is_bf16 && scale > 1e-30f && scale < 1e30f) i = decode_most(codes, to, n, read, by, form);
+    if (i < n) decode_as<P>(codes + i, to + i, n - i, read, by);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

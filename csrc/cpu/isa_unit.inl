@@ -8,7 +8,8 @@
 //
 // [Note: same bits everywhere]
 // Only +, -, *, / and square root are used, each rounded once, never contracted to a fused multiply-add (the build
-// passes -ffp-contract=off). So each path gives the same bits as the scalar one, and so does each machine.
+// passes -ffp-contract=off) but by name where that leaves the result what it is (exact_sum, Divisor). So each path gives
+// the same bits as the scalar one, and so does each machine.
 #include "kernels.h"
 
 #if defined(_MSC_VER)
@@ -38,9 +39,18 @@ inline void fetch_alone(const Kept *p, int64_t i, int64_t n) {
         fetch_block(p + k, kAloneAhead);
 }
 
+// Leaves the sizes; returns the signs, as 16 bits each.
+inline Halves part_signs(Vec &a, Vec &b) {
+    const Halves signs = sign_halves(bits(a), bits(b));
+    a = floats(bits(a) & Ints::all(0x7fffffff));
+    b = floats(bits(b) & Ints::all(0x7fffffff));
+    return signs;
+}
+
 // How an element is kept in memory. The arithmetic is fp32 whatever it is.
 struct F32 {
     typedef float Kept;
+    enum { is_bf16 = 0 };
     static inline Vec load(const float *p) { return Vec::load(p); }
     static inline void load_pair(const float *p, Vec &a, Vec &b) {
         a = load(p);
@@ -57,24 +67,40 @@ struct F32 {
         load_pair(p + 2 * Vec::width, c, d);
     }
     static inline void store_four(Bytes bytes, uint8_t *p) { bytes.store(p); }
+    // Sizes and signs, what the sizes are divided by, and the 16 bits that were made of all.
+    static inline Vec quotient(const Divisor &by, Vec x) { return by.exact(x); }
+    static inline Halves load_sizes(const float *p, Vec &a, Vec &b) {
+        load_pair(p, a, b);
+        return part_signs(a, b);
+    }
+    static inline void store_two(Halves halves, uint16_t *p) { halves.store(p); }
     // Leaves in a and b what was stored.
     static inline void keep_pair(Vec &a, Vec &b, float *p) { store_pair(a, b, p); }
 };
 struct Bf16 {
     typedef uint16_t Kept;
+    enum { is_bf16 = 1 };
     static inline Vec load(const uint16_t *p) { return widen_bf16(p); }
     static inline void load_pair(const uint16_t *p, Vec &a, Vec &b) { widen_bf16_pair(p, a, b); }
     static inline void store(Vec a, uint16_t *p) { narrow_bf16(a, p); }
     static inline void store_pair(Vec a, Vec b, uint16_t *p) { narrow_bf16_pair(a, b, p); }
     static inline void keep_pair(Vec &a, Vec &b, uint16_t *p) { keep_bf16_pair(a, b, p); }
     static inline void load_four(const uint16_t *p, Vec &a, Vec &b, Vec &c, Vec &d) {
-        widen_bf16_apart(p, a, b);
-        widen_bf16_apart(p + 2 * Vec::width, c, d);
+        widen_bf16_apart(Halves::load(p), a, b);
+        widen_bf16_apart(Halves::load(p + 2 * Vec::width), c, d);
     }
     static inline void store_four(Bytes bytes, uint8_t *p) { bytes.store_apart(p); }
+    static inline Vec quotient(const Divisor &by, Vec x) { return by.close(x); }
+    static inline Halves load_sizes(const uint16_t *p, Vec &a, Vec &b) {
+        const Halves pair = Halves::load(p);
+        widen_bf16_apart(pair & Halves::all(0x7fff), a, b);
+        return pair;
+    }
+    static inline void store_two(Halves halves, uint16_t *p) { halves.store_apart(p); }
 };
 struct F16 {
     typedef uint16_t Kept;
+    enum { is_bf16 = 0 };
     static inline Vec load(const uint16_t *p) { return widen_f16(p); }
     static inline void load_pair(const uint16_t *p, Vec &a, Vec &b) {
         a = load(p);
@@ -94,11 +120,18 @@ struct F16 {
         load_pair(p + 2 * Vec::width, c, d);
     }
     static inline void store_four(Bytes bytes, uint8_t *p) { bytes.store(p); }
+    static inline Vec quotient(const Divisor &by, Vec x) { return by.exact(x); }
+    static inline Halves load_sizes(const uint16_t *p, Vec &a, Vec &b) {
+        load_pair(p, a, b);
+        return part_signs(a, b);
+    }
+    static inline void store_two(Halves halves, uint16_t *p) { halves.store(p); }
 };
 
-// Codes that are loaded in pairs, for values that are stored in pairs.
+// Codes that are loaded in pairs, for values that are stored in pairs. They come times 2^up.
 template <class P>
 struct Plain : P {
+    enum { up = 0, signed_up = 0 };
     static inline void codes(const uint8_t *p, Ints &a, Ints &b) {
         a = Ints::bytes(p);
         b = Ints::bytes(p + Vec::width);
@@ -107,20 +140,20 @@ struct Plain : P {
         a = Ints::signed_bytes(p);
         b = Ints::signed_bytes(p + Vec::width);
     }
-    static inline Halves codes(const uint8_t *p) { return Halves::bytes(p); }
-    static inline Halves codes(const uint16_t *p) { return Halves::load(p); }
 };
-// The same where no value can be NaN: bf16 has a shorter way then.
+// The same where no value can be NaN and none of the numbers is extreme: bf16 has a shorter way then.
 template <class P>
 struct Finite : Plain<P> {};
 template <>
 struct Finite<Bf16> : Bf16 {
+    enum { up = kSplit, signed_up = kSplitSigned };
     static inline void codes(const uint8_t *p, Ints &a, Ints &b) { split_bytes(p, a, b); }
     static inline void signed_codes(const uint8_t *p, Ints &a, Ints &b) {
         split_signed_bytes(p, a, b);
     }
-    static inline Halves codes(const uint8_t *p) { return split_bytes(p); }
-    static inline void store_pair(Vec a, Vec b, uint16_t *p) { narrow_bf16_split(a, b, p); }
+    static inline void store_pair(Vec a, Vec b, uint16_t *p) {
+        narrow_bf16_split(a, b).store_apart(p);
+    }
 };
 
 // a + weight * (b - a), as torch's lerp: from the nearer end.
@@ -436,8 +469,8 @@ void squares_f64(const double *x, int64_t n, double *lanes) {
         to_e4m3,                                                                            \
         to_e5m2,                                                                            \
         extent,                                                                             \
-        extent_columns,                                                                     \
         extent_halves,                                                                      \
+        extent_columns,                                                                     \
         scales,                                                                             \
         {quantize<F32>, quantize<Bf16>, quantize<F16>},                                     \
         quantize_columns,                                                                   \

@@ -137,13 +137,13 @@ struct Kernels {
     void (*to_f16)(const float *in, uint16_t *out, int64_t n);
     void (*to_e4m3)(const float *in, uint8_t *out, int64_t n);
     void (*to_e5m2)(const float *in, uint8_t *out, int64_t n);
-    // Least and greatest of each group (NaN where it has one); with null `low` the greatest size. Groups lie one after
-    // the other; _columns takes a row of all columns into account.
-    void (*extent)(const float *x, int64_t groups, int64_t size, float *low, float *high);
-    void (*extent_columns)(const float *x, int64_t n, float *low, float *high);
-    // The same of 16-bit floats, from their bits alone; `infinity` has those of the format's.
+    // Bits of the least and greatest of each group (of NaN where it has one); with null `low` of the greatest size.
+    // Groups lie one after the other; of 16-bit floats `infinity` has the bits. _columns takes a row of all columns into
+    // account.
+    void (*extent)(const float *x, int64_t groups, int64_t size, uint32_t *low, uint32_t *high);
     void (*extent_halves)(const uint16_t *x, int64_t groups, int64_t size, int infinity,
                           uint16_t *low, uint16_t *high);
+    void (*extent_columns)(const float *x, int64_t n, float *low, float *high);
     // Of n groups; all have room for whole vectors.
     void (*scales)(const Grid *grid, const float *low, const float *high, int64_t n, float *scale,
                    float *step, float *offset);

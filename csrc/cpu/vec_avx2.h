@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec of 8 floats: AVX2 with F16C. No fused multiply-add: its other last bits would differ between machines.
+// Vec of 8 floats: AVX2 with F16C and FMA. No sum is fused with its product but where that changes no bit, or where the
+// quotient that is told from it has the bits of a division.
 #pragma once
 
 #include <immintrin.h>
@@ -23,6 +24,31 @@ inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+// a * b + c where the product is exact.
+inline Vec exact_sum(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+// [Note: quotients without division]
+// 1 / by as the sum of two floats, a large one and what it lacks, gives x / by with an error below 2^-46 of it before
+// it is rounded. `exact` adds what the remainder, which one fused operation tells, leads to (Markstein): that is always
+// the rounded x / by. `close` may round to the wrong side, but never beside a border between codes of up to 8 bits of
+// mantissa if x is bf16: there x would have to lie within 6 units of the last of 49 places of `by` times a number whose
+// 25 bits are 9, zeros, and a last one. Then `by` were a number of 8 bits but for 6 units of its last place, and its
+// 8 bits, as a number, the product of those units and the 9 bits: too large.
+struct Divisor {
+    Vec by, inverse, rest;
+
+    explicit Divisor(float x) : by(all(x)), inverse(all(1 / x)) {
+        rest = {_mm256_mul_ps(_mm256_fnmadd_ps(inverse.v, by.v, _mm256_set1_ps(1)), inverse.v)};
+    }
+    static Vec all(float x) { return Vec::all(x); }
+    Vec close(Vec x) const {
+        return {_mm256_fmadd_ps(x.v, inverse.v, _mm256_mul_ps(x.v, rest.v))};
+    }
+    Vec exact(Vec x) const {
+        const Vec q = close(x);
+        return {_mm256_fmadd_ps(_mm256_fnmadd_ps(q.v, by.v, x.v), inverse.v, q.v)};
+    }
+};
 
 inline Vec sign(Vec a) {
     const __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1);
@@ -93,11 +119,6 @@ inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
     part_bf16_pair(_mm256_permute4x64_epi64(sixteen, 0xd8), a, b);
 }
 
-// The same without bringing the lanes together: packing the two again leaves them in order. See Bytes::store_apart.
-inline void widen_bf16_apart(const uint16_t *p, Vec &a, Vec &b) {
-    part_bf16_pair(_mm256_loadu_si256((const __m256i *)p), a, b);
-}
-
 // Leaves in a and b what was stored.
 inline void keep_bf16_pair(Vec &a, Vec &b, uint16_t *p) {
     const __m256i pair = round_bf16_pair(a, b);
@@ -134,12 +155,6 @@ struct Ints {
     }
 };
 
-// Those of 0 to 65535.
-inline void store_words_pair(Ints a, Ints b, uint16_t *p) {
-    const __m256i both = _mm256_packus_epi32(a.v, b.v);
-    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(both, 0xd8));
-}
-
 struct Mask {
     __m256 v;
 };
@@ -171,11 +186,16 @@ inline bool any(Mask a) { return _mm256_movemask_ps(a.v) != 0; }
 inline Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
 inline Ints select(Mask m, Ints a, Ints b) { return bits(select(m, floats(a), floats(b))); }
 
-// The largest lane of a vector without NaN.
-inline float highest(Vec a) {
-    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+// The greater as numbers without a sign.
+inline Ints farther(Ints a, Ints b) { return {_mm256_max_epu32(a.v, b.v)}; }
+
+// The least lane after a change of all that turns the order wanted into that of numbers without a sign; of narrower lanes
+// its upper half.
+inline int least_lane(Ints a, int change) {
+    const __m256i x = _mm256_xor_si256(a.v, _mm256_set1_epi32(change));
+    __m128i few = _mm_min_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    few = _mm_min_epu32(few, _mm_shuffle_epi32(few, 0x4e));
+    return _mm_cvtsi128_si32(_mm_min_epu32(few, _mm_shuffle_epi32(few, 0xb1))) ^ change;
 }
 
 // Twice as many 16-bit integers, with a sign where it matters.
@@ -188,10 +208,17 @@ struct Halves {
     static Halves bytes(const uint8_t *p) {
         return {_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p))};
     }
+    // Of two vectors, see join_halves; and of such that were widened apart.
+    void store(uint16_t *p) const {
+        _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(v, 0xd8));
+    }
+    void store_apart(uint16_t *p) const { _mm256_storeu_si256((__m256i *)p, v); }
 };
 
+inline Halves operator+(Halves a, Halves b) { return {_mm256_add_epi16(a.v, b.v)}; }
+inline Halves operator-(Halves a, Halves b) { return {_mm256_sub_epi16(a.v, b.v)}; }
 inline Halves operator&(Halves a, Halves b) { return {_mm256_and_si256(a.v, b.v)}; }
-inline Halves operator^(Halves a, Halves b) { return {_mm256_xor_si256(a.v, b.v)}; }
+inline Halves operator|(Halves a, Halves b) { return {_mm256_or_si256(a.v, b.v)}; }
 inline Halves left(Halves a, int n) { return {_mm256_sll_epi16(a.v, _mm_cvtsi32_si128(n))}; }
 // The sign moves in.
 inline Halves right(Halves a, int n) { return {_mm256_sra_epi16(a.v, _mm_cvtsi32_si128(n))}; }
@@ -199,44 +226,70 @@ inline Halves larger(Halves a, Halves b) { return {_mm256_max_epi16(a.v, b.v)}; 
 inline Halves farther(Halves a, Halves b) { return {_mm256_max_epu16(a.v, b.v)}; }
 inline Halves smaller(Halves a, Halves b) { return {_mm256_min_epi16(a.v, b.v)}; }
 
-// The least lane after a change of all that turns the order wanted into that of numbers without a sign.
 inline int least_lane(Halves a, int change) {
-    const __m256i x = _mm256_xor_si256(a.v, _mm256_set1_epi16((short)change));
+    const __m256i x = _mm256_xor_si256(a.v, _mm256_set1_epi16((short)(change >> 16)));
     const __m128i half = _mm_min_epu16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    return (int16_t)(_mm_cvtsi128_si32(_mm_minpos_epu16(half)) ^ change);
+    return (int16_t)(_mm_cvtsi128_si32(_mm_minpos_epu16(half)) ^ change >> 16);
 }
-inline int highest(Halves a) { return least_lane(a, 0x7fff); }
-inline int lowest(Halves a) { return least_lane(a, 0x8000); }
+
+template <class Lanes>
+inline int highest(Lanes a) { return least_lane(a, 0x7fffffff); }
+template <class Lanes>
+inline int lowest(Lanes a) { return least_lane(a, (int)0x80000000); }
+template <class Lanes>
+inline int farthest(Lanes a) { return least_lane(a, -1); }
 
 inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
     a = {_mm256_cvtph_ps(_mm256_castsi256_si128(h.v))};
     b = {_mm256_cvtph_ps(_mm256_extracti128_si256(h.v, 1))};
 }
 
+// Two bf16 vectors without bringing the lanes together: packing them again leaves them in order.
+inline void widen_bf16_apart(Halves pair, Vec &a, Vec &b) { part_bf16_pair(pair.v, a, b); }
+
+// Of each the upper half and `weight` times the lower one, in an order of their own until they are stored. All of 15 bits.
+inline Halves join_halves(Ints a, Ints b, int weight) {
+    const __m256i by = _mm256_set1_epi32(1 << 16 | weight);
+    return {_mm256_packus_epi32(_mm256_madd_epi16(a.v, by), _mm256_madd_epi16(b.v, by))};
+}
+// The signs in the same order.
+inline Halves sign_halves(Ints a, Ints b) { return {_mm256_packs_epi32(a.v, b.v)}; }
+
 // [Note: split pairs]
 // Putting neighbours from two vectors together as 16 bits is cheapest where one holds the elements of even places and
 // the other those of odd places: no lane is crossed. Who makes both vectors himself asks for them so.
+// Codes come as whole numbers times 2^kSplit, or 2^kSplitSigned where their top bit is a sign: one shuffle each.
+enum { kSplit = 16, kSplitSigned = 24 };
 inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
-    const __m256i two = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    a = {_mm256_and_si256(two, _mm256_set1_epi32(0xff))};
-    b = {_mm256_srli_epi32(two, 8)};
+    const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    const __m256i even = _mm256_setr_epi8(-1, -1, 0, -1, -1, -1, 2, -1, -1, -1, 4, -1, -1, -1, 6, -1,
+                                          -1, -1, 8, -1, -1, -1, 10, -1, -1, -1, 12, -1, -1, -1, 14, -1);
+    const __m256i odd = _mm256_setr_epi8(-1, -1, 1, -1, -1, -1, 3, -1, -1, -1, 5, -1, -1, -1, 7, -1,
+                                         -1, -1, 9, -1, -1, -1, 11, -1, -1, -1, 13, -1, -1, -1, 15, -1);
+    a = {_mm256_shuffle_epi8(all, even)};
+    b = {_mm256_shuffle_epi8(all, odd)};
 }
 inline void split_signed_bytes(const uint8_t *p, Ints &a, Ints &b) {
-    const __m256i two = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)p));
-    a = {_mm256_srai_epi32(_mm256_slli_epi32(two, 24), 24)};
-    b = {_mm256_srai_epi32(two, 8)};
+    const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    const __m256i even = _mm256_setr_epi8(-1, -1, -1, 0, -1, -1, -1, 2, -1, -1, -1, 4, -1, -1, -1, 6,
+                                          -1, -1, -1, 8, -1, -1, -1, 10, -1, -1, -1, 12, -1, -1, -1, 14);
+    const __m256i odd = _mm256_setr_epi8(-1, -1, -1, 1, -1, -1, -1, 3, -1, -1, -1, 5, -1, -1, -1, 7,
+                                         -1, -1, -1, 9, -1, -1, -1, 11, -1, -1, -1, 13, -1, -1, -1, 15);
+    a = {_mm256_shuffle_epi8(all, even)};
+    b = {_mm256_shuffle_epi8(all, odd)};
 }
-// Those of even places, then those of odd ones.
-inline Halves split_bytes(const uint8_t *p) {
-    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-    return {_mm256_cvtepu8_epi16(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)p), order))};
+inline void widen_bf16_split(Halves pair, Vec &a, Vec &b) {
+    a = {_mm256_castsi256_ps(_mm256_slli_epi32(pair.v, 16))};
+    b = {_mm256_castsi256_ps(_mm256_and_si256(pair.v, _mm256_set1_epi32((int)0xffff0000)))};
 }
-// A split pair without NaN to bf16; see narrow_bf16_pair.
-inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) {
+// A split pair without NaN to bf16: more where the lower halves reach 0x8000, or 0x8001 if the upper one is even.
+inline Halves narrow_bf16_split(Vec a, Vec b) {
     const __m256i x = _mm256_castps_si256(a.v), y = _mm256_castps_si256(b.v);
     const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(x, 16), y, 0xaa);
     const __m256i low = _mm256_blend_epi16(x, _mm256_slli_epi32(y, 16), 0xaa);
-    _mm256_storeu_si256((__m256i *)p, _mm256_add_epi16(high, bf16_carry(high, low)));
+    const __m256i least = _mm256_sub_epi16(_mm256_set1_epi16((short)0x8001),
+                                           _mm256_and_si256(high, _mm256_set1_epi16(1)));
+    return {_mm256_sub_epi16(high, _mm256_cmpeq_epi16(_mm256_max_epu16(low, least), low))};
 }
 
 // Four vectors of integers as bytes, in an order of their own until they are stored.
@@ -245,6 +298,10 @@ struct Bytes {
     __m256i v;
 
     static Bytes all(int x) { return {_mm256_set1_epi8((char)x)}; }
+    // For ByteTable.
+    static Bytes load_apart(const uint8_t *p) {
+        return {_mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)p), 0xd8)};
+    }
     void store(uint8_t *p) const {
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         _mm256_storeu_si256((__m256i *)p, _mm256_permutevar8x32_epi32(v, order));
@@ -255,20 +312,16 @@ struct Bytes {
     }
 };
 
+inline Bytes operator-(Bytes a, Bytes b) { return {_mm256_sub_epi8(a.v, b.v)}; }
+inline Bytes smaller(Bytes a, Bytes b) { return {_mm256_min_epu8(a.v, b.v)}; }
 inline Bytes operator&(Bytes a, Bytes b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline Bytes operator|(Bytes a, Bytes b) { return {_mm256_or_si256(a.v, b.v)}; }
 // Bits of the neighbours move in.
 inline Bytes right(Bytes a, int n) { return {_mm256_srl_epi16(a.v, _mm_cvtsi32_si128(n))}; }
 
-// Integers from 0 to 255.
-inline Bytes to_bytes(Ints a, Ints b, Ints c, Ints d) {
-    return {_mm256_packus_epi16(_mm256_packs_epi32(a.v, b.v), _mm256_packs_epi32(c.v, d.v))};
-}
-
-// The sign of each in the top bit of its byte; the other bits mean nothing.
-inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
-    return {_mm256_packs_epi16(_mm256_packs_epi32(a.v, b.v), _mm256_packs_epi32(c.v, d.v))};
-}
+// Those of 0 to 255; and the sign of each in the top bit of its byte, whose other bits mean nothing.
+inline Bytes to_bytes(Halves a, Halves b) { return {_mm256_packus_epi16(a.v, b.v)}; }
+inline Bytes sign_bytes(Halves a, Halves b) { return {_mm256_packs_epi16(a.v, b.v)}; }
 
 // [Note: codes by saturation]
 // Floats to the nearest whole numbers from `least` to `most`, then + bias. What is too small, NaN too, ends as 0 and what
@@ -330,7 +383,7 @@ inline __m256i part_twelves(const uint8_t *in) {
                               _mm256_srli_epi16(two, 4), 0xaa);
 }
 
-// kSixes codes of six bits, one a byte, in three quarters as many bytes; kTwelves codes of 12 bits, one a word.
+// kSixes codes of six bits, one in the upper bits of a byte when they come back, in three quarters as many bytes; kTwelves codes of 12 bits, one a word.
 enum { kSixes = 32, kTwelves = 16 };
 inline void join_sixes(const uint8_t *codes, uint8_t *out) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i *)codes),
@@ -339,8 +392,9 @@ inline void join_sixes(const uint8_t *codes, uint8_t *out) {
 }
 inline void part_sixes(const uint8_t *in, uint8_t *codes) {
     const __m256i two = part_twelves(in);
-    const __m256i low = _mm256_and_si256(two, _mm256_set1_epi16(0x3f));
-    const __m256i high = _mm256_and_si256(_mm256_slli_epi16(two, 2), _mm256_set1_epi16(0x3f00));
+    const __m256i low = _mm256_and_si256(_mm256_slli_epi16(two, 2), _mm256_set1_epi16(0xfc));
+    const __m256i high =
+        _mm256_and_si256(_mm256_slli_epi16(two, 4), _mm256_set1_epi16((short)0xfc00));
     _mm256_storeu_si256((__m256i *)codes, _mm256_or_si256(low, high));
 }
 inline void join_twelves(const uint16_t *codes, uint8_t *out) {
@@ -351,12 +405,11 @@ inline void part_twelves(const uint8_t *in, uint16_t *codes) {
     _mm256_storeu_si256((__m256i *)codes, part_twelves(in));
 }
 
-// Sixteen 16-bit values: what packed codes of four bits stand for. Low and high bytes are looked up apart.
-struct HalfTable {
-    enum { codes = 32 };
+// Sixteen 16-bit values, looked up by bytes below 16. Low and high bytes are looked up apart.
+struct ByteTable {
     __m256i low, high;
 
-    explicit HalfTable(const uint16_t *sixteen) {
+    explicit ByteTable(const uint16_t *sixteen) {
         const __m128i *in = (const __m128i *)sixteen;
         const __m128i a = _mm_loadu_si128(in), b = _mm_loadu_si128(in + 1);
         const __m128i whole = _mm_set1_epi16(0xff);
@@ -365,6 +418,27 @@ struct HalfTable {
         high = _mm256_broadcastsi128_si256(
             _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
     }
+    // Values, with `more` set in their upper bytes; in order if the bytes were loaded apart.
+    void look_up(Bytes at, Bytes more, Halves &a, Halves &b) const {
+        join(_mm256_shuffle_epi8(low, at.v), _mm256_or_si256(_mm256_shuffle_epi8(high, at.v), more.v),
+             a, b);
+    }
+    // The bytes as upper ones.
+    static void raise(Bytes upper, Halves &a, Halves &b) {
+        join(_mm256_setzero_si256(), upper.v, a, b);
+    }
+    static void join(__m256i lower, __m256i upper, Halves &a, Halves &b) {
+        a = {_mm256_unpacklo_epi8(lower, upper)};
+        b = {_mm256_unpackhi_epi8(lower, upper)};
+    }
+};
+
+// What packed codes of four bits stand for.
+struct HalfTable {
+    enum { codes = 32 };
+    ByteTable values;
+
+    explicit HalfTable(const uint16_t *sixteen) : values(sixteen) {}
     void spread(const uint8_t *packed, bool high_first, uint16_t *to) const {
         // The four-byte parts lie so that unpacking within lanes leaves all in order.
         const __m128i in = _mm_shuffle_epi32(_mm_loadu_si128((const __m128i *)packed), 0xd8);
@@ -372,11 +446,10 @@ struct HalfTable {
         const __m256i pairs = high_first ? _mm256_or_si256(_mm256_srli_epi16(wide, 4),
                                                            _mm256_slli_epi16(wide, 8))
                                          : _mm256_or_si256(wide, _mm256_slli_epi16(wide, 4));
-        const __m256i each = _mm256_and_si256(pairs, _mm256_set1_epi8(15));
-        const __m256i bottom = _mm256_shuffle_epi8(low, each);
-        const __m256i top = _mm256_shuffle_epi8(high, each);
-        _mm256_storeu_si256((__m256i *)to, _mm256_unpacklo_epi8(bottom, top));
-        _mm256_storeu_si256((__m256i *)(to + 16), _mm256_unpackhi_epi8(bottom, top));
+        Halves a, b;
+        values.look_up({_mm256_and_si256(pairs, _mm256_set1_epi8(15))}, Bytes::all(0), a, b);
+        a.store_apart(to);
+        b.store_apart(to + 16);
     }
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec of 16 floats: AVX-512 F, BW, DQ and VL. No fused multiply-add, see vec_avx2.h.
+// Vec of 16 floats: AVX-512 F, BW, DQ and VL. Sums are fused with products as seldom as in vec_avx2.h.
 #pragma once
 
 #include <immintrin.h>
@@ -23,6 +23,25 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec root(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+// a * b + c where the product is exact.
+inline Vec exact_sum(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+// See [Note: quotients without division] in vec_avx2.h.
+struct Divisor {
+    Vec by, inverse, rest;
+
+    explicit Divisor(float x) : by(all(x)), inverse(all(1 / x)) {
+        rest = {_mm512_mul_ps(_mm512_fnmadd_ps(inverse.v, by.v, _mm512_set1_ps(1)), inverse.v)};
+    }
+    static Vec all(float x) { return Vec::all(x); }
+    Vec close(Vec x) const {
+        return {_mm512_fmadd_ps(x.v, inverse.v, _mm512_mul_ps(x.v, rest.v))};
+    }
+    Vec exact(Vec x) const {
+        const Vec q = close(x);
+        return {_mm512_fmadd_ps(_mm512_fnmadd_ps(q.v, by.v, x.v), inverse.v, q.v)};
+    }
+};
 
 inline Vec sign(Vec a) {
     const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1);
@@ -85,13 +104,6 @@ inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
     b = widen_bf16(p + Vec::width);
 }
 
-// The same with the lanes apart, see vec_avx2.h.
-inline void widen_bf16_apart(const uint16_t *p, Vec &a, Vec &b) {
-    const __m512i pair = _mm512_loadu_si512((const void *)p), zero = _mm512_setzero_si512();
-    a = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, pair))};
-    b = {_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, pair))};
-}
-
 // Leaves in a and b what was stored.
 inline void keep_bf16_pair(Vec &a, Vec &b, uint16_t *p) {
     const __m512i pair = round_bf16_pair(a, b);
@@ -125,11 +137,6 @@ struct Ints {
     }
 };
 
-inline void store_words_pair(Ints a, Ints b, uint16_t *p) {
-    a.store_words(p);
-    b.store_words(p + Vec::width);
-}
-
 struct Mask {
     __mmask16 v;
 };
@@ -159,8 +166,18 @@ inline bool any(Mask a) { return a.v != 0; }
 inline Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.v, b.v, a.v)}; }
 inline Ints select(Mask m, Ints a, Ints b) { return {_mm512_mask_blend_epi32(m.v, b.v, a.v)}; }
 
-// The largest lane of a vector without NaN.
-inline float highest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// The greater as numbers without a sign.
+inline Ints farther(Ints a, Ints b) { return {_mm512_max_epu32(a.v, b.v)}; }
+
+// See vec_avx2.h.
+inline int least_lane(Ints a, int change) {
+    const __m512i x = _mm512_xor_si512(a.v, _mm512_set1_epi32(change));
+    const __m256i half =
+        _mm256_min_epu32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    __m128i few = _mm_min_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    few = _mm_min_epu32(few, _mm_shuffle_epi32(few, 0x4e));
+    return _mm_cvtsi128_si32(_mm_min_epu32(few, _mm_shuffle_epi32(few, 0xb1))) ^ change;
+}
 
 // Twice as many 16-bit integers, with a sign where it matters.
 struct Halves {
@@ -172,10 +189,17 @@ struct Halves {
     static Halves bytes(const uint8_t *p) {
         return {_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p))};
     }
+    void store(uint16_t *p) const {
+        const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        _mm512_storeu_si512((void *)p, _mm512_permutexvar_epi64(order, v));
+    }
+    void store_apart(uint16_t *p) const { _mm512_storeu_si512((void *)p, v); }
 };
 
+inline Halves operator+(Halves a, Halves b) { return {_mm512_add_epi16(a.v, b.v)}; }
+inline Halves operator-(Halves a, Halves b) { return {_mm512_sub_epi16(a.v, b.v)}; }
 inline Halves operator&(Halves a, Halves b) { return {_mm512_and_si512(a.v, b.v)}; }
-inline Halves operator^(Halves a, Halves b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline Halves operator|(Halves a, Halves b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline Halves left(Halves a, int n) { return {_mm512_sll_epi16(a.v, _mm_cvtsi32_si128(n))}; }
 // The sign moves in.
 inline Halves right(Halves a, int n) { return {_mm512_sra_epi16(a.v, _mm_cvtsi32_si128(n))}; }
@@ -183,24 +207,41 @@ inline Halves larger(Halves a, Halves b) { return {_mm512_max_epi16(a.v, b.v)}; 
 inline Halves farther(Halves a, Halves b) { return {_mm512_max_epu16(a.v, b.v)}; }
 inline Halves smaller(Halves a, Halves b) { return {_mm512_min_epi16(a.v, b.v)}; }
 
-// The least lane after a change of all that turns the order wanted into that of numbers without a sign.
 inline int least_lane(Halves a, int change) {
-    const __m512i x = _mm512_xor_si512(a.v, _mm512_set1_epi16((short)change));
+    const __m512i x = _mm512_xor_si512(a.v, _mm512_set1_epi16((short)(change >> 16)));
     const __m256i half =
         _mm256_min_epu16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
     const __m128i few =
         _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    return (int16_t)(_mm_cvtsi128_si32(_mm_minpos_epu16(few)) ^ change);
+    return (int16_t)(_mm_cvtsi128_si32(_mm_minpos_epu16(few)) ^ change >> 16);
 }
-inline int highest(Halves a) { return least_lane(a, 0x7fff); }
-inline int lowest(Halves a) { return least_lane(a, 0x8000); }
+
+template <class Lanes>
+inline int highest(Lanes a) { return least_lane(a, 0x7fffffff); }
+template <class Lanes>
+inline int lowest(Lanes a) { return least_lane(a, (int)0x80000000); }
+template <class Lanes>
+inline int farthest(Lanes a) { return least_lane(a, -1); }
 
 inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
     a = {_mm512_cvtph_ps(_mm512_castsi512_si256(h.v))};
     b = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h.v, 1))};
 }
 
-// Pairs need not be split here, see vec_avx2.h: all keep their order.
+// The same as in vec_avx2.h, with twice as many lanes of 128 bits.
+inline void widen_bf16_apart(Halves pair, Vec &a, Vec &b) {
+    const __m512i zero = _mm512_setzero_si512();
+    a = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, pair.v))};
+    b = {_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, pair.v))};
+}
+inline Halves join_halves(Ints a, Ints b, int weight) {
+    const __m512i by = _mm512_set1_epi32(1 << 16 | weight);
+    return {_mm512_packus_epi32(_mm512_madd_epi16(a.v, by), _mm512_madd_epi16(b.v, by))};
+}
+inline Halves sign_halves(Ints a, Ints b) { return {_mm512_packs_epi32(a.v, b.v)}; }
+
+// Bytes need not be split here, see vec_avx2.h: all keep their order.
+enum { kSplit = 0, kSplitSigned = 0 };
 inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
     a = Ints::bytes(p);
     b = Ints::bytes(p + Vec::width);
@@ -209,12 +250,17 @@ inline void split_signed_bytes(const uint8_t *p, Ints &a, Ints &b) {
     a = Ints::signed_bytes(p);
     b = Ints::signed_bytes(p + Vec::width);
 }
-inline Halves split_bytes(const uint8_t *p) { return Halves::bytes(p); }
+inline void widen_bf16_split(Halves pair, Vec &a, Vec &b) {
+    a = {_mm512_castsi512_ps(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(pair.v)))};
+    b = {_mm512_castsi512_ps(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(pair.v, 1)))};
+    a = {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))};
+    b = {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(b.v), 16))};
+}
 // A pair without NaN to bf16.
-inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) {
+inline Halves narrow_bf16_split(Vec a, Vec b) {
     __m512i high, carry;
     bf16_pair(a, b, high, carry);
-    _mm512_storeu_si512((void *)p, _mm512_add_epi16(high, carry));
+    return {_mm512_add_epi16(high, carry)};
 }
 
 // Four vectors of integers as bytes, in an order of their own until they are stored.
@@ -223,6 +269,10 @@ struct Bytes {
     __m512i v;
 
     static Bytes all(int x) { return {_mm512_set1_epi8((char)x)}; }
+    static Bytes load_apart(const uint8_t *p) {
+        const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+        return {_mm512_permutexvar_epi64(order, _mm512_loadu_si512((const void *)p))};
+    }
     void store(uint8_t *p) const {
         const __m512i order =
             _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -235,20 +285,15 @@ struct Bytes {
     }
 };
 
+inline Bytes operator-(Bytes a, Bytes b) { return {_mm512_sub_epi8(a.v, b.v)}; }
+inline Bytes smaller(Bytes a, Bytes b) { return {_mm512_min_epu8(a.v, b.v)}; }
 inline Bytes operator&(Bytes a, Bytes b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Bytes operator|(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
 // Bits of the neighbours move in.
 inline Bytes right(Bytes a, int n) { return {_mm512_srl_epi16(a.v, _mm_cvtsi32_si128(n))}; }
 
-// Integers from 0 to 255.
-inline Bytes to_bytes(Ints a, Ints b, Ints c, Ints d) {
-    return {_mm512_packus_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v))};
-}
-
-// The sign of each in the top bit of its byte; the other bits mean nothing.
-inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
-    return {_mm512_packs_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v))};
-}
+inline Bytes to_bytes(Halves a, Halves b) { return {_mm512_packus_epi16(a.v, b.v)}; }
+inline Bytes sign_bytes(Halves a, Halves b) { return {_mm512_packs_epi16(a.v, b.v)}; }
 
 // See [Note: codes by saturation] in vec_avx2.h.
 struct Whole {
@@ -317,8 +362,9 @@ inline void join_sixes(const uint8_t *codes, uint8_t *out) {
 }
 inline void part_sixes(const uint8_t *in, uint8_t *codes) {
     const __m512i two = part_twelves(in);
-    const __m512i low = _mm512_and_si512(two, _mm512_set1_epi16(0x3f));
-    const __m512i high = _mm512_and_si512(_mm512_slli_epi16(two, 2), _mm512_set1_epi16(0x3f00));
+    const __m512i low = _mm512_and_si512(_mm512_slli_epi16(two, 2), _mm512_set1_epi16(0xfc));
+    const __m512i high =
+        _mm512_and_si512(_mm512_slli_epi16(two, 4), _mm512_set1_epi16((short)0xfc00));
     _mm512_storeu_si512((void *)codes, _mm512_or_si512(low, high));
 }
 inline void join_twelves(const uint16_t *codes, uint8_t *out) {
@@ -328,6 +374,28 @@ inline void join_twelves(const uint16_t *codes, uint8_t *out) {
 inline void part_twelves(const uint8_t *in, uint16_t *codes) {
     _mm512_storeu_si512((void *)codes, part_twelves(in));
 }
+
+// See vec_avx2.h.
+struct ByteTable {
+    __m512i low, high;
+
+    explicit ByteTable(const uint16_t *sixteen) {
+        const __m256i all = _mm256_loadu_si256((const __m256i *)sixteen);
+        low = _mm512_broadcast_i32x4(_mm256_cvtepi16_epi8(all));
+        high = _mm512_broadcast_i32x4(_mm256_cvtepi16_epi8(_mm256_srli_epi16(all, 8)));
+    }
+    void look_up(Bytes at, Bytes more, Halves &a, Halves &b) const {
+        join(_mm512_shuffle_epi8(low, at.v), _mm512_or_si512(_mm512_shuffle_epi8(high, at.v), more.v),
+             a, b);
+    }
+    static void raise(Bytes upper, Halves &a, Halves &b) {
+        join(_mm512_setzero_si512(), upper.v, a, b);
+    }
+    static void join(__m512i lower, __m512i upper, Halves &a, Halves &b) {
+        a = {_mm512_unpacklo_epi8(lower, upper)};
+        b = {_mm512_unpackhi_epi8(lower, upper)};
+    }
+};
 
 // Sixteen 16-bit values: what packed codes of four bits stand for.
 struct HalfTable {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec of 4 floats: 64-bit Arm, where NEON is always there. No fused multiply-add, see vec_avx2.h.
+// Vec of 4 floats: 64-bit Arm, where NEON is always there. Sums are fused with products as seldom as in vec_avx2.h.
 #pragma once
 
 #include <arm_neon.h>
@@ -27,6 +27,23 @@ inline Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 inline Vec root(Vec a) { return {vsqrtq_f32(a.v)}; }
+// a * b + c where the product is exact.
+inline Vec exact_sum(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+
+// See [Note: quotients without division] in vec_avx2.h.
+struct Divisor {
+    Vec by, inverse, rest;
+
+    explicit Divisor(float x) : by(all(x)), inverse(all(1 / x)) {
+        rest = {vmulq_f32(vfmsq_f32(vdupq_n_f32(1), inverse.v, by.v), inverse.v)};
+    }
+    static Vec all(float x) { return Vec::all(x); }
+    Vec close(Vec x) const { return {vfmaq_f32(vmulq_f32(x.v, rest.v), x.v, inverse.v)}; }
+    Vec exact(Vec x) const {
+        const Vec q = close(x);
+        return {vfmaq_f32(q.v, vfmsq_f32(x.v, q.v, by.v), inverse.v)};
+    }
+};
 
 inline Vec sign(Vec a) {
     const uint32x4_t one = vreinterpretq_u32_f32(vdupq_n_f32(1));
@@ -66,8 +83,6 @@ inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
     b = widen_bf16(p + Vec::width);
 }
 
-inline void widen_bf16_apart(const uint16_t *p, Vec &a, Vec &b) { widen_bf16_pair(p, a, b); }
-
 // Leaves in a and b what was stored.
 inline void keep_bf16_pair(Vec &a, Vec &b, uint16_t *p) {
     narrow_bf16_pair(a, b, p);
@@ -98,11 +113,6 @@ struct Ints {
     }
     void store_words(uint16_t *p) const { vst1_u16(p, vmovn_u32(v)); }
 };
-
-inline void store_words_pair(Ints a, Ints b, uint16_t *p) {
-    a.store_words(p);
-    b.store_words(p + Vec::width);
-}
 
 struct Mask {
     uint32x4_t v;
@@ -143,8 +153,11 @@ inline bool any(Mask a) { return vmaxvq_u32(a.v) != 0; }
 inline Vec select(Mask m, Vec a, Vec b) { return {vbslq_f32(m.v, a.v, b.v)}; }
 inline Ints select(Mask m, Ints a, Ints b) { return {vbslq_u32(m.v, a.v, b.v)}; }
 
-// The largest lane of a vector without NaN.
-inline float highest(Vec a) { return vmaxvq_f32(a.v); }
+// The greater as numbers without a sign; and the lane that is each of the three.
+inline Ints farther(Ints a, Ints b) { return {vmaxq_u32(a.v, b.v)}; }
+inline int highest(Ints a) { return vmaxvq_s32(vreinterpretq_s32_u32(a.v)); }
+inline int lowest(Ints a) { return vminvq_s32(vreinterpretq_s32_u32(a.v)); }
+inline int farthest(Ints a) { return (int)vmaxvq_u32(a.v); }
 
 // Twice as many 16-bit integers, with a sign where it matters.
 struct Halves {
@@ -156,10 +169,14 @@ struct Halves {
     static Halves bytes(const uint8_t *p) {
         return {vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p)))};
     }
+    void store(uint16_t *p) const { vst1q_u16(p, vreinterpretq_u16_s16(v)); }
+    void store_apart(uint16_t *p) const { store(p); }
 };
 
+inline Halves operator+(Halves a, Halves b) { return {vaddq_s16(a.v, b.v)}; }
+inline Halves operator-(Halves a, Halves b) { return {vsubq_s16(a.v, b.v)}; }
 inline Halves operator&(Halves a, Halves b) { return {vandq_s16(a.v, b.v)}; }
-inline Halves operator^(Halves a, Halves b) { return {veorq_s16(a.v, b.v)}; }
+inline Halves operator|(Halves a, Halves b) { return {vorrq_s16(a.v, b.v)}; }
 inline Halves left(Halves a, int n) { return {vshlq_s16(a.v, vdupq_n_s16((int16_t)n))}; }
 // The sign moves in.
 inline Halves right(Halves a, int n) { return {vshlq_s16(a.v, vdupq_n_s16((int16_t)-n))}; }
@@ -171,13 +188,30 @@ inline Halves farther(Halves a, Halves b) {
 inline Halves smaller(Halves a, Halves b) { return {vminq_s16(a.v, b.v)}; }
 inline int highest(Halves a) { return vmaxvq_s16(a.v); }
 inline int lowest(Halves a) { return vminvq_s16(a.v); }
+inline int farthest(Halves a) { return (int16_t)vmaxvq_u16(vreinterpretq_u16_s16(a.v)); }
 
 inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
     a = {vcvt_f32_f16(vreinterpret_f16_s16(vget_low_s16(h.v)))};
     b = {vcvt_f32_f16(vreinterpret_f16_s16(vget_high_s16(h.v)))};
 }
 
-// Pairs need not be split here, see vec_avx2.h: all keep their order.
+// The same as in vec_avx2.h, all in order.
+inline void widen_bf16_apart(Halves pair, Vec &a, Vec &b) {
+    const uint16x8_t both = vreinterpretq_u16_s16(pair.v);
+    a = {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(both), 16))};
+    b = {vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(both), 16))};
+}
+inline Halves upper_halves(Ints a, Ints b) {
+    return {vreinterpretq_s16_u16(vcombine_u16(vshrn_n_u32(a.v, 16), vshrn_n_u32(b.v, 16)))};
+}
+inline Halves join_halves(Ints a, Ints b, int weight) {
+    const uint16x8_t low = vcombine_u16(vmovn_u32(a.v), vmovn_u32(b.v));
+    return {vmlaq_n_s16(upper_halves(a, b).v, vreinterpretq_s16_u16(low), (int16_t)weight)};
+}
+inline Halves sign_halves(Ints a, Ints b) { return upper_halves(a, b); }
+
+// Bytes need not be split here, see vec_avx2.h: all keep their order.
+enum { kSplit = 0, kSplitSigned = 0 };
 inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
     a = Ints::bytes(p);
     b = Ints::bytes(p + Vec::width);
@@ -186,9 +220,13 @@ inline void split_signed_bytes(const uint8_t *p, Ints &a, Ints &b) {
     a = Ints::signed_bytes(p);
     b = Ints::signed_bytes(p + Vec::width);
 }
-inline Halves split_bytes(const uint8_t *p) { return Halves::bytes(p); }
+inline void widen_bf16_split(Halves pair, Vec &a, Vec &b) { widen_bf16_apart(pair, a, b); }
 // A pair without NaN to bf16.
-inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) { narrow_bf16_pair(a, b, p); }
+inline Halves narrow_bf16_split(Vec a, Vec b) {
+    uint16_t two[2 * Vec::width];
+    narrow_bf16_pair(a, b, two);
+    return Halves::load(two);
+}
 
 // Four vectors of integers as bytes.
 struct Bytes {
@@ -196,26 +234,25 @@ struct Bytes {
     uint8x16_t v;
 
     static Bytes all(int x) { return {vdupq_n_u8((uint8_t)x)}; }
+    static Bytes load_apart(const uint8_t *p) { return {vld1q_u8(p)}; }
     void store(uint8_t *p) const { vst1q_u8(p, v); }
     void store_apart(uint8_t *p) const { store(p); }
 };
 
+inline Bytes operator-(Bytes a, Bytes b) { return {vsubq_u8(a.v, b.v)}; }
+inline Bytes smaller(Bytes a, Bytes b) { return {vminq_u8(a.v, b.v)}; }
 inline Bytes operator&(Bytes a, Bytes b) { return {vandq_u8(a.v, b.v)}; }
 inline Bytes operator|(Bytes a, Bytes b) { return {vorrq_u8(a.v, b.v)}; }
 // Elsewhere bits of the neighbours move in.
 inline Bytes right(Bytes a, int n) { return {vshlq_u8(a.v, vdupq_n_s8((int8_t)-n))}; }
 
-// Integers from 0 to 255.
-inline Bytes to_bytes(Ints a, Ints b, Ints c, Ints d) {
-    const uint16x8_t low = vcombine_u16(vmovn_u32(a.v), vmovn_u32(b.v));
-    const uint16x8_t high = vcombine_u16(vmovn_u32(c.v), vmovn_u32(d.v));
-    return {vcombine_u8(vmovn_u16(low), vmovn_u16(high))};
+inline Bytes to_bytes(Halves a, Halves b) {
+    return {vcombine_u8(vmovn_u16(vreinterpretq_u16_s16(a.v)),
+                        vmovn_u16(vreinterpretq_u16_s16(b.v)))};
 }
-
-// The sign of each in the top bit of its byte; the other bits mean nothing.
-inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
-    return to_bytes({vshrq_n_u32(a.v, 24)}, {vshrq_n_u32(b.v, 24)}, {vshrq_n_u32(c.v, 24)},
-                    {vshrq_n_u32(d.v, 24)});
+inline Bytes sign_bytes(Halves a, Halves b) {
+    return {vcombine_u8(vshrn_n_u16(vreinterpretq_u16_s16(a.v), 8),
+                        vshrn_n_u16(vreinterpretq_u16_s16(b.v), 8))};
 }
 
 // Floats to the nearest whole numbers from `least` to `most`, which get `bias` and keep the bits of `mask`. NaN becomes
@@ -261,12 +298,12 @@ inline void join_sixes(const uint8_t *codes, uint8_t *out) {
 }
 inline void part_sixes(const uint8_t *in, uint8_t *codes) {
     const uint8x16x3_t three = vld3q_u8(in);
-    const uint8x16_t mask = vdupq_n_u8(0x3f);
+    const uint8x16_t mask = vdupq_n_u8(0xfc);
     uint8x16x4_t c;
-    c.val[0] = vandq_u8(three.val[0], mask);
-    c.val[1] = vandq_u8(vsriq_n_u8(vshlq_n_u8(three.val[1], 2), three.val[0], 6), mask);
-    c.val[2] = vandq_u8(vsriq_n_u8(vshlq_n_u8(three.val[2], 4), three.val[1], 4), mask);
-    c.val[3] = vshrq_n_u8(three.val[2], 2);
+    c.val[0] = vshlq_n_u8(three.val[0], 2);
+    c.val[1] = vandq_u8(vsriq_n_u8(vshlq_n_u8(three.val[1], 4), three.val[0], 4), mask);
+    c.val[2] = vandq_u8(vsriq_n_u8(vshlq_n_u8(three.val[2], 6), three.val[1], 2), mask);
+    c.val[3] = vandq_u8(three.val[2], mask);
     vst4q_u8(codes, c);
 }
 inline void join_twelves(const uint16_t *codes, uint8_t *out) {
@@ -287,24 +324,40 @@ inline void part_twelves(const uint8_t *in, uint16_t *codes) {
     vst2q_u16(codes, two);
 }
 
-// Sixteen 16-bit values: what packed codes of four bits stand for. Low and high bytes are looked up apart.
-struct HalfTable {
-    enum { codes = 32 };
+// See vec_avx2.h.
+struct ByteTable {
     uint8x16_t low, high;
 
-    explicit HalfTable(const uint16_t *sixteen) {
+    explicit ByteTable(const uint16_t *sixteen) {
         const uint16x8_t a = vld1q_u16(sixteen), b = vld1q_u16(sixteen + 8);
         low = vcombine_u8(vmovn_u16(a), vmovn_u16(b));
         high = vcombine_u8(vshrn_n_u16(a, 8), vshrn_n_u16(b, 8));
     }
+    void look_up(Bytes at, Bytes more, Halves &a, Halves &b) const {
+        join(vqtbl1q_u8(low, at.v), vorrq_u8(vqtbl1q_u8(high, at.v), more.v), a, b);
+    }
+    static void raise(Bytes upper, Halves &a, Halves &b) { join(vdupq_n_u8(0), upper.v, a, b); }
+    static void join(uint8x16_t lower, uint8x16_t upper, Halves &a, Halves &b) {
+        a = {vreinterpretq_s16_u8(vzip1q_u8(lower, upper))};
+        b = {vreinterpretq_s16_u8(vzip2q_u8(lower, upper))};
+    }
+};
+
+// What packed codes of four bits stand for.
+struct HalfTable {
+    enum { codes = 32 };
+    ByteTable values;
+
+    explicit HalfTable(const uint16_t *sixteen) : values(sixteen) {}
     void spread(const uint8_t *packed, bool high_first, uint16_t *to) const {
         const uint8x16_t in = vld1q_u8(packed);
         const uint8x16_t bottom = vandq_u8(in, vdupq_n_u8(15)), top = vshrq_n_u8(in, 4);
         const uint8x16x2_t each = vzipq_u8(high_first ? top : bottom, high_first ? bottom : top);
         for (int i = 0; i < 2; ++i) {
-            const uint8x16_t a = vqtbl1q_u8(low, each.val[i]), b = vqtbl1q_u8(high, each.val[i]);
-            vst1q_u16(to + 16 * i, vreinterpretq_u16_u8(vzip1q_u8(a, b)));
-            vst1q_u16(to + 16 * i + 8, vreinterpretq_u16_u8(vzip2q_u8(a, b)));
+            Halves a, b;
+            values.look_up({each.val[i]}, Bytes::all(0), a, b);
+            a.store(to + 16 * i);
+            b.store(to + 16 * i + 8);
         }
     }
 };

@@ -29,6 +29,16 @@ inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec root(Vec a) { return {DS_SQRTF(a.v)}; }
+// a * b + c where the product is exact.
+inline Vec exact_sum(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+// x / by; see vec_avx2.h.
+struct Divisor {
+    float by;
+
+    explicit Divisor(float x) : by(x) {}
+    Vec close(Vec x) const { return {x.v / by}; }
+    Vec exact(Vec x) const { return close(x); }
+};
 // -1, 0 or 1; 0 for NaN, as torch.sign.
 inline Vec sign(Vec a) { return {(float)((a.v > 0) - (a.v < 0))}; }
 
@@ -102,8 +112,6 @@ inline void widen_bf16_pair(const uint16_t *p, Vec &a, Vec &b) {
     b = widen_bf16(p + Vec::width);
 }
 
-inline void widen_bf16_apart(const uint16_t *p, Vec &a, Vec &b) { widen_bf16_pair(p, a, b); }
-
 // Leaves in a and b what was stored.
 inline void keep_bf16_pair(Vec &a, Vec &b, uint16_t *p) {
     narrow_bf16_pair(a, b, p);
@@ -122,11 +130,6 @@ struct Ints {
     void store_bytes(uint8_t *p) const { *p = (uint8_t)v; }
     void store_words(uint16_t *p) const { *p = (uint16_t)v; }
 };
-
-inline void store_words_pair(Ints a, Ints b, uint16_t *p) {
-    a.store_words(p);
-    b.store_words(p + Vec::width);
-}
 
 struct Mask {
     bool v;
@@ -167,8 +170,11 @@ inline bool any(Mask a) { return a.v; }
 inline Vec select(Mask m, Vec a, Vec b) { return m.v ? a : b; }
 inline Ints select(Mask m, Ints a, Ints b) { return m.v ? a : b; }
 
-// The largest lane of a vector without NaN.
-inline float highest(Vec a) { return a.v; }
+// The greater as numbers without a sign; and the lane that is each of the three.
+inline Ints farther(Ints a, Ints b) { return (uint32_t)a.v > (uint32_t)b.v ? a : b; }
+inline int highest(Ints a) { return a.v; }
+inline int lowest(Ints a) { return a.v; }
+inline int farthest(Ints a) { return a.v; }
 
 // Twice as many 16-bit integers, with a sign where it matters.
 struct Halves {
@@ -179,10 +185,17 @@ struct Halves {
     static Halves all(int x) { return of(x, x); }
     static Halves load(const uint16_t *p) { return of(p[0], p[1]); }
     static Halves bytes(const uint8_t *p) { return of(p[0], p[1]); }
+    void store(uint16_t *p) const {
+        p[0] = (uint16_t)v[0];
+        p[1] = (uint16_t)v[1];
+    }
+    void store_apart(uint16_t *p) const { store(p); }
 };
 
+inline Halves operator+(Halves a, Halves b) { return Halves::of(a.v[0] + b.v[0], a.v[1] + b.v[1]); }
+inline Halves operator-(Halves a, Halves b) { return Halves::of(a.v[0] - b.v[0], a.v[1] - b.v[1]); }
 inline Halves operator&(Halves a, Halves b) { return Halves::of(a.v[0] & b.v[0], a.v[1] & b.v[1]); }
-inline Halves operator^(Halves a, Halves b) { return Halves::of(a.v[0] ^ b.v[0], a.v[1] ^ b.v[1]); }
+inline Halves operator|(Halves a, Halves b) { return Halves::of(a.v[0] | b.v[0], a.v[1] | b.v[1]); }
 inline Halves left(Halves a, int n) {
     return Halves::of((uint16_t)a.v[0] << n, (uint16_t)a.v[1] << n);
 }
@@ -197,10 +210,13 @@ inline Halves smaller(Halves a, Halves b) {
     return Halves::of(a.v[0] < b.v[0] ? a.v[0] : b.v[0], a.v[1] < b.v[1] ? a.v[1] : b.v[1]);
 }
 
-// The larger as numbers without a sign.
 inline Halves farther(Halves a, Halves b) {
     return Halves::of((uint16_t)a.v[0] > (uint16_t)b.v[0] ? a.v[0] : b.v[0],
                       (uint16_t)a.v[1] > (uint16_t)b.v[1] ? a.v[1] : b.v[1]);
+}
+
+inline int farthest(Halves a) {
+    return (uint16_t)a.v[0] > (uint16_t)a.v[1] ? a.v[0] : a.v[1];
 }
 
 inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
@@ -208,7 +224,19 @@ inline void widen_f16_pair(Halves h, Vec &a, Vec &b) {
     b = {f16_to_float((uint16_t)h.v[1])};
 }
 
-// Pairs need not be split here, see vec_avx2.h: all keep their order.
+// Two bf16 vectors, in an order of their own until they are stored.
+inline void widen_bf16_apart(Halves pair, Vec &a, Vec &b) {
+    a = {bf16_to_float((uint16_t)pair.v[0])};
+    b = {bf16_to_float((uint16_t)pair.v[1])};
+}
+// Of each the upper half and `weight` times the lower one, in the same order; and the signs. All of 15 bits.
+inline Halves join_halves(Ints a, Ints b, int weight) {
+    return Halves::of((a.v >> 16) + weight * (a.v & 0xffff), (b.v >> 16) + weight * (b.v & 0xffff));
+}
+inline Halves sign_halves(Ints a, Ints b) { return Halves::of(a.v < 0 ? -1 : 0, b.v < 0 ? -1 : 0); }
+
+// Bytes need not be split here, see vec_avx2.h: all keep their order.
+enum { kSplit = 0, kSplitSigned = 0 };
 inline void split_bytes(const uint8_t *p, Ints &a, Ints &b) {
     a = Ints::bytes(p);
     b = Ints::bytes(p + Vec::width);
@@ -217,9 +245,11 @@ inline void split_signed_bytes(const uint8_t *p, Ints &a, Ints &b) {
     a = Ints::signed_bytes(p);
     b = Ints::signed_bytes(p + Vec::width);
 }
-inline Halves split_bytes(const uint8_t *p) { return Halves::bytes(p); }
+inline void widen_bf16_split(Halves pair, Vec &a, Vec &b) { widen_bf16_apart(pair, a, b); }
 // A pair without NaN to bf16.
-inline void narrow_bf16_split(Vec a, Vec b, uint16_t *p) { narrow_bf16_pair(a, b, p); }
+inline Halves narrow_bf16_split(Vec a, Vec b) {
+    return Halves::of(float_to_bf16(a.v), float_to_bf16(b.v));
+}
 
 // Four vectors of integers as bytes.
 struct Bytes {
@@ -230,12 +260,21 @@ struct Bytes {
         return {{(uint8_t)a, (uint8_t)b, (uint8_t)c, (uint8_t)d}};
     }
     static Bytes all(int x) { return of(x, x, x, x); }
+    static Bytes load_apart(const uint8_t *p) { return of(p[0], p[1], p[2], p[3]); }
     void store(uint8_t *p) const {
         for (int i = 0; i < 4; ++i) p[i] = v[i];
     }
     void store_apart(uint8_t *p) const { store(p); }
 };
 
+inline Bytes operator-(Bytes a, Bytes b) {
+    return Bytes::of(a.v[0] - b.v[0], a.v[1] - b.v[1], a.v[2] - b.v[2], a.v[3] - b.v[3]);
+}
+inline Bytes smaller(Bytes a, Bytes b) {
+    for (int i = 0; i < 4; ++i)
+        if (b.v[i] < a.v[i]) a.v[i] = b.v[i];
+    return a;
+}
 inline Bytes operator&(Bytes a, Bytes b) {
     return Bytes::of(a.v[0] & b.v[0], a.v[1] & b.v[1], a.v[2] & b.v[2], a.v[3] & b.v[3]);
 }
@@ -247,12 +286,10 @@ inline Bytes right(Bytes a, int n) {
     return Bytes::of(a.v[0] >> n, a.v[1] >> n, a.v[2] >> n, a.v[3] >> n);
 }
 
-// Integers from 0 to 255.
-inline Bytes to_bytes(Ints a, Ints b, Ints c, Ints d) { return Bytes::of(a.v, b.v, c.v, d.v); }
-
-// The sign of each in the top bit of its byte; the other bits mean nothing.
-inline Bytes sign_bytes(Ints a, Ints b, Ints c, Ints d) {
-    return Bytes::of(a.v < 0 ? 128 : 0, b.v < 0 ? 128 : 0, c.v < 0 ? 128 : 0, d.v < 0 ? 128 : 0);
+// Those of 0 to 255; and the sign of each in the top bit of its byte, whose other bits mean nothing.
+inline Bytes to_bytes(Halves a, Halves b) { return Bytes::of(a.v[0], a.v[1], b.v[0], b.v[1]); }
+inline Bytes sign_bytes(Halves a, Halves b) {
+    return Bytes::of(a.v[0] >> 8, a.v[1] >> 8, b.v[0] >> 8, b.v[1] >> 8);
 }
 
 // Floats to the nearest whole numbers from `least` to `most`, which get `bias` and keep the bits of `mask`. NaN becomes
@@ -280,7 +317,7 @@ inline void join_fours(const uint8_t *codes, uint8_t *out, bool high_first) {
     *out = (uint8_t)(high_first ? codes[0] << 4 | codes[1] : codes[0] | codes[1] << 4);
 }
 
-// kSixes codes of six bits, one a byte, in three quarters as many bytes; kTwelves codes of 12 bits, one a word.
+// kSixes codes of six bits, one in the upper bits of a byte when they come back, in three quarters as many bytes; kTwelves codes of 12 bits, one a word.
 enum { kSixes = 4, kTwelves = 2 };
 inline void store_threes(uint32_t three, uint8_t *out) {
     out[0] = (uint8_t)three;
@@ -296,7 +333,7 @@ inline void join_sixes(const uint8_t *c, uint8_t *out) {
 }
 inline void part_sixes(const uint8_t *in, uint8_t *codes) {
     const uint32_t three = load_threes(in);
-    for (int i = 0; i < 4; ++i) codes[i] = (uint8_t)(three >> (6 * i) & 0x3f);
+    for (int i = 0; i < 4; ++i) codes[i] = (uint8_t)(three >> (6 * i) << 2);
 }
 inline void join_twelves(const uint16_t *codes, uint8_t *out) {
     store_threes((uint32_t)codes[0] | (uint32_t)codes[1] << 12, out);
@@ -306,6 +343,21 @@ inline void part_twelves(const uint8_t *in, uint16_t *codes) {
     codes[0] = (uint16_t)(three & 0xfff);
     codes[1] = (uint16_t)(three >> 12);
 }
+
+// Sixteen 16-bit values, looked up by bytes below 16, with `more` set in their upper bytes; and bytes as upper ones.
+struct ByteTable {
+    const uint16_t *values;
+
+    explicit ByteTable(const uint16_t *sixteen) : values(sixteen) {}
+    void look_up(Bytes at, Bytes more, Halves &a, Halves &b) const {
+        a = Halves::of(values[at.v[0]] | more.v[0] << 8, values[at.v[1]] | more.v[1] << 8);
+        b = Halves::of(values[at.v[2]] | more.v[2] << 8, values[at.v[3]] | more.v[3] << 8);
+    }
+    static void raise(Bytes upper, Halves &a, Halves &b) {
+        a = Halves::of(upper.v[0] << 8, upper.v[1] << 8);
+        b = Halves::of(upper.v[2] << 8, upper.v[3] << 8);
+    }
+};
 
 // Sixteen 16-bit values: what packed codes of four bits stand for.
 struct HalfTable {
