@@ -76,7 +76,8 @@ def test_a_killed_save_costs_nothing(
         encoding="utf-8",
         timeout=120,
     )
-    assert done.stdout.splitlines()[-1] == "dying", done.stdout + done.stderr
+    # files are flushed side by side: two threads may come to this point before the signal does
+    assert done.stdout.rstrip().endswith("dying"), done.stdout + done.stderr
     if os.name != "nt":
         assert done.returncode == -signal.SIGKILL
     made = engine(2, "bf16", seed=9)
