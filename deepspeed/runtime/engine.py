@@ -112,7 +112,6 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
             self._config, self.client_lr_scheduler, self.basic_optimizer, self.optimizer
         )
         self._set_up_backward()
-        compressing.start(self)
         self.checkpoint_engine = build.build_checkpoint_engine(self._config)
         ownership.claim(self)
         self._is_compiled = False
@@ -154,6 +153,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
         self._products = products_context(self.module, self.device, {self.precision.autocast})
         self._module_hooks: list[Any] = []
         self._hook_module(lambda method: lambda *given: method(*given))
+        compressing.start(self)
 
     def _hook_module(self, wrap: Any) -> None:
         # in functions, which a copy of the module shares; with methods it would copy the engine

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILT = {
     "deepspeed.pipe": "PipelineModule LayerSpec TiedLayerSpec",
     "deepspeed.runtime.quantize": "Quantizer",
+    "deepspeed.runtime.weight_quantizer": "WeightQuantization",
     "deepspeed.runtime.pipe.engine": "PipelineEngine",
     "deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec PipelineError",
     "deepspeed.runtime.pipe.schedule": (
@@ -396,7 +397,6 @@ LATER = {
     "deepspeed.runtime.sequence_parallel.ulysses_sp": "TiledLoss UlyssesSPFwdLossBwdWithLogits",
     "deepspeed.runtime.state_dict_factory": "SDLoaderFactory",
     "deepspeed.runtime.superoffload": "",
-    "deepspeed.runtime.weight_quantizer": "WeightQuantization",
     "deepspeed.sequence.fpdt_layer": (
         "FPDT_InputConstruct FPDT_Attention FPDT_FFN FPDT_LogitsLoss SequenceChunk"
     ),
