@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 
 import pytest
@@ -298,6 +299,9 @@ def bad_models(rank):
         register(net, "sparse", 2, 1)
     with pytest.raises(ValueError, match="4 heads, 2 key-value heads, sequence_parallel_size 3"):
         register(net, "sdpa", 3, 1)
+    net.config._attn_implementation = None  # of no model yet: nothing to compare with
+    with pytest.raises(ValueError, match="4 heads, 2 key-value heads, sequence_parallel_size 3"):
+        register(types.SimpleNamespace(config=net.config), "sdpa", 3, 1)
     with pytest.raises(ValueError, match="seq_length=7"):
         register(net, "sdpa", 2, 1, seq_length=7, seq_length_is_variable=False)
 

@@ -332,11 +332,13 @@ def _config_of(model: Any, implementation: str, functions: Any) -> Any:
                 expected="full or sliding-window attention",
             )
         )
-    used = getattr(config, "_attn_implementation", implementation)
-    if used != implementation:
+    used = getattr(config, "_attn_implementation", None)
+    if (
+        used is not None and used != implementation
+    ):  # None: of a configuration that no model has yet
         raise ValueError(
             explain(
-                "the model does not use the attention function that is to be split",
+                "core_attn_implementation does not match model config attn_implementation",
                 got=f"attn_implementation={used!r} in the model",
                 expected=repr(implementation),
                 fix=f"load the model with attn_implementation={implementation!r}",
