@@ -33,6 +33,10 @@ class Axis:
     ranks: tuple[int, ...]
     hops: tuple[Axis, Axis] | None = field(default=None, compare=False, repr=False)
 
+    def __deepcopy__(self, memo: Any) -> Axis:
+        """The axis itself: a copy of a module talks to the same ranks."""
+        return self
+
     @staticmethod
     def alone(rank: int = 0) -> Axis:
         """Return the axis of one process, whose global rank is ``rank``."""

@@ -102,10 +102,9 @@ def redundancy_clean(model: nn.Module, deepspeed_config: Any, mpu: Any = None) -
         for group in groups:
             _clean(inner, group)
         for param in inner.parameters():
+            # an engine's flat buffer would stay, and be saved, as a whole
             if param.untyped_storage().nbytes() > param.numel() * param.element_size():
-                param.data = (
-                    param.data.clone()
-                )  # an engine's flat buffer would stay, and be saved, as a whole
+                param.data = param.data.clone()
         sparse = shared(config, "sparse_pruning")
         if sparse["enabled"] and sparse["method"] == SNIP:
             for layer in inner.modules():
@@ -119,7 +118,8 @@ def _clean(model: nn.Module, group: Group) -> None:
         return
     for number, name in enumerate(group.modules):
         layer: Any = recursive_getattr(model, name)
-        if not isinstance(layer, Compressed):
+        prepared = isinstance(layer, Compressed)
+        if not prepared:
             raise ValueError(
                 f"{name} was not prepared: call init_compression with this configuration first"
             )

@@ -101,7 +101,7 @@ def convert_conv1d_to_linear(model: nn.Module, convert_type: type[nn.Module]) ->
     Returns:
         The model; a linear layer where the model itself is such a layer.
     """
-    inner: nn.Module = getattr(model, "module", model)  # type: ignore[assignment]
+    inner: nn.Module = getattr(model, "module", model)
     if isinstance(inner, convert_type):
         return _linear(inner)
     made: dict[nn.Module, nn.Linear] = {}

@@ -244,7 +244,7 @@ class Pruned(Compressed):
             self.register_buffer(mask, None)
         elif method == "l1" and size is not None:
             with torch.no_grad(), whole([weight]):
-                kept = TopKBinarizer.apply(size(weight.data.abs().float()), ratio, False)  # type: ignore[no-untyped-call]
+                kept = TopKBinarizer.apply(size(weight.data.abs().float()), ratio, False)
             self.register_buffer(mask, kept.view(shape))
         else:
             known = "topk" if size is None else "l1 or topk"
@@ -259,7 +259,7 @@ class Pruned(Compressed):
         if getattr(self, f"{kind}_pruning_method") != "topk":
             return getattr(self, mask)
         ratio = getattr(self, f"{kind}_pruning_ratio")
-        return TopKBinarizer.apply(getattr(self, scores), ratio, False)  # type: ignore[no-untyped-call]
+        return TopKBinarizer.apply(getattr(self, scores), ratio, False)
 
     def _end_pruning(self, kind: str) -> None:
         scores, mask = self.masks[kind]

@@ -62,10 +62,10 @@ def prepare_snip(model: nn.Module, settings: Mapping[str, Any]) -> None:
     for name in matching(model, "*", "enable_sparse_pruning"):
         if any(search(name) for search in excluded):
             continue
-        weight = model.get_submodule(name).weight
+        weight: Any = model.get_submodule(name).weight
         if is_zero_param(weight):
             _refuse_sharded()
-        height, width = weight.shape[0], weight[0].numel()  # type: ignore[union-attr,index,operator]
+        height, width = weight.shape[0], weight[0].numel()
         if height % rows or width % columns:
             logger.warning(
                 f"{name} is not pruned: blocks of {rows}x{columns} do not fill a weight of {height}x{width}"

@@ -81,7 +81,7 @@ class SymQuantizer(torch.autograd.Function):
     """`fewer_bits` around zero: ``apply(input, num_bits, min_value=None, max_value=None, num_groups=1)``."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         num_bits: int,
@@ -93,7 +93,7 @@ class SymQuantizer(torch.autograd.Function):
         return fewer_bits(input, num_bits, num_groups, span=_span(min_value, max_value, num_groups))
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient as it comes."""
         return grad_output, None, None, None, None
 
@@ -102,7 +102,7 @@ class AsymQuantizer(SymQuantizer):
     """`fewer_bits` from the least value to the greatest, with the arguments of `SymQuantizer`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         num_bits: int,
@@ -127,7 +127,7 @@ class TernaryQuantizer(SymQuantizer):
     """`three_levels`, with the arguments of `SymQuantizer`: two bits, no range."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         num_bits: int,
@@ -144,7 +144,7 @@ class BinaryQuantizer(SymQuantizer):
     """`two_levels`, with the arguments of `SymQuantizer`: one bit, no range."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         num_bits: int,
@@ -165,7 +165,7 @@ class TopKBinarizer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, threshold: Any, sigmoid: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, inputs: Tensor, threshold: Any, sigmoid: bool) -> Tensor:
         """The mask, in the scores' shape and dtype."""
         share = float(torch.sigmoid(threshold)) if sigmoid else float(threshold)
         kept = min(math.ceil(share * inputs.numel()), inputs.numel())
@@ -178,7 +178,7 @@ class TopKBinarizer(torch.autograd.Function):
         return mask
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient as it comes; the threshold gets the sum of that of the best."""
         (mask,) = ctx.saved_tensors
         return grad_output, (grad_output * mask).sum() if ctx.sigmoid else None, None

@@ -102,6 +102,26 @@ def _parallel(rank):
     out, bias = column(own)
     assert out.shape == (3, 16) and torch.equal(bias, column.bias)
     torch.testing.assert_close(row(torch.relu(plain.up(own)))[0], expected)
+    model = nn.ModuleDict({"up": _Column(column.weight, column.bias)})
+    asked = _config(0, weight_quantization=_quantized_and_pruned()["weight_quantization"])
+    made = init_compression(model, asked, mpu=_Groups)["up"]
+    copied = copy.deepcopy(made)
+    assert type(copied) is ColumnParallelLinear_Compress and copied.out_features == 8
+    column.skip_bias_add = False
+    assert torch.equal(made(own)[0], column(own)[0])
+
+
+class _Column(nn.Module):
+    """What Megatron's layers have of attributes."""
+
+    gather_output = True
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+
+_Groups.ColumnParallelLinear = _Column
 
 
 def _all(rank):
