@@ -67,7 +67,26 @@ def init_compression(
     sparse = shared(config, "sparse_pruning")
     if sparse["enabled"] and sparse["method"] == SNIP:
         prepare_snip(inner, sparse)
+    _tell_what_forward_ignores(config["weight_quantization"])
     return model
+
+
+def _tell_what_forward_ignores(section: Mapping[str, Any]) -> None:
+    weights, groups = section["shared_parameters"], section["different_groups"].values()
+    if not (weights["enabled"] and weights["quantize_weight_in_forward"]):
+        return
+    ignored = {
+        "rounding": weights["rounding"] != "nearest",
+        "fp16_mixed_quantize": weights["fp16_mixed_quantize"]["enabled"],
+        "start_bits": any(
+            group["params"]["start_bits"] != group["params"]["target_bits"] for group in groups
+        ),
+    }
+    if any(ignored.values()):
+        logger.warning(
+            f"weight_quantization: {', '.join(key for key in ignored if ignored[key])} is of quantization in the "
+            "optimizer's step; the forward pass rounds to the nearest of target_bits from schedule_offset on"
+        )
 
 
 def redundancy_clean(model: nn.Module, deepspeed_config: Any, mpu: Any = None) -> nn.Module:

@@ -232,6 +232,14 @@ class Pruned(Compressed):
         shape: tuple[int, ...],
         size: Callable[[Tensor], Tensor] | None,
     ) -> None:
+        if not 0 < ratio <= 1:
+            raise ValueError(
+                explain(
+                    f"unusable dense_ratio of {kind}_pruning",
+                    got=ratio,
+                    expected="the share that stays, above 0 and at most 1",
+                )
+            )
         scores, mask = self.masks[kind]
         setattr(self, f"{kind}_pruning_ratio", ratio)
         setattr(self, f"{kind}_pruning_method", method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
@@ -418,6 +419,16 @@ def test_layers_like_gpt2s_become_linear():
     torch.testing.assert_close(model[0](x), expected)
 
 
+def test_what_the_forward_pass_does_not_use_is_said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("DeepSpeed"), "propagate", True)
+    asked = in_forward(group(["up"], start_bits=8, target_bits=4), rounding="stochastic")
+    init_compression(Model(1), config(weight_quantization=asked))
+    assert "rounding, start_bits is of quantization in the optimizer's step" in caplog.text
+    caplog.clear()
+    init_compression(Model(1), config(weight_quantization=in_forward(group(["up"], **BITS))))
+    assert caplog.text == ""
+
+
 def test_what_does_not_fit_is_refused_by_name():
     twice = in_forward(group(["query"], **BITS), group(["self"], **BITS))
     with pytest.raises(ValueError, match="already added"):
@@ -431,6 +442,9 @@ def test_what_does_not_fit_is_refused_by_name():
     with pytest.raises(AssertionError, match="Only symmetric"):
         one = in_forward(group(["up"], start_bits=1, target_bits=1), quantization_type="asymmetric")
         init_compression(Model(), config(weight_quantization=one))
+    with pytest.raises(ValueError, match="unusable dense_ratio"):
+        none = technique([group(["up"], dense_ratio=0.0)])
+        init_compression(Model(), config(sparse_pruning=none))
     with pytest.raises(ValueError, match="existing deepspeed config"):
         init_compression(Model(), 5)
     with pytest.raises(ValueError, match="was not prepared"):
