@@ -110,6 +110,7 @@ def _open_part(folder: Folder, mp_rank: int) -> _Part:
             explain(f"there are no model states in {folder.path}", expected=model_names[0])
         )
     model = folder.load(model_name)
+    refuse_folded([model])
     if model.get(Model.PARAM_SHAPES):
         near = _shard(folder, 0, mp_rank)
         data_first = bool((model.get(Model.DS_CONFIG) or {}).get(DATA_BEFORE_EXPERT))
@@ -316,12 +317,12 @@ def convert(
 
     Raises:
         DeepSpeedCheckpointError: files are damaged, refused or contradict each other.
+        NotImplementedError: experts were spread over tensor-parallel ranks as well.
         ValueError: merge rules are missing, or do not belong to the model.
     """
     folder, output = Folder(Path(input_folder)), Path(output_folder).resolve()
     grid = _open_grid(folder)
     parts = [part for stage in grid for part in stage]
-    refuse_folded(part.model for part in parts)
     rules = _rules(parts, len(grid[0]), inject_missing_state)
     where = _stage_of_params(grid)
     layers = folder.glob(names.LAYER_FILES)  # a pipeline's, for what no optimizer steps

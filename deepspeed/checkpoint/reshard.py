@@ -162,6 +162,7 @@ def from_shards(
     near: int = 0,
     data_first: bool = False,
     stacks: Mapping[str, int] | None = None,
+    lanes: tuple[int, int] = (1, 0),
 ) -> SavedState:
     """See the shard files of ZeRO stages 1, 2 or 3 as one state. Experts have the numbers of all ranks in their names.
 
@@ -172,6 +173,8 @@ def from_shards(
         data_first: ranks with the same experts, not those that share a set, were numbered side by side.
         stacks: names of weights in which experts are stacked, with the number of ranks that share these; the state has
             them whole.
+        lanes: where stacked experts are spread over tensor-parallel ranks as well: their number, and the one whose
+            shapes these are. Ranks are numbered over all of them then.
 
     Raises:
         DeepSpeedCheckpointError: the shards and the shapes contradict each other.
@@ -189,7 +192,7 @@ def from_shards(
         for layout, in_order in zip(layouts, names, strict=True)
     )
     local = {name: torch.Size(shape) for group in shapes for name, shape in group.items()}
-    pieces, sizes, kinds = _places(layouts, names, local, world, stacks, data_first)
+    pieces, sizes, kinds = _places(layouts, names, local, world, stacks, data_first, lanes)
     numels = [layout.shard_numel for layout in layouts]
     inner = _inner_state(head)
     return SavedState(
@@ -213,6 +216,7 @@ def _places(
     world: int,
     stacks: Mapping[str, int],
     data_first: bool,
+    lanes: tuple[int, int],
 ) -> tuple[dict[str, list[Piece]], dict[str, torch.Size], list[list[str]]]:
     """Where each parameter's elements are, its whole shape, and the names of each group; see `from_shards`."""
     here = experts_by_layer(local)
@@ -223,7 +227,11 @@ def _places(
         # the ranks are cut into as many sets of experts as make up for the group's smaller world
         sets = world // layout.world
         for index, name in enumerate(in_order):
-            for own in range(sets if name is not None else 0):
+            if name is not None and name not in stacks and lanes[0] > 1:
+                turns = range(lanes[1], lanes[1] + 1)  # of other lanes it is another part
+            else:
+                turns = range(sets if name is not None else 0)
+            for own in turns:
                 name_there = expert_renumbered(name, lambda layer: own * here[layer])  # noqa: B023
                 stride, start = (1, own * layout.world) if data_first else (sets, own)
                 shape = local[name]

@@ -206,6 +206,9 @@ class AutoTP:
             full_name = f"{prev_class_name}.{name}" if prev_class_name else name
             if isinstance(child, TensorParallelLayer) or hasattr(child, "deepspeed_moe"):
                 continue
+            if getattr(child, "_is_autoep_layer", False):
+                self._replace_autoep_shared_experts(child, full_name)
+                continue
             made = self._replacement(child, full_name)
             if made is None:
                 self._replace_module(child, name, full_name)
@@ -217,6 +220,12 @@ class AutoTP:
         if divided and any(hasattr(r_module, count) for count in HEAD_COUNTS):
             self.update_mp_params(r_module, prev_class_name)
         return r_module
+
+    def _replace_autoep_shared_experts(self, layer: Any, full_name: str) -> None:
+        """Replace layers of the expert that all tokens visit; its gate, the router and the others stay whole."""
+        name = layer.shared_experts_name
+        if name:
+            self._replace_module(getattr(layer, name), name, f"{full_name}.{name}")
 
     def _replacement(self, child: nn.Module, full_name: str) -> nn.Module | None:
         if child in self._made:

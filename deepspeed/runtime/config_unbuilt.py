@@ -150,12 +150,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         )
     ),
     Unbuilt(
-        "expert_parallel.enabled",
-        "experts spread over ranks that share layers as well (AutoEP with AutoTP)",
-        lambda config: config.expert_parallel_config.enabled and _divided(config),
-        "Set 'tensor_parallel.autotp_size' to 0, or take the section out.",
-    ),
-    Unbuilt(
         "expert_parallel.comm_backend",
         "another way for tokens to travel between the ranks of experts",
         lambda config: (

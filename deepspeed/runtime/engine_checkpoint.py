@@ -23,7 +23,7 @@ from ..checkpoint.writer import plain, save_file, warn_of_objects
 from ..git_version_info import version
 from ..utils.errors import explain
 from ..utils.logging import logger
-from . import saved_experts
+from . import saved_experts, saved_folding
 from .zero import state as zero_state
 from .zero.optimizer import ZeroOptimizer
 from .zero.own_slice import is_zero_param, shape_of, values_of_slice
@@ -231,6 +231,7 @@ def _files_of_rank(
             Optim.DS_CONFIG: plain(_raw_config(engine)),
             Optim.DS_VERSION: version,
         }
+    saved_folding.note(engine, files)
     return files
 
 
@@ -378,10 +379,10 @@ def _add_experts(
     rest, stacked = stacked_experts.split_stacks(rest, prefixes, first_expert(engine))
     experts.update(stacked)
     for (layer, expert), part in experts.items():
-        if expert_data_axis(engine, prefixes[layer]).rank == 0:
+        if saved_folding.writes_experts(engine, expert_data_axis(engine, prefixes[layer])):
             files[names.expert_file(layer, expert, mp_rank)] = part
     widest = max(engine.mesh.expert_data.values(), key=lambda axis: -axis.size, default=None)
-    writes = engine.mesh.sequence_data.rank == 0 if widest is None else widest.rank == 0
+    writes = saved_folding.writes_experts(engine, widest or engine.mesh.sequence_data)
     if not has_shards(engine) and writes and engine.optimizer is not None:
         name = names.expert_optim_file(expert_rank(engine), mp_rank)
         files[name] = {Model.OPTIMIZER: _inline_optimizer(engine)}

@@ -27,7 +27,7 @@ from ..checkpoint.weights import of_frozen, of_masters
 from ..utils.env import DS_RESUME_POSITION, DS_VERIFY_CHECKPOINTS
 from ..utils.errors import DeepSpeedCheckpointError, explain
 from ..utils.logging import logger
-from . import compressing, saved_experts
+from . import compressing, saved_experts, saved_folding
 from .engine_checkpoint import (
     GRAD_SCALER,
     crew_of,
@@ -172,6 +172,7 @@ class _Load:
                     expected=f"{self.engine.mp_world_size} of both",
                 )
             )
+        saved_folding.check(self.engine, self.model)
         layers = self.engine.pipeline_parallelism
         if self.model[Model.MODULE] is None and not (self.universal or layers):
             raise DeepSpeedCheckpointError(
@@ -210,7 +211,13 @@ class _Load:
         data_first = bool(config.get(names.DATA_BEFORE_EXPERT))
         shapes = self.model[Model.PARAM_SHAPES]
         stacks = stacked_experts.stacked_names(self.model.get(Model.AUTOEP_LAYERS) or ())
-        saved = from_shards(self._open_shard, shapes, self._near(), data_first, stacks)
+        lanes, lane = saved_folding.lanes_of(self.engine)
+
+        def shard(rank: int) -> Mapping[str, Any]:
+            return self._open_shard(rank // lanes, rank % lanes if lanes > 1 else None)
+
+        near = self._near() * lanes + lane
+        saved = from_shards(shard, shapes, near, data_first, stacks, (lanes, lane))
         windows = saved_experts.share_windows(self.engine, self._own_shapes(), saved.shapes)
         saved = saved.shares(windows)
         return saved.under_names(self._saved_names(saved.pieces))
@@ -251,7 +258,7 @@ class _Load:
         """The states of an optimizer that is not sharded."""
         mp_rank = mp_rank_of(self.engine)
         if found := self.folder.glob(f"expp_rank_*_mp_rank_{mp_rank:02d}_optim_states.pt"):
-            ranks = max((axis.size for axis in self.engine.mesh.expert.values()), default=1)
+            ranks = saved_folding.expert_places(self.engine)
             if len(found) != ranks:
                 raise DeepSpeedCheckpointError(
                     explain(
@@ -266,14 +273,13 @@ class _Load:
             return self.folder.load(name)[Model.OPTIMIZER]
         return self.model.get(Model.OPTIMIZER)
 
-    def _shard_name(self, rank: int) -> str | None:
-        choices = names.optim_file_candidates(
-            rank, mp_rank_of(self.engine), bf16=self.engine.bfloat16_enabled()
-        )
+    def _shard_name(self, rank: int, mp_rank: int | None = None) -> str | None:
+        mp_rank = mp_rank_of(self.engine) if mp_rank is None else mp_rank
+        choices = names.optim_file_candidates(rank, mp_rank, bf16=self.engine.bfloat16_enabled())
         return next(filter(self.folder.has, choices), None)
 
-    def _open_shard(self, rank: int) -> Mapping[str, Any]:
-        name = self._shard_name(rank)
+    def _open_shard(self, rank: int, mp_rank: int | None = None) -> Mapping[str, Any]:
+        name = self._shard_name(rank, mp_rank)
         if name is None:
             raise DeepSpeedCheckpointError(
                 explain(

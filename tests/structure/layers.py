@@ -55,6 +55,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.inference.quantization": 5,
     "deepspeed.nebula": 5,
     "deepspeed.runtime.saved_experts": 5,
+    "deepspeed.runtime.saved_folding": 5,
     "deepspeed.runtime.sharding": 5,
     "deepspeed.runtime.sparse_gradients": 5,
     "deepspeed.runtime.activation_checkpointing": 5,

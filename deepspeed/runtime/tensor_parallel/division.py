@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.checkpoint.format import Zero
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
 from deepspeed.module_inject import auto_tp_model_utils as alibi
@@ -208,6 +209,8 @@ def _equal_weights(model: torch.nn.Module, axis: Axis, device: torch.device) -> 
     for tensor in [*model.parameters(), *model.buffers()]:
         if getattr(tensor, "tensor_model_parallel", False) or tensor.is_meta:
             continue
+        if getattr(tensor, "ds_zero_placement_family", None) == Zero.EXPERT_FAMILY:
+            continue  # these ranks may hold different experts
         staged = tensor.data.to(device)
         flat.broadcast_(staged, axis)
         if staged.data_ptr() != tensor.data_ptr():

@@ -21,6 +21,13 @@ def expert_group_name(param: torch.nn.Parameter) -> str | None:
     return None if getattr(param, "allreduce", True) else getattr(param, "group_name", None)
 
 
+def folded(name: str | None, mesh: Mesh) -> bool:
+    """Whether tensor-parallel ranks hold experts of a group as data-parallel ones do."""
+    if name is None or mesh.tensor.size == 1:
+        return False
+    return mesh.expert[name].size * mesh.expert_data[name].size > mesh.sequence_data.size
+
+
 def spread_experts(param: torch.nn.Parameter, mesh: Mesh) -> str | None:
     """The expert-parallel group of a parameter whose ranks hold different experts, else None."""
     name = expert_group_name(param)
@@ -32,7 +39,9 @@ def counted_elsewhere(param: torch.nn.Parameter, mesh: Mesh) -> bool:
     if getattr(param, PIPE_REPLICATED, False):
         return True
     later = mesh.pipe.size == 1 and mesh.tensor.rank > 0
-    return later and not is_model_parallel_parameter(param)
+    if not later or is_model_parallel_parameter(param):
+        return False
+    return not folded(expert_group_name(param), mesh)
 
 
 def whole_square(squares: Mapping[tuple[Axis, str | None], torch.Tensor], mesh: Mesh) -> float:
@@ -46,17 +55,21 @@ def whole_square(squares: Mapping[tuple[Axis, str | None], torch.Tensor], mesh: 
     Returns:
         The sum, equal on all ranks.
     """
-    total, device = 0.0, torch.device("cpu")
+    total, everywhere, device = 0.0, 0.0, torch.device("cpu")
     for (axis, experts), square in squares.items():
         flat.all_reduce_(square, axis)
         if experts is not None:
             flat.all_reduce_(square, mesh.expert[experts])
-        total, device = total + square.item(), square.device
+        if folded(experts, mesh):
+            everywhere += square.item()  # of all tensor-parallel ranks already
+        else:
+            total += square.item()
+        device = square.device
     if mesh.model.size > 1:
         whole = torch.tensor(total, dtype=torch.float64, device=device)
         flat.all_reduce_(whole, mesh.model)
         total = whole.item()
-    return total
+    return total + everywhere
 
 
 def largest_norm(norm: float, axis: Axis, device: torch.device) -> float:

@@ -38,10 +38,6 @@ ASKING = {
     "amp.enabled": {"amp": {"enabled": True}},
     "graph_harvesting": {"graph_harvesting": True},
     "data_types.keep_in_fp32_modules": {"data_types": {"keep_in_fp32_modules": ["norm"]}},
-    "expert_parallel.enabled": {
-        "expert_parallel": {"enabled": True},
-        "tensor_parallel": {"autotp_size": 2},
-    },
     "expert_parallel.comm_backend": {"expert_parallel": {"enabled": True, "comm_backend": "other"}},
     "sequence_parallel_size": {
         "sequence_parallel_size": 2,
