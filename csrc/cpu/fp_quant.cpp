@@ -35,16 +35,22 @@ struct Pack {
         const int64_t each = p.format.groups_each(), begin = index * each;
         const int64_t end = begin + each < p.a->groups ? begin + each : p.a->groups;
         const int64_t fit = p.format.group_size < kTile ? kTile / p.format.group_size : 1;
-        for (int64_t group = begin; group < end; group += fit)
-            p.some(group, end - group < fit ? end - group : fit);
+        // The greatest sizes of some groups are found before those ahead of them are rounded, which nothing has to wait
+        // for then; all stay in the first-level cache meanwhile.
+        float most[2][kTile / 4];
+        p.extents(begin, end, fit, most[0]);
+        for (int64_t group = begin, turn = 0; group < end; group += fit, turn ^= 1) {
+            p.extents(group + fit, end, fit, most[turn ^ 1]);
+            for (int64_t i = 0; i < fit && group + i < end; ++i)
+                p.one(group + i, most[turn][i] == 0 ? 1.0f : most[turn][i] / p.format.most);
+        }
     }
 
-    // Groups that stay in the first-level cache between the walk that finds their scales and the one that rounds.
-    void some(int64_t group, int64_t n) const {
-        float most[kTile / 4];
-        ds::extents(kernels, place(group * format.group_size), a->x_dtype, n, format.group_size,
-                    nullptr, most);
-        for (int64_t i = 0; i < n; ++i) one(group + i, most[i] == 0 ? 1.0f : most[i] / format.most);
+    // Of up to `fit` groups.
+    void extents(int64_t group, int64_t end, int64_t fit, float *most) const {
+        if (group >= end) return;
+        ds::extents(kernels, place(group * format.group_size), a->x_dtype,
+                    end - group < fit ? end - group : fit, format.group_size, nullptr, most);
     }
 
     void one(int64_t group, float scale) const {

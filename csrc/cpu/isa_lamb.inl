@@ -24,71 +24,129 @@ struct LambRule {
         v = v * beta2 + rest2 * g * g;
     }
     // The update before it is scaled to the param's norm.
-    inline Vec update(Vec p, Vec m, Vec v) const {
-        const Vec spread = inside ? root(v + eps) : root(v) + eps;
-        return m / spread + decay * p;
-    }
+    inline Vec update(Vec p, Vec m, Vec v) const { return update_by(p, m, spread(v)); }
+    inline Vec spread(Vec v) const { return inside ? root(v + eps) : root(v) + eps; }
+    inline Vec update_by(Vec p, Vec m, Vec spread) const { return m / spread + decay * p; }
 };
 
-// Two vectors of buffers that all have one dtype. The update is made of the moments as they are stored.
+// [Note: short chains]
+// From a moment to the update is a long way: the processor would wait for its end with few other numbers under way. So a
+// run of numbers takes one part of it at a time; what is between two parts stays in the first-level cache. The wider the
+// vectors, the shorter the run that keeps the processor busy.
+enum { kRun = (Vec::width == 16 ? 4 : 16) * kBlock, kPair = 2 * Vec::width };
+
 template <class P>
-inline void lamb_first_pair(const LambRule &rule, const typename P::Kept *param,
-                            typename P::Kept *first, typename P::Kept *second,
-                            const typename P::Kept *grad, float *wide, float *update) {
-    Vec p, q, m, n, v, u, g, h;
-    P::load_pair(first, m, n);
-    P::load_pair(second, v, u);
-    P::load_pair(grad, g, h);
-    rule.moments(m, v, g);
-    rule.moments(n, u, h);
-    P::keep_pair(m, n, first);
-    P::keep_pair(v, u, second);
-    P::load_pair(param, p, q);
-    F32::store_pair(p, q, wide);
-    F32::store_pair(rule.update(p, m, v), rule.update(q, n, u), update);
+inline void spread_pair(const LambRule &rule, Vec &v, Vec &u) {
+    if (P::is_bf16 && !rule.inside && roots_of_bf16(v, u)) {
+        v = v + rule.eps;
+        u = u + rule.eps;
+    } else {
+        v = rule.spread(v);
+        u = rule.spread(u);
+    }
+}
+
+// Whole blocks of buffers that all have one dtype. The update is made of the moments as they are stored; pairs may be
+// split.
+template <class P>
+inline void lamb_first_run(const LambRule &rule, const typename P::Kept *param,
+                           typename P::Kept *first, typename P::Kept *second,
+                           const typename P::Kept *grad, int64_t n, float *wide, float *update) {
+    float spread[kRun];
+    for (int64_t k = 0; k < n; k += kPair) {
+        Vec m, l, v, u, g, h;
+        P::load_split(first + k, m, l);
+        P::load_split(second + k, v, u);
+        P::load_split(grad + k, g, h);
+        rule.moments(m, v, g);
+        rule.moments(l, u, h);
+        P::keep_split(m, l, first + k);
+        P::keep_split(v, u, second + k);
+        F32::store_pair(m, l, update + k);
+        F32::store_pair(v, u, spread + k);
+    }
+    for (int64_t k = 0; k < n; k += kPair) {
+        Vec v, u;
+        F32::load_pair(spread + k, v, u);
+        spread_pair<P>(rule, v, u);
+        F32::store_pair(v, u, spread + k);
+    }
+    for (int64_t k = 0; k < n; k += kPair) {
+        Vec p, q, m, l, v, u;
+        P::load_split(param + k, p, q);
+        F32::load_pair(update + k, m, l);
+        F32::load_pair(spread + k, v, u);
+        F32::store_pair(p, q, wide + k);
+        F32::store_pair(rule.update_by(p, m, v), rule.update_by(q, l, u), update + k);
+    }
 }
 
 template <class P>
-inline void lamb_second_pair(const LambRule &rule, Vec size, typename P::Kept *param,
-                             const typename P::Kept *first, const typename P::Kept *second) {
-    Vec p, q, m, n, v, u;
-    P::load_pair(param, p, q);
-    P::load_pair(first, m, n);
-    P::load_pair(second, v, u);
-    P::store_pair(p - rule.update(p, m, v) * size, q - rule.update(q, n, u) * size, param);
+inline void lamb_second_run(const LambRule &rule, Vec size, typename P::Kept *param,
+                            const typename P::Kept *first, const typename P::Kept *second,
+                            int64_t n) {
+    float spread[kRun];
+    for (int64_t k = 0; k < n; k += kPair) {
+        Vec v, u;
+        P::load_split(second + k, v, u);
+        spread_pair<P>(rule, v, u);
+        F32::store_pair(v, u, spread + k);
+    }
+    for (int64_t k = 0; k < n; k += kPair) {
+        Vec p, q, m, l, v, u;
+        P::load_split(param + k, p, q);
+        P::load_split(first + k, m, l);
+        F32::load_pair(spread + k, v, u);
+        P::store_split(p - rule.update_by(p, m, v) * size, q - rule.update_by(q, l, u) * size,
+                       param + k);
+    }
 }
 
-// Moments, and the param and the update as floats.
+template <class T>
+inline void fetch_run(const T *p, int64_t n) {
+    for (int64_t k = 0; k < n; k += kBlock) fetch_block(p + k);
+}
+
+// Moments, and the squares of the param and of the update, see Kernels::squares.
 template <class P>
 void lamb_first(const void *param, void *first, void *second, const void *grad, int64_t n,
-                const LambConstants *c, float *wide, float *update) {
-    enum { w = 2 * Vec::width };
+                const LambConstants *c, double *ours, double *its) {
     typedef typename P::Kept Kept;
     const LambRule rule(*c);
     const Kept *p = (const Kept *)param, *g = (const Kept *)grad;
     Kept *m = (Kept *)first, *v = (Kept *)second;
-    int64_t i = 0;
-    for (; i + w <= n; i += w) {
-        if (i % kBlock == 0) {
-            fetch_block(p + i);
-            fetch_block(m + i);
-            fetch_block(v + i);
-            fetch_block(g + i);
-        }
-        lamb_first_pair<P>(rule, p + i, m + i, v + i, g + i, wide + i, update + i);
+    float wide[kRun], update[kRun];
+    Squares params = Squares::zero(), updates = Squares::zero();
+    const auto add = [&](int64_t some) {
+        for (int64_t k = 0; k < some; k += kBlock) params.add(wide + k);
+        for (int64_t k = 0; k < some; k += kBlock) updates.add(update + k);
+    };
+    const int64_t whole = n - n % kBlock;
+    for (int64_t i = 0; i < whole; i += kRun) {
+        const int64_t some = whole - i < kRun ? whole - i : (int64_t)kRun;
+        fetch_run(p + i, some);
+        fetch_run(m + i, some);
+        fetch_run(v + i, some);
+        fetch_run(g + i, some);
+        lamb_first_run<P>(rule, p + i, m + i, v + i, g + i, some, wide, update);
+        add(some);
     }
-    if (i == n) return;
-    Kept last_p[w] = {0}, last_m[w] = {0}, last_v[w] = {0}, last_g[w] = {0};
-    float last_wide[w], last_update[w];
-    copy_some(p + i, last_p, n - i);
-    copy_some(m + i, last_m, n - i);
-    copy_some(v + i, last_v, n - i);
-    copy_some(g + i, last_g, n - i);
-    lamb_first_pair<P>(rule, last_p, last_m, last_v, last_g, last_wide, last_update);
-    copy_some(last_m, m + i, n - i);
-    copy_some(last_v, v + i, n - i);
-    copy_some(last_wide, wide + i, n - i);
-    copy_some(last_update, update + i, n - i);
+    if (whole < n) {
+        Kept last_p[kBlock] = {0}, last_m[kBlock] = {0}, last_v[kBlock] = {0}, last_g[kBlock] = {0};
+        copy_some(p + whole, last_p, n - whole);
+        copy_some(m + whole, last_m, n - whole);
+        copy_some(v + whole, last_v, n - whole);
+        copy_some(g + whole, last_g, n - whole);
+        lamb_first_run<P>(rule, last_p, last_m, last_v, last_g, kBlock, wide, update);
+        P::clear_split(update, (int)(n - whole), kBlock);  // 0 / 0
+        add(kBlock);
+        copy_some(last_m, m + whole, n - whole);
+        copy_some(last_v, v + whole, n - whole);
+    }
+    params.store(ours);
+    updates.store(its);
+    P::join_split(ours);
+    P::join_split(its);
 }
 
 // The update alone, of floats.
@@ -112,28 +170,26 @@ void lamb_update(const float *param, const float *first, const float *second, fl
 template <class P>
 void lamb_second(void *param, const void *first, const void *second, int64_t n,
                  const LambConstants *c, float size) {
-    enum { w = 2 * Vec::width };
     typedef typename P::Kept Kept;
     const LambRule rule(*c);
     const Vec by = Vec::all(size);
     Kept *p = (Kept *)param;
     const Kept *m = (const Kept *)first, *v = (const Kept *)second;
-    int64_t i = 0;
-    for (; i + w <= n; i += w) {
-        if (i % kBlock == 0) {
-            fetch_block(p + i);
-            fetch_block(m + i);
-            fetch_block(v + i);
-        }
-        lamb_second_pair<P>(rule, by, p + i, m + i, v + i);
+    const int64_t whole = n - n % kBlock;
+    for (int64_t i = 0; i < whole; i += kRun) {
+        const int64_t some = whole - i < kRun ? whole - i : (int64_t)kRun;
+        fetch_run(p + i, some);
+        fetch_run(m + i, some);
+        fetch_run(v + i, some);
+        lamb_second_run<P>(rule, by, p + i, m + i, v + i, some);
     }
-    if (i == n) return;
-    Kept last_p[w] = {0}, last_m[w] = {0}, last_v[w] = {0};
-    copy_some(p + i, last_p, n - i);
-    copy_some(m + i, last_m, n - i);
-    copy_some(v + i, last_v, n - i);
-    lamb_second_pair<P>(rule, by, last_p, last_m, last_v);
-    copy_some(last_p, p + i, n - i);
+    if (whole == n) return;
+    Kept last_p[kBlock] = {0}, last_m[kBlock] = {0}, last_v[kBlock] = {0};
+    copy_some(p + whole, last_p, n - whole);
+    copy_some(m + whole, last_m, n - whole);
+    copy_some(v + whole, last_v, n - whole);
+    lamb_second_run<P>(rule, by, last_p, last_m, last_v, kBlock);
+    copy_some(last_p, p + whole, n - whole);
 }
 
 }  // namespace

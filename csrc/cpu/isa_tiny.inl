@@ -69,22 +69,21 @@ struct TinyCoder {
 // and the sum of both, the exponent less that of the least normal number, is the code. The quotients are
 // 2^(23 - mantissa) times as large as they are, so that their own exponent is that of the float to add.
 struct QuickCoder {
+    Vec unit;
     Divisor by;
     Ints exponent, least;
-    Vec unit;
     int weight, drop;
     Halves base;
 
     QuickCoder(float scale, Tiny form)
-        : by(scale * power(form.mantissa - 23)),
+        : unit(floats(Ints::all((127 - 23 + form.mantissa) << 23))),
+          by(Vec::all(scale) * unit),
           exponent(Ints::all(0x7f800000)),
           least(Ints::all(first(form))),
-          unit(Vec::all(power(form.mantissa - 23))),
           weight(1 << (7 - form.mantissa)),
           drop(7 - form.mantissa),
           base(Halves::all(first(form) >> 16)) {}
 
-    static float power(int n) { return (float)((int64_t)1 << (40 + n)) / ((int64_t)1 << 40); }
     static int32_t first(Tiny form) { return least_normal(form) + ((23 - form.mantissa) << 23); }
 
     // Neither 1 / scale nor the quotients and their remainders lie near where numbers end. Scales are found from the

@@ -47,8 +47,27 @@ inline Halves part_signs(Vec &a, Vec &b) {
     return signs;
 }
 
+// Of pairs that may be split (see vec_avx2.h): floats are set to zero from one element to another, and the lanes of kernels
+// that add up such floats are put in order.
+struct Together {
+    static inline void clear_split(float *x, int from, int to) {
+        for (int i = from; i < to; ++i) x[i] = 0;
+    }
+    static inline void join_split(double *) {}
+};
+struct Apart {
+    static inline void clear_split(float *x, int from, int to) {
+        for (int i = from; i < to; ++i) x[split_place(i)] = 0;
+    }
+    static inline void join_split(double *lanes) {
+        double all[kNormLanes];
+        for (int i = 0; i < kNormLanes; ++i) all[i] = lanes[split_place(i)];
+        for (int i = 0; i < kNormLanes; ++i) lanes[i] = all[i];
+    }
+};
+
 // How an element is kept in memory. The arithmetic is fp32 whatever it is.
-struct F32 {
+struct F32 : Together {
     typedef float Kept;
     enum { is_bf16 = 0 };
     static inline Vec load(const float *p) { return Vec::load(p); }
@@ -74,10 +93,13 @@ struct F32 {
         return part_signs(a, b);
     }
     static inline void store_two(Halves halves, uint16_t *p) { halves.store(p); }
+    static inline void load_split(const float *p, Vec &a, Vec &b) { load_pair(p, a, b); }
+    static inline void store_split(Vec a, Vec b, float *p) { store_pair(a, b, p); }
+    static inline void keep_split(Vec &a, Vec &b, float *p) { keep_pair(a, b, p); }
     // Leaves in a and b what was stored.
     static inline void keep_pair(Vec &a, Vec &b, float *p) { store_pair(a, b, p); }
 };
-struct Bf16 {
+struct Bf16 : Apart {
     typedef uint16_t Kept;
     enum { is_bf16 = 1 };
     static inline Vec load(const uint16_t *p) { return widen_bf16(p); }
@@ -97,8 +119,20 @@ struct Bf16 {
         return pair;
     }
     static inline void store_two(Halves halves, uint16_t *p) { halves.store_apart(p); }
+    // In any order, as long as all that one element needs is in one place. No NaN may come from anything but bf16.
+    static inline void load_split(const uint16_t *p, Vec &a, Vec &b) {
+        widen_bf16_split(Halves::load(p), a, b);
+    }
+    static inline void store_split(Vec a, Vec b, uint16_t *p) {
+        narrow_bf16_split(a, b).store_apart(p);
+    }
+    static inline void keep_split(Vec &a, Vec &b, uint16_t *p) {
+        const Halves pair = narrow_bf16_split(a, b);
+        pair.store_apart(p);
+        widen_bf16_split(pair, a, b);
+    }
 };
-struct F16 {
+struct F16 : Together {
     typedef uint16_t Kept;
     enum { is_bf16 = 0 };
     static inline Vec load(const uint16_t *p) { return widen_f16(p); }
@@ -126,6 +160,9 @@ struct F16 {
         return part_signs(a, b);
     }
     static inline void store_two(Halves halves, uint16_t *p) { halves.store(p); }
+    static inline void load_split(const uint16_t *p, Vec &a, Vec &b) { load_pair(p, a, b); }
+    static inline void store_split(Vec a, Vec b, uint16_t *p) { store_pair(a, b, p); }
+    static inline void keep_split(Vec &a, Vec &b, uint16_t *p) { keep_pair(a, b, p); }
 };
 
 // Codes that are loaded in pairs, for values that are stored in pairs. They come times 2^up.
@@ -151,9 +188,7 @@ struct Finite<Bf16> : Bf16 {
     static inline void signed_codes(const uint8_t *p, Ints &a, Ints &b) {
         split_signed_bytes(p, a, b);
     }
-    static inline void store_pair(Vec a, Vec b, uint16_t *p) {
-        narrow_bf16_split(a, b).store_apart(p);
-    }
+    static inline void store_pair(Vec a, Vec b, uint16_t *p) { store_split(a, b, p); }
 };
 
 // a + weight * (b - a), as torch's lerp: from the nearer end.

@@ -90,7 +90,7 @@ typedef void (*RandomSweep)(uint16_t *param, void *first, void *second, const vo
                             const uint32_t *low, const uint32_t *high, int64_t n,
                             const void *constants);
 typedef void (*LambFirst)(const void *param, void *first, void *second, const void *grad,
-                          int64_t n, const LambConstants *c, float *wide, float *update);
+                          int64_t n, const LambConstants *c, double *ours, double *its);
 typedef void (*LambSecond)(void *param, const void *first, const void *second, int64_t n,
                            const LambConstants *c, float size);
 // Groups of `size` codes, one a byte, to values: (code - shift) * by + base of each group, or / by for codes without a
@@ -119,8 +119,8 @@ struct Kernels {
     RandomSweep random_adam[2][3];
     // 64 random bits each of elements index, index + 1, ...
     void (*noise)(int64_t seed, int64_t index, int64_t n, uint32_t *low, uint32_t *high);
-    // All buffers of one dtype, by its code. The first walk makes the moments, and of the param and the update floats;
-    // the second makes the update again and takes `size` times it off the param.
+    // All buffers of one dtype, by its code. The first walk makes the moments, and the squares of the param and of the
+    // update, see `squares`; the second makes the update again and takes `size` times it off the param.
     LambFirst lamb_first[3];
     LambSecond lamb_second[3];
     void (*lamb_update)(const float *param, const float *first, const float *second, float *update,

@@ -242,22 +242,21 @@ struct Lamb {
         ds::narrow(kernels, from, place(data, dtype, at), dtype, n);
     }
 
-    // Moments of a tile, and its param and update in t.p and t.update.
-    void first_tile(Tile &t, int64_t at, int64_t n) const {
+    // Moments of a tile, and the squares of its param and of its update.
+    void first_tile(Tile &t, int64_t at, int64_t n, double *ours, double *its) const {
         const ds_lamb_args &a = *args;
         if (!mixed()) {
             const int32_t d = a.param_dtype;
             kernels->lamb_first[d](place(a.param, d, at), place(a.exp_avg, d, at),
                                    place(a.exp_avg_sq, d, at), place(a.grad, d, at), n, &constants,
-                                   t.p, t.update);
+                                   ours, its);
             return;
         }
-        alignas(64) float param[kTile];
-        widen(a.param, a.param_dtype, at, n, param);
+        widen(a.param, a.param_dtype, at, n, t.p);
         widen(a.exp_avg, a.state_dtype, at, n, t.m);
         widen(a.exp_avg_sq, a.state_dtype, at, n, t.v);
         widen(a.grad, a.grad_dtype, at, n, t.g);
-        kernels->lamb_first[DS_F32](param, t.m, t.v, t.g, n, &constants, t.p, t.update);
+        kernels->lamb_first[DS_F32](t.p, t.m, t.v, t.g, n, &constants, ours, its);
         narrow(t.m, a.exp_avg, a.state_dtype, at, n);
         narrow(t.v, a.exp_avg_sq, a.state_dtype, at, n);
         if (a.state_dtype == DS_F32) return;
@@ -265,21 +264,20 @@ struct Lamb {
         widen(a.exp_avg, a.state_dtype, at, n, t.m);
         widen(a.exp_avg_sq, a.state_dtype, at, n, t.v);
         kernels->lamb_update(t.p, t.m, t.v, t.update, n, &constants);
+        kernels->squares(t.update, n, its);
     }
 
     static void first(void *context, int64_t index) {
         const Lamb &l = *(const Lamb *)context;
         const int64_t begin = index * kChunk;
         const int64_t end = begin + kChunk < l.args->numel ? begin + kChunk : l.args->numel;
-        double ours = 0, its = 0, lanes[kNormLanes];
+        double ours = 0, its = 0, params[kNormLanes], updates[kNormLanes];
         Tile t;
         for (int64_t at = begin; at < end; at += kTile) {
             const int64_t n = end - at < kTile ? end - at : (int64_t)kTile;
-            l.first_tile(t, at, n);
-            l.kernels->squares(t.p, n, lanes);
-            ours += ds::fold(lanes);
-            l.kernels->squares(t.update, n, lanes);
-            its += ds::fold(lanes);
+            l.first_tile(t, at, n, params, updates);
+            ours += ds::fold(params);
+            its += ds::fold(updates);
         }
         l.sums[2 * index] = ours;
         l.sums[2 * index + 1] = its;

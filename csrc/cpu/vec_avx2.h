@@ -37,10 +37,9 @@ inline Vec exact_sum(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.
 struct Divisor {
     Vec by, inverse, rest;
 
-    explicit Divisor(float x) : by(all(x)), inverse(all(1 / x)) {
+    explicit Divisor(Vec x) : by(x), inverse(Vec::all(1) / x) {
         rest = {_mm256_mul_ps(_mm256_fnmadd_ps(inverse.v, by.v, _mm256_set1_ps(1)), inverse.v)};
     }
-    static Vec all(float x) { return Vec::all(x); }
     Vec close(Vec x) const {
         return {_mm256_fmadd_ps(x.v, inverse.v, _mm256_mul_ps(x.v, rest.v))};
     }
@@ -282,6 +281,31 @@ inline void widen_bf16_split(Halves pair, Vec &a, Vec &b) {
     a = {_mm256_castsi256_ps(_mm256_slli_epi32(pair.v, 16))};
     b = {_mm256_castsi256_ps(_mm256_and_si256(pair.v, _mm256_set1_epi32((int)0xffff0000)))};
 }
+// Where an element's float stands in such pairs, one behind the other.
+inline int split_place(int i) { return (i & ~15) + (i & 15) / 2 + (i & 1) * 8; }
+
+// [Note: roots of bf16 numbers]
+// An estimate with an error of up to 1.5 * 2^-12 (as the processors' makers state) is corrected twice by the remainder of
+// its square: the error is below 2^-33.2 of the root before that is rounded. The roots of the 256 pairs of a mantissa of
+// bf16 and an odd or even exponent are 2^-32.7 of themselves or more from where two floats are equally near: so it is
+// the rounded root. Remainders have to be normal numbers; false where a number is too small for that, or not finite.
+inline bool roots_of_bf16(Vec &a, Vec &b) {
+    const __m256i first = _mm256_set1_epi32(0x10000000 - (int)0x80000000);
+    const __m256i most = _mm256_max_epi32(_mm256_sub_epi32(_mm256_castps_si256(a.v), first),
+                                          _mm256_sub_epi32(_mm256_castps_si256(b.v), first));
+    const __m256i last = _mm256_set1_epi32(0x7f7fffff - 0x10000000 + (int)0x80000000);
+    if (_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(most, last)))) return false;
+    const auto root_of = [](Vec &x) {
+        const __m256 y = _mm256_rsqrt_ps(x.v), half = _mm256_mul_ps(y, _mm256_set1_ps(0.5f));
+        __m256 r = _mm256_mul_ps(x.v, y);
+        r = _mm256_fmadd_ps(_mm256_fnmadd_ps(r, r, x.v), half, r);
+        x = {_mm256_fmadd_ps(_mm256_fnmadd_ps(r, r, x.v), half, r)};
+    };
+    root_of(a);
+    root_of(b);
+    return true;
+}
+
 // A split pair without NaN to bf16: more where the lower halves reach 0x8000, or 0x8001 if the upper one is even.
 inline Halves narrow_bf16_split(Vec a, Vec b) {
     const __m256i x = _mm256_castps_si256(a.v), y = _mm256_castps_si256(b.v);
@@ -328,11 +352,13 @@ inline Bytes sign_bytes(Halves a, Halves b) { return {_mm256_packs_epi16(a.v, b.
 // is too large as 255 when it is packed without a sign, counted from `least`. Beyond 2^31 a conversion would lose the
 // sign: groups whose scale could lead there do not come here.
 struct Whole {
+    bool signed_bytes;  // nothing else than what saturation leaves
     Halves from;
     Bytes last, back, mask;
 
     Whole(float least, float, int bias, int mask_)
-        : from(Halves::all(-(int)least)),
+        : signed_bytes(least == -128 && bias == 0 && mask_ == 255),
+          from(Halves::all(-(int)least)),
           last(Bytes::all(mask_)),
           back(Bytes::all(-(int)least - bias)),
           mask(Bytes::all(mask_)) {}
@@ -340,6 +366,7 @@ struct Whole {
     Bytes operator()(Vec a, Vec b, Vec c, Vec d) const {
         const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v));
         const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(c.v), _mm256_cvtps_epi32(d.v));
+        if (signed_bytes) return {_mm256_packs_epi16(low, high)};
         const __m256i all =
             _mm256_packus_epi16(_mm256_adds_epi16(low, from.v), _mm256_adds_epi16(high, from.v));
         const __m256i code = _mm256_sub_epi8(_mm256_min_epu8(all, last.v), back.v);
@@ -475,18 +502,18 @@ struct Table {
     }
 };
 
+// Squares of floats are exact as doubles: it does not matter that they are fused with the sum.
 struct Squares {
     __m256d lane[8];
 
     static Squares zero() {
-        Squares s;
-        for (int i = 0; i < 8; ++i) s.lane[i] = _mm256_setzero_pd();
-        return s;
+        const __m256d none = _mm256_setzero_pd();
+        return {{none, none, none, none, none, none, none, none}};
     }
     void add(const float *p) {
         for (int i = 0; i < 8; ++i) {
             const __m256d x = _mm256_cvtps_pd(_mm_loadu_ps(p + 4 * i));
-            lane[i] = _mm256_add_pd(lane[i], _mm256_mul_pd(x, x));
+            lane[i] = _mm256_fmadd_pd(x, x, lane[i]);
         }
     }
     void store(double *out) const {

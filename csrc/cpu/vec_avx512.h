@@ -30,10 +30,9 @@ inline Vec exact_sum(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.
 struct Divisor {
     Vec by, inverse, rest;
 
-    explicit Divisor(float x) : by(all(x)), inverse(all(1 / x)) {
+    explicit Divisor(Vec x) : by(x), inverse(Vec::all(1) / x) {
         rest = {_mm512_mul_ps(_mm512_fnmadd_ps(inverse.v, by.v, _mm512_set1_ps(1)), inverse.v)};
     }
-    static Vec all(float x) { return Vec::all(x); }
     Vec close(Vec x) const {
         return {_mm512_fmadd_ps(x.v, inverse.v, _mm512_mul_ps(x.v, rest.v))};
     }
@@ -256,6 +255,8 @@ inline void widen_bf16_split(Halves pair, Vec &a, Vec &b) {
     a = {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))};
     b = {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(b.v), 16))};
 }
+inline int split_place(int i) { return i; }
+inline bool roots_of_bf16(Vec &, Vec &) { return false; }
 // A pair without NaN to bf16.
 inline Halves narrow_bf16_split(Vec a, Vec b) {
     __m512i high, carry;
@@ -297,11 +298,13 @@ inline Bytes sign_bytes(Halves a, Halves b) { return {_mm512_packs_epi16(a.v, b.
 
 // See [Note: codes by saturation] in vec_avx2.h.
 struct Whole {
+    bool signed_bytes;  // nothing else than what saturation leaves
     Halves from;
     Bytes last, back, mask;
 
     Whole(float least, float, int bias, int mask_)
-        : from(Halves::all(-(int)least)),
+        : signed_bytes(least == -128 && bias == 0 && mask_ == 255),
+          from(Halves::all(-(int)least)),
           last(Bytes::all(mask_)),
           back(Bytes::all(-(int)least - bias)),
           mask(Bytes::all(mask_)) {}
@@ -309,6 +312,7 @@ struct Whole {
     Bytes operator()(Vec a, Vec b, Vec c, Vec d) const {
         const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
         const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
+        if (signed_bytes) return {_mm512_packs_epi16(low, high)};
         const __m512i all =
             _mm512_packus_epi16(_mm512_adds_epi16(low, from.v), _mm512_adds_epi16(high, from.v));
         const __m512i code = _mm512_sub_epi8(_mm512_min_epu8(all, last.v), back.v);
@@ -444,7 +448,7 @@ struct Squares {
     void add(const float *p) {
         for (int i = 0; i < 4; ++i) {
             const __m512d x = _mm512_cvtps_pd(_mm256_loadu_ps(p + 8 * i));
-            lane[i] = _mm512_add_pd(lane[i], _mm512_mul_pd(x, x));
+            lane[i] = _mm512_fmadd_pd(x, x, lane[i]);  // exact squares
         }
     }
     void store(double *out) const {

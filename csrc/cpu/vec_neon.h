@@ -34,10 +34,9 @@ inline Vec exact_sum(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 struct Divisor {
     Vec by, inverse, rest;
 
-    explicit Divisor(float x) : by(all(x)), inverse(all(1 / x)) {
+    explicit Divisor(Vec x) : by(x), inverse(Vec::all(1) / x) {
         rest = {vmulq_f32(vfmsq_f32(vdupq_n_f32(1), inverse.v, by.v), inverse.v)};
     }
-    static Vec all(float x) { return Vec::all(x); }
     Vec close(Vec x) const { return {vfmaq_f32(vmulq_f32(x.v, rest.v), x.v, inverse.v)}; }
     Vec exact(Vec x) const {
         const Vec q = close(x);
@@ -221,6 +220,8 @@ inline void split_signed_bytes(const uint8_t *p, Ints &a, Ints &b) {
     b = Ints::signed_bytes(p + Vec::width);
 }
 inline void widen_bf16_split(Halves pair, Vec &a, Vec &b) { widen_bf16_apart(pair, a, b); }
+inline int split_place(int i) { return i; }
+inline bool roots_of_bf16(Vec &, Vec &) { return false; }
 // A pair without NaN to bf16.
 inline Halves narrow_bf16_split(Vec a, Vec b) {
     uint16_t two[2 * Vec::width];
@@ -392,7 +393,7 @@ struct Squares {
     void add(const float *p) {
         for (int i = 0; i < 16; ++i) {
             const float64x2_t x = vcvt_f64_f32(vld1_f32(p + 2 * i));
-            lane[i] = vaddq_f64(lane[i], vmulq_f64(x, x));
+            lane[i] = vfmaq_f64(lane[i], x, x);  // exact squares
         }
     }
     void store(double *out) const {

@@ -33,10 +33,10 @@ inline Vec root(Vec a) { return {DS_SQRTF(a.v)}; }
 inline Vec exact_sum(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 // x / by; see vec_avx2.h.
 struct Divisor {
-    float by;
+    Vec by;
 
-    explicit Divisor(float x) : by(x) {}
-    Vec close(Vec x) const { return {x.v / by}; }
+    explicit Divisor(Vec x) : by(x) {}
+    Vec close(Vec x) const { return x / by; }
     Vec exact(Vec x) const { return close(x); }
 };
 // -1, 0 or 1; 0 for NaN, as torch.sign.
@@ -246,6 +246,8 @@ inline void split_signed_bytes(const uint8_t *p, Ints &a, Ints &b) {
     b = Ints::signed_bytes(p + Vec::width);
 }
 inline void widen_bf16_split(Halves pair, Vec &a, Vec &b) { widen_bf16_apart(pair, a, b); }
+inline int split_place(int i) { return i; }
+inline bool roots_of_bf16(Vec &, Vec &) { return false; }
 // A pair without NaN to bf16.
 inline Halves narrow_bf16_split(Vec a, Vec b) {
     return Halves::of(float_to_bf16(a.v), float_to_bf16(b.v));
