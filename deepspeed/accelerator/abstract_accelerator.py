@@ -214,10 +214,10 @@ class DeepSpeedAccelerator(abc.ABC):
 
     def range_push(  # noqa: B027
         self, msg: str, domain: str | None = None, category: str | None = None
-    ) -> None:
+    ) -> Any:
         """Open a range in the profiler's timeline; nothing where there is no profiler."""
 
-    def range_pop(self, domain: str | None = None) -> None:  # noqa: B027
+    def range_pop(self, domain: str | None = None) -> Any:  # noqa: B027
         """Close the innermost range."""
 
     @abc.abstractmethod

@@ -13,12 +13,21 @@ import torch
 
 from .abstract_accelerator import DeepSpeedAccelerator, Index
 
+nvtx: Any
+try:
+    import nvtx  # a package of its own, which knows domains
+except ImportError:
+    nvtx = None
+
 
 class CUDA_Accelerator(DeepSpeedAccelerator):
     """The CUDA devices that torch sees."""
 
+    supports_nvtx_domain = True
+
     def __init__(self) -> None:
         self._name = "cuda"
+        self._nvtx_domains: dict[str, Any] = {}
         # torch's Windows builds carry no NCCL
         self._communication_backend_name = "gloo" if sys.platform == "win32" else "nccl"
 
@@ -146,11 +155,17 @@ class CUDA_Accelerator(DeepSpeedAccelerator):
     def is_available(self) -> bool:
         return torch.cuda.is_available()
 
-    def range_push(self, msg: str, domain: str | None = None, category: str | None = None) -> None:
-        torch.cuda.nvtx.range_push(msg)
+    def range_push(self, msg: str, domain: str | None = None, category: str | None = None) -> Any:
+        if nvtx is None or domain is None:
+            return torch.cuda.nvtx.range_push(msg)
+        if domain not in self._nvtx_domains:
+            self._nvtx_domains[domain] = nvtx.get_domain(domain)
+        return self._nvtx_domains[domain].push_range(message=msg, category=category)
 
-    def range_pop(self, domain: str | None = None) -> None:
-        torch.cuda.nvtx.range_pop()
+    def range_pop(self, domain: str | None = None) -> Any:
+        if nvtx is None or domain is None:
+            return torch.cuda.nvtx.range_pop()
+        return self._nvtx_domains[domain].pop_range()
 
     def lazy_call(self, callback: Callable[[], Any]) -> Any:
         return torch.cuda._lazy_call(callback)

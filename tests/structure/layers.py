@@ -149,6 +149,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime": 0,  # an empty door, as are the folders that hold one section's config.py
     "deepspeed.git_version_info": 0,
     "deepspeed.utils": 0,
+    "deepspeed.utils.nvtx": 1,
 }
 
 # rows that hold for that one module and not for what lies below it

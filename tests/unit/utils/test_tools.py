@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from deepspeed.accelerator import cuda_accelerator
 from deepspeed.comm.mesh import Axis, Mesh
-from deepspeed.utils import OnDevice, debug, groups, instrument_w_nvtx
+from deepspeed.utils import OnDevice, debug, groups, instrument_w_nvtx, nvtx
 from deepspeed.utils.bwc import (
     bwc_pipeline_parallel_world_size,
     bwc_tensor_model_parallel_group,
@@ -166,10 +167,16 @@ def test_the_old_initialize_says_what_to_do():
 
 
 # ------------------------------------------------------------------ profiler ranges
-def test_ranges_open_and_close_only_while_cuda_is_in_use(monkeypatch):
+@pytest.mark.parametrize("domains", [False, True])
+def test_ranges_open_and_close_with_each_call(monkeypatch, domains):
     seen = []
-    monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("pop"))
+    fake = SimpleNamespace(
+        push_range=lambda message, category: seen.append(message), pop_range=lambda: seen.append("")
+    )
+    package = SimpleNamespace(get_domain={nvtx.DEEPSPEED_NVTX_DOMAIN: fake}.__getitem__)
+    monkeypatch.setattr(cuda_accelerator, "nvtx", package if domains else None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: seen.append(f"torch {name}"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append(""))
 
     @instrument_w_nvtx
     def work(fail):
@@ -177,13 +184,15 @@ def test_ranges_open_and_close_only_while_cuda_is_in_use(monkeypatch):
             raise KeyError
         return 3
 
-    assert work(False) == 3
+    assert work(False) == 3  # a CPU has no profiler
     assert seen == []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    cuda = cuda_accelerator.CUDA_Accelerator()
+    monkeypatch.setattr(nvtx, "get_accelerator", lambda: cuda)
     assert work(fail=False) == 3
     with pytest.raises(KeyError):
         work(True)
-    assert [entry.rpartition(".")[2] for entry in seen] == ["work", "pop", "work", "pop"]
+    assert [entry.rpartition(".")[2] for entry in seen] == ["work", "", "work", ""]
+    assert domains != seen[0].startswith("torch ")
     assert work.__name__ == "work"
 
 
