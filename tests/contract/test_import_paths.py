@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import deepspeed
-
 ROOT = Path(__file__).resolve().parents[2]
 
 # module -> names in it; all of it is there
