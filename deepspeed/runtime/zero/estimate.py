@@ -282,7 +282,7 @@ def _state_rows(
             yield Row("master weights", tier, length * widths.master)
         yield Row("optimizer states", tier, length * widths.state * widths.states)
         if tier not in (DEVICE, HOST):
-            chunk = min(length, plan.part_numel)
+            chunk = min(length, plan.part_of(length))
             each = widths.master + widths.state * widths.states
             rounds = min(_PARTS_IN_MEMORY, -(-length // max(1, chunk)))
             yield Row("buffers of states", HOST, rounds * chunk * each)

@@ -14,6 +14,10 @@ from enum import Enum
 _LARGEST_BUCKET_NUMEL = 32 * 1024 * 1024
 # Pieces of gradients that may be on their way to files at once: enough to keep a disk busy.
 WRITES_BEHIND = 4
+# Elements of a part of the states below which its files take longer to make than their bytes to write, and how many
+# parts that small there may be.
+SMALL_PART = 256 * 1024
+MOST_SMALL_PARTS = 64
 # Buckets whose reduction may be under way at once, where reduction overlaps with the backward pass.
 _BUCKETS_IN_FLIGHT = 2
 
@@ -49,7 +53,7 @@ class Plan:
         param_tier: where the slices of sharded parameters live.
         host_ratio: share of each rank's states that goes to the host tier, 0 to 1; the rest stays on the device.
         pin_memory: whether host memory is page-locked where the device can use that.
-        part_numel: most elements of states that are stepped, and read from files, at once.
+        part_numel: elements of states that are to be stepped, and read from files, at once; `part_of` is what is.
         reduce_bucket_numel: elements that one gradient collective is to carry at most; `bucket_numel` is what it does.
         overlap_reduce: start gradient collectives during the backward pass and wait for them at its end.
         round_robin: lay parameters so that neighbours in the backward pass belong to different ranks.
@@ -108,6 +112,10 @@ class Plan:
     def bucket_numel(self) -> int:
         """Elements that one gradient collective carries at most, unless a single parameter has more."""
         return max(1, min(self.reduce_bucket_numel, _LARGEST_BUCKET_NUMEL))
+
+    def part_of(self, total: int) -> int:
+        """Elements of states that are stepped at once, at most, of `total`."""
+        return max(1, self.part_numel, min(SMALL_PART, -(-total // MOST_SMALL_PARTS)))
 
     @property
     def buckets_in_flight(self) -> int:

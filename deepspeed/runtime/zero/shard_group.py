@@ -146,7 +146,7 @@ class ShardGroup:
         return own
 
     def _cut_parts(self, device: torch.device) -> list[ShardPart]:
-        total, most = self.layout.shard_numel, max(1, self.plan.part_numel)
+        total, most = self.layout.shard_numel, self.plan.part_of(self.layout.shard_numel)
         off_device = self.plan.state_tier is not TierKind.DEVICE
         split = total - round(total * self.plan.host_ratio) if off_device else total
         runs = [(0, split, False), (split, total - split, True)]

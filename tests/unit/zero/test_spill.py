@@ -8,6 +8,7 @@ import torch
 
 import deepspeed
 from deepspeed.ops.registry import use_isa
+from deepspeed.runtime.zero import plan
 from deepspeed.runtime.zero.spill import SpilledSlice, SpillFolder
 from tests.helpers.parity import SLABS_ROUND_ALIKE, Cell, batch, compare, engine_run, loss_of, model
 
@@ -51,6 +52,16 @@ def test_training_from_files_is_training_from_memory(
     plain = Cell(stage, dtype, accumulate=3, clip=True)
     spilled = Cell(stage, dtype, accumulate=3, clip=True, extra=zero(stage, folder, states, params))
     compare(engine_run(spilled), engine_run(plain), spilled, exact=True)
+
+
+@pytest.mark.parametrize(("wanted", "small", "parts"), [(1, 1000, 4), (100, 1000, 2), (1, 12, 12)])
+def test_tiny_sub_groups_are_not_a_file_each(wanted, small, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "MOST_SMALL_PARTS", 4)
+    monkeypatch.setattr(plan, "SMALL_PART", small)
+    cell = {"train_micro_batch_size_per_gpu": 1, **zero(1, tmp_path, sub_group_size=wanted)}
+    cell["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2}}
+    engine = deepspeed.initialize(model=torch.nn.Linear(16, 9, bias=False), config=cell)[0]
+    assert len(engine.optimizer.groups[0].parts) == parts
 
 
 def start(folder, **extra):
