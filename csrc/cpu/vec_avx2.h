@@ -290,7 +290,7 @@ inline int split_place(int i) { return (i & ~15) + (i & 15) / 2 + (i & 1) * 8; }
 // bf16 and an odd or even exponent are 2^-32.7 of themselves or more from where two floats are equally near: so it is
 // the rounded root. Remainders have to be normal numbers; false where a number is too small for that, or not finite.
 inline bool roots_of_bf16(Vec &a, Vec &b) {
-    const __m256i first = _mm256_set1_epi32(0x10000000 - (int)0x80000000);
+    const __m256i first = _mm256_set1_epi32((int)(0x10000000u - 0x80000000u));
     const __m256i most = _mm256_max_epi32(_mm256_sub_epi32(_mm256_castps_si256(a.v), first),
                                           _mm256_sub_epi32(_mm256_castps_si256(b.v), first));
     const __m256i last = _mm256_set1_epi32(0x7f7fffff - 0x10000000 + (int)0x80000000);

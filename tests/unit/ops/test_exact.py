@@ -10,6 +10,7 @@ import torch
 
 from deepspeed.ops import registry
 from deepspeed.ops.copies import flatten, unflatten
+from deepspeed.ops.lamb import FusedLamb
 from tests.unit.ops import exact_cases
 from tests.unit.ops.cases import BF16, F16, F32
 from tests.unit.ops.exact_cases import EXACT, FORMS, run, same
@@ -193,6 +194,26 @@ def test_small_floats_on_and_beside_a_border_between_codes_are_those_of_division
                 got = op(row, row.numel(), exponent, mantissa, -1)
                 plain = op.reference(row, row.numel(), exponent, mantissa, -1)
                 assert same(got, plain), (exponent, mantissa, greatest, dtype)
+
+
+def test_lamb_of_every_bf16_second_moment_gives_the_bits_of_the_scalar_path(isa):
+    # each bit pattern from zero to infinity, and NaN; roots of ordinary ones are found in a way of their own
+    moments = torch.arange(0x7FC1, dtype=torch.int32).to(torch.int16).view(BF16)
+    param = torch.randn(moments.numel()).to(BF16)
+    made = []
+    for path in (isa, "scalar"):
+        registry.use_isa(path)
+        parts = [param.clone(), param.clone(), moments.clone()]
+        rule = {"lr": 0.01, "eps": 1e-8, "weight_decay": 0.01}
+        param_of = torch.nn.Parameter(parts[0])
+        param_of.grad = torch.zeros_like(param)
+        optimizer = FusedLamb([param_of], betas=(0.9, 1.0), **rule)
+        optimizer.state[param_of].update(step=3, exp_avg=parts[1], exp_avg_sq=parts[2])
+        optimizer.step()
+        made.append(parts)
+    registry.use_isa(isa)
+    assert not torch.equal(made[0][0], param)
+    assert all(same(a, b) for a, b in zip(*made, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
