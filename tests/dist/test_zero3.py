@@ -68,6 +68,7 @@ def agree(got, want):
 def attributes(rank):
     engine = start(net_of())
     p = engine.module[0].weight
+    assert p.ds_process_group is not None and p.ds_zero_param_process_group is None  # no hpZ
     before = (p.numel(), tuple(p.shape), p.ds_status is ZeroParamStatus.NOT_AVAILABLE)
     with deepspeed.zero.GatheredParameters(p):
         inside = (tuple(p.shape), p.ds_status is ZeroParamStatus.AVAILABLE)

@@ -86,7 +86,7 @@ def describe(param: torch.nn.Parameter, axis: Axis, device: torch.device, home: 
     param.ds_axis, param.ds_home, param.ds_device = axis, home, device
     param.ds_spill = param.ds_codec = param.ds_wire = param.ds_second = None
     param.ds_packed = param.ds_narrowed = False
-    param.ds_process_group = param.ds_zero_param_process_group = axis.group
+    param.ds_process_group, param.ds_zero_param_process_group = axis.group, None
     param.ds_zero_partition_rank, param.ds_zero_partition_world_size = axis.rank, axis.size
     param.ds_secondary_tensor, param.ds_secondary_tensor_group_size = None, 1
     param.ds_secondary_tensor_num_of_groups, param.nvme_swapper = 1, None
