@@ -61,7 +61,7 @@ template <class Lanes, bool Sizes, class T, class Bits>
 inline void extents_as(const T *x, int64_t groups, int64_t size, int infinity, Bits *low,
                        Bits *high) {
     const int nothing = sizeof(T) == 4 ? 0x7fc00000 : 0x7fff;
-    const int negative_infinity = infinity - (int)(0x80000000u >> (32 - 8 * sizeof(T)));
+    const int negative_infinity = infinity + (int)(~0u << (8 * sizeof(T) - 1));
     for (int64_t group = 0; group < groups; ++group, x += size) {
         const Extent<Lanes, Sizes> found = extent_of<Lanes, Sizes>(x, size);
         const int most = highest(found.most);

@@ -216,15 +216,22 @@ inline int64_t decode_most(const Code *, Kept *, int64_t, const TinyReader &, Ve
 inline int64_t decode_most(const uint8_t *codes, uint16_t *to, int64_t n, const TinyReader &read,
                            Vec by, Tiny form) {
     const int place = 7 - form.exponent - form.mantissa;
-    if (place > 2) return 0;
+    const bool fours = place > 2;  // as many codes as the table has
     uint8_t few[32];
     uint16_t table[32];
-    for (int i = 0; i < 32; ++i) few[i] = (uint8_t)(i << place);
+    for (int i = 0; i < 32; ++i) few[i] = (uint8_t)(fours ? i : i << place);
     decode_as<Bf16>(few, table, 32, read, by);
     const ByteTable values(table);
+    int64_t i = 0;
+    for (; fours && i + Bytes::width <= n; i += Bytes::width) {
+        Halves a, b;
+        values.look_up(Bytes::load_apart(codes + i), Bytes::all(0), a, b);
+        a.store_apart(to + i);
+        b.store_apart(to + i + Halves::width);
+    }
+    if (fours) return i;
     const Bytes sign = Bytes::all(0x80), sizes = Bytes::all(0x7f >> place);
     const Bytes one = Bytes::all(1 << form.mantissa), rest = Bytes::all((1 << form.mantissa) - 1);
-    int64_t i = 0;
     for (; i + Bytes::width <= n; i += Bytes::width) {
         const Bytes code = Bytes::load_apart(codes + i), size = right(code, place) & sizes;
         const Bytes at = smaller(size, (size & rest) | one);
