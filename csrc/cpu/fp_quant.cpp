@@ -35,14 +35,16 @@ struct Pack {
         const int64_t each = p.format.groups_each(), begin = index * each;
         const int64_t end = begin + each < p.a->groups ? begin + each : p.a->groups;
         const int64_t fit = p.format.group_size < kTile ? kTile / p.format.group_size : 1;
-        // The greatest sizes of some groups are found before those ahead of them are rounded, which nothing has to wait
-        // for then; all stay in the first-level cache meanwhile.
+        // The greatest sizes of some 16-bit groups are found before those ahead of them are rounded, which nothing has to
+        // wait for then. Of fp32, memory would be asked for too much at a time.
+        const bool early = p.a->x_dtype != DS_F32;
         float most[2][kTile / 4];
         p.extents(begin, end, fit, most[0]);
         for (int64_t group = begin, turn = 0; group < end; group += fit, turn ^= 1) {
-            p.extents(group + fit, end, fit, most[turn ^ 1]);
+            if (early) p.extents(group + fit, end, fit, most[turn ^ 1]);
             for (int64_t i = 0; i < fit && group + i < end; ++i)
                 p.one(group + i, most[turn][i] == 0 ? 1.0f : most[turn][i] / p.format.most);
+            if (!early) p.extents(group + fit, end, fit, most[turn ^ 1]);
         }
     }
 

@@ -31,9 +31,14 @@ struct LambRule {
 
 // [Note: short chains]
 // From a moment to the update is a long way: the processor would wait for its end with few other numbers under way. So a
-// run of numbers takes one part of it at a time; what is between two parts stays in the first-level cache. The wider the
-// vectors, the shorter the run that keeps the processor busy.
-enum { kRun = (Vec::width == 16 ? 4 : 16) * kBlock, kPair = 2 * Vec::width };
+// run of numbers takes one part of it at a time; what is between two parts stays in the first-level cache. Only bf16 has
+// so much to do that this pays, in short vectors most; else the run is a block. What memory is asked for is spread over
+// the parts.
+enum { kRun = 16 * kBlock, kPair = 2 * Vec::width };
+template <class P>
+inline int64_t run_of() {
+    return !P::is_bf16 ? kBlock : Vec::width < 16 ? kRun : kRun / 4;
+}
 
 template <class P>
 inline void spread_pair(const LambRule &rule, Vec &v, Vec &u) {
@@ -54,6 +59,8 @@ inline void lamb_first_run(const LambRule &rule, const typename P::Kept *param,
                            const typename P::Kept *grad, int64_t n, float *wide, float *update) {
     float spread[kRun];
     for (int64_t k = 0; k < n; k += kPair) {
+        if (k % kBlock == 0) fetch_block(first + k);
+        if (k % kBlock == 0) fetch_block(grad + k);
         Vec m, l, v, u, g, h;
         P::load_split(first + k, m, l);
         P::load_split(second + k, v, u);
@@ -66,12 +73,14 @@ inline void lamb_first_run(const LambRule &rule, const typename P::Kept *param,
         F32::store_pair(v, u, spread + k);
     }
     for (int64_t k = 0; k < n; k += kPair) {
+        if (k % kBlock == 0) fetch_block(second + k);
         Vec v, u;
         F32::load_pair(spread + k, v, u);
         spread_pair<P>(rule, v, u);
         F32::store_pair(v, u, spread + k);
     }
     for (int64_t k = 0; k < n; k += kPair) {
+        if (k % kBlock == 0) fetch_block(param + k);
         Vec p, q, m, l, v, u;
         P::load_split(param + k, p, q);
         F32::load_pair(update + k, m, l);
@@ -87,12 +96,15 @@ inline void lamb_second_run(const LambRule &rule, Vec size, typename P::Kept *pa
                             int64_t n) {
     float spread[kRun];
     for (int64_t k = 0; k < n; k += kPair) {
+        if (k % kBlock == 0) fetch_block(second + k);
         Vec v, u;
         P::load_split(second + k, v, u);
         spread_pair<P>(rule, v, u);
         F32::store_pair(v, u, spread + k);
     }
     for (int64_t k = 0; k < n; k += kPair) {
+        if (k % kBlock == 0) fetch_block(param + k);
+        if (k % kBlock == 0) fetch_block(first + k);
         Vec p, q, m, l, v, u;
         P::load_split(param + k, p, q);
         P::load_split(first + k, m, l);
@@ -100,11 +112,6 @@ inline void lamb_second_run(const LambRule &rule, Vec size, typename P::Kept *pa
         P::store_split(p - rule.update_by(p, m, v) * size, q - rule.update_by(q, l, u) * size,
                        param + k);
     }
-}
-
-template <class T>
-inline void fetch_run(const T *p, int64_t n) {
-    for (int64_t k = 0; k < n; k += kBlock) fetch_block(p + k);
 }
 
 // Moments, and the squares of the param and of the update, see Kernels::squares.
@@ -122,12 +129,9 @@ void lamb_first(const void *param, void *first, void *second, const void *grad, 
         for (int64_t k = 0; k < some; k += kBlock) updates.add(update + k);
     };
     const int64_t whole = n - n % kBlock;
-    for (int64_t i = 0; i < whole; i += kRun) {
-        const int64_t some = whole - i < kRun ? whole - i : (int64_t)kRun;
-        fetch_run(p + i, some);
-        fetch_run(m + i, some);
-        fetch_run(v + i, some);
-        fetch_run(g + i, some);
+    const int64_t run = run_of<P>();
+    for (int64_t i = 0; i < whole; i += run) {
+        const int64_t some = whole - i < run ? whole - i : run;
         lamb_first_run<P>(rule, p + i, m + i, v + i, g + i, some, wide, update);
         add(some);
     }
@@ -176,11 +180,9 @@ void lamb_second(void *param, const void *first, const void *second, int64_t n,
     Kept *p = (Kept *)param;
     const Kept *m = (const Kept *)first, *v = (const Kept *)second;
     const int64_t whole = n - n % kBlock;
-    for (int64_t i = 0; i < whole; i += kRun) {
-        const int64_t some = whole - i < kRun ? whole - i : (int64_t)kRun;
-        fetch_run(p + i, some);
-        fetch_run(m + i, some);
-        fetch_run(v + i, some);
+    const int64_t run = run_of<P>();
+    for (int64_t i = 0; i < whole; i += run) {
+        const int64_t some = whole - i < run ? whole - i : run;
         lamb_second_run<P>(rule, by, p + i, m + i, v + i, some);
     }
     if (whole == n) return;
