@@ -19,7 +19,7 @@ BUDGET = {
     "op_builder": 1150,
     # one text of each kernel over four vector headers; quantization came to the CPU as well, at the speed of memory:
     # lookups, quotients without division and orders of lanes of its own in each header
-    "csrc": 7000,
+    "csrc": 7200,
     "deepspeed/__init__.py": 220,
     "deepspeed/git_version_info.py": 30,
     "deepspeed/env_report.py": 420,  # ten sections, each as text and as JSON, none able to break the rest
