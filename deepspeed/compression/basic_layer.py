@@ -89,10 +89,6 @@ class LinearLayer_Compress(Pruned, QuantizedWeight, QuantizedInput, nn.Linear):
             f"weight_quantization={self._bits_of_weight()}"
         )
 
-    def enable_sparse_pruning(self, ratio: float, method: str) -> None:
-        """Prepare to keep a share `ratio` of all weights."""
-        self._enable_pruning("sparse", ratio, method, tuple(shape_of(self.weight)), lambda w: w)
-
     def enable_row_pruning(self, ratio: float, method: str) -> None:
         """Prepare to keep a share `ratio` of the rows."""
         rows = shape_of(self.weight)[0]
@@ -218,10 +214,6 @@ class Conv2dLayer_Compress(Pruned, QuantizedWeight, QuantizedInput, nn.Conv2d):
             f"activation quantization={self.activation_quantization_method is not None}, "
             f"weight_quantization={self._bits_of_weight()}"
         )
-
-    def enable_sparse_pruning(self, ratio: float, method: str) -> None:
-        """Prepare to keep a share `ratio` of all weights."""
-        self._enable_pruning("sparse", ratio, method, tuple(shape_of(self.weight)), lambda w: w)
 
     def enable_channel_pruning(self, ratio: float, method: str) -> None:
         """Prepare to keep a share `ratio` of the output channels."""

@@ -224,6 +224,10 @@ class Pruned(Compressed):
             setattr(self, f"{kind}_pruning_method", None)
             setattr(self, f"{kind}_pruning_enabled", False)
 
+    def enable_sparse_pruning(self, ratio: float, method: str) -> None:
+        """Prepare to keep a share `ratio` of all weights."""
+        self._enable_pruning("sparse", ratio, method, tuple(shape_of(self.weight)), lambda w: w)
+
     def _enable_pruning(
         self,
         kind: str,
