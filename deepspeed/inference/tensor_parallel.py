@@ -86,17 +86,19 @@ def divide_for_inference(model: nn.Module, config: DeepSpeedInferenceConfig, axi
     division.set_tensor_parallel_config(axis.size, axis.group)
     device = torch.device(get_accelerator().current_device_name())
     if not policy:
-        divide(division, {"": model}, axis, device)
+        divide(division, lambda: division._replace_module(model), axis, device)
         return
     division.update_linear_policies()
     # biases of positions by heads are kept as embeddings
     division.linear_policies[nn.Embedding] = division._slice_embedding
-    done = 0
-    for kind, rows in policy.items():
-        division.all_reduce_linears = rows
-        blocks = {name: m for name, m in model.named_modules() if _is_kind(m, kind)}
-        done += len(divide(division, blocks, axis, device)) if blocks else 0
-    if not done:
+
+    def walk() -> None:
+        for kind, rows in policy.items():
+            division.all_reduce_linears = rows
+            for name, block in _outermost(model, kind):
+                division._replace_module(block, "", name)
+
+    if not divide(division, walk, axis, device):
         raise ValueError(
             explain(
                 "injection_policy divides none of the model's layers",
@@ -122,6 +124,15 @@ def _policy(config: DeepSpeedInferenceConfig) -> Iterator[tuple[Any, list[str]]]
                 )
             )
         yield kind, [name.lstrip(".") for name in names]
+
+
+def _outermost(model: nn.Module, kind: Any) -> list[tuple[str, nn.Module]]:
+    """The blocks of a kind that are in no other one, with their names: what is inside is divided with them."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if _is_kind(module, kind) and not any(name.startswith(f"{outer}.") for outer, _ in found):
+            found.append((name, module))
+    return found
 
 
 def _is_kind(module: nn.Module, kind: Any) -> bool:
@@ -159,10 +170,10 @@ def share_random_state(axis: Axis) -> None:
         return
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
-    for get, put in (
-        (torch.get_rng_state, torch.set_rng_state),
-        (accelerator.get_rng_state, accelerator.set_rng_state),
-    ):
+    generators = [(torch.get_rng_state, torch.set_rng_state)]
+    if device.type != "cpu":
+        generators.append((accelerator.get_rng_state, accelerator.set_rng_state))
+    for get, put in generators:
         state = get().to(device)
         flat.broadcast_(state, axis)
         put(state.cpu())

@@ -56,6 +56,8 @@ def model_of(name):
         decoder_start_token_id=0,
     )
     model = transformers.T5ForConditionalGeneration(config)
+    if name == "t5 by a tuple":
+        return model, {"injection_policy_tuple": T5_ROWS}, True
     return model, {"injection_policy": {T5Block: T5_ROWS}}, True
 
 
@@ -92,7 +94,8 @@ def on_two_ranks(rank, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "halves"), [("llama", 14), ("gpt2", 12), ("opt", 20), ("bert", 20), ("t5", 34)]
+    ("name", "halves"),
+    [("llama", 14), ("gpt2", 12), ("opt", 20), ("bert", 20), ("t5", 34), ("t5 by a tuple", 34)],
 )
 def test_a_divided_model_gives_what_the_whole_one_does(ranks2, name, halves):
     for divided in ranks2.run(on_two_ranks, name):

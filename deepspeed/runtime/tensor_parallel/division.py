@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,19 +64,19 @@ def divide_model(
     set_units(model, config.tensor_parallel.tp_grain_size)
     division = AutoTP(model, [], partition_config=find_rules(model, config))
     division.set_tensor_parallel_config(axis.size, group)
-    for layer in divide(division, {"": model}, axis, device):
+    for layer in divide(division, lambda: division._replace_module(model), axis, device):
         layer.tp_overlap_comm = config.tp_overlap_comm
     setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))
 
 
 def divide(
-    division: AutoTP, tops: Mapping[str, torch.nn.Module], axis: Axis, device: torch.device
+    division: AutoTP, walk: Callable[[], object], axis: Axis, device: torch.device
 ) -> list[TensorParallelLayer]:
-    """Divide the layers below some modules of a model, in place. Collective.
+    """Divide layers of a model, in place. Collective.
 
     Args:
         division: what is done to each layer, over which ranks; it holds the model.
-        tops: the modules, by their names.
+        walk: has the division replace the layers that are to be divided.
         axis, device: as for `divide_model`.
 
     Returns:
@@ -90,8 +90,7 @@ def divide(
     _refuse_sharded(model)
     _equal_weights(model, axis, device)
     heads = _first(model, _HEADS)
-    for name, top in tops.items():
-        division._replace_module(top, "", name)
+    walk()
     layers = [m for m in model.modules() if isinstance(m, TensorParallelLayer)]
     if not layers and rules is not None and _wants_any(rules):
         raise ValueError(
