@@ -65,6 +65,20 @@ def plain(kind: str, data: list[torch.Tensor]) -> tuple[list[float], dict[str, t
     return losses, {name: value.detach() for name, value in model.state_dict().items()}
 
 
+def export_faults(made: Any, folder: Path, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Where weights that all ranks export differ from others: the names, or that there are other ones."""
+    made.save_16bit_model(folder)
+    torch.distributed.barrier()
+    there = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    if sorted(there) != sorted(weights):
+        return [f"names {list(there)}"]
+    return [
+        name
+        for name, value in weights.items()
+        if not torch.allclose(value, there[name], rtol=1e-4, atol=1e-5)
+    ]
+
+
 def walk(rank: int, ranks: int, cases: list[tuple[int, int, str]], folder: Path) -> list[str]:
     wrong, data = [], batches(4)
     for stage, ep_size, kind in cases:
@@ -77,17 +91,7 @@ def walk(rank: int, ranks: int, cases: list[tuple[int, int, str]], folder: Path)
         ):
             wrong.append(f"{case}: losses")
         if stage < 3:
-            made.save_16bit_model(folder / case)
-            torch.distributed.barrier()
-            there = torch.load(folder / case / "pytorch_model.bin", weights_only=True)
-            if sorted(there) != sorted(weights):
-                wrong.append(f"{case}: names {list(there)}")
-            else:
-                wrong += [
-                    f"{case}: {name}"
-                    for name, value in weights.items()
-                    if not torch.allclose(value, there[name], rtol=1e-4, atol=1e-5)
-                ]
+            wrong += [f"{case}: {what}" for what in export_faults(made, folder / case, weights)]
     return wrong
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deepspeed.checkpoint.ds_to_universal import convert
-from tests.dist.test_autoep import batches, engine, plain, train
+from tests.dist.test_autoep import batches, engine, export_faults, plain, train
 
 COLUMNS = {"patterns": [r".*dense\.weight$"], "partition_type": "column", "gather_output": True}
 
@@ -37,14 +37,7 @@ def walk(rank: int, ranks: int, cases: list[tuple[int, int, int]], folder: Path)
         # the sum of all ranks' losses counts each batch once a tensor-parallel rank; fp32 in another order
         if not torch.allclose(torch.tensor(found), torch.tensor(losses), rtol=1e-5):
             wrong.append(f"{case}: losses {found} {losses}")
-        made.save_16bit_model(folder / case)
-        torch.distributed.barrier()
-        there = torch.load(folder / case / "pytorch_model.bin", weights_only=True)
-        if sorted(there) != sorted(weights):
-            wrong.append(f"{case}: names {list(there)}")
-        else:
-            close = {n: torch.allclose(weights[n], there[n], rtol=1e-4, atol=1e-5) for n in there}
-            wrong += [f"{case}: {name}" for name, same in close.items() if not same]
+        wrong += [f"{case}: {what}" for what in export_faults(made, folder / case, weights)]
         other = folded(stage, tensor, ep_size, kind, seed=9)
         other.load_checkpoint(folder / case)
         train(other, data[3:], *place)
