@@ -120,6 +120,7 @@ class BackwardWatch:
     def _share_of(self, grad: torch.Tensor) -> torch.Tensor | None:
         if self._by_engine:
             return None
+        self.on_stray_grad()  # before autograd adds this gradient to `.grad`
         share = self.clock.share()
         if self._late_scale is not None:
             return grad * (self._late_scale * share)

@@ -13,7 +13,36 @@ from .loss_scaler import LossScaleConfig
 
 
 class StageZeroOptimizer(ZeroOptimizer):
-    """Stage 0 over an fp16 or bf16 model; see `ZeroOptimizer`."""
+    """Stage 0 over an fp16 or bf16 model; see `ZeroOptimizer`.
+
+    Between a backward pass and the step each parameter's `.grad` is a view of where its gradient adds up. It may be
+    edited, replaced, or set to None, which forgets it.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._shown: list[tuple[ShardGroup, int, torch.Tensor]] = []
+        self.reducer.before_pass, self.reducer.after_pass = self._take_back, self._show
+
+    def _show(self) -> None:
+        for group in self.groups:
+            for index, param in enumerate(group.params):
+                if param.grad is None and (view := group.view_param_grad(index)) is not None:
+                    param.grad = view
+                    self._shown.append((group, index, view))
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        """Before gradients add up in the slab: autograd must not add to what is there already."""
+        shown, self._shown = self._shown, []
+        for group, index, view in shown:
+            param = group.params[index]
+            grad = param.grad
+            if grad is None:
+                group.forget_param_grad(index)
+            elif grad is not view:
+                group.set_param_grad(index, grad)
+            param.grad = None
 
     @property
     def loss_scale_config(self) -> LossScaleConfig:
@@ -46,6 +75,7 @@ class StageZeroOptimizer(ZeroOptimizer):
             RuntimeError, FloatingPointError: see `ZeroOptimizer.step`.
         """
         self.reducer.reduce_left_over()
+        self._take_back()
         for group in self.groups:
             for index, param in enumerate(group.params):
                 if param.grad is not None:

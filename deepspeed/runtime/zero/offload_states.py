@@ -68,6 +68,7 @@ def offload_states(
     kinds = [kind for kind in _ALL if include is None or kind in include]
     tier = HostTier(pinned=pin_memory and optimizer.device.type == "cuda")
     moved = set()
+    optimizer.reducer.before_pass()  # no `.grad` may keep the memory that is given back
     for kind in kinds:
         if kind is OffloadStateTypeEnum.contiguous_grad_buffer:
             _drop_buffers(optimizer)

@@ -43,12 +43,16 @@ class Reducer:
         before_first_grad: called when a gradient arrives outside `begin` … `finish` (a plain `loss.backward()`).
         seen: identities of the parameters that had a gradient since the last step, where the plan wants all to have one.
         after_grad: called with a parameter whose gradient has been taken, so that nothing needs its values any more.
+        before_pass: called before gradients add up, or are reduced.
+        after_pass: called when that is over.
     """
 
     def __init__(self, groups: Sequence[ShardGroup], plan: Plan) -> None:
         self.groups, self.plan = list(groups), plan
         self.before_first_grad: Callable[[], None] | None = None
         self.after_grad: Callable[[torch.nn.Parameter], None] | None = None
+        self.before_pass: Callable[[], None] = _nothing
+        self.after_pass: Callable[[], None] = _nothing
         self.active = False
         self.seen: set[int] = set()
         self._sync = False
@@ -95,6 +99,7 @@ class Reducer:
 
     def begin(self, sync: bool) -> None:
         """Start a backward pass. `sync` says that it reduces over the ranks; otherwise gradients only add up here."""
+        self.before_pass()
         self.active = True
         self._nested, self._task = False, -1
         self._sync = sync and bool(self._buckets)
@@ -111,14 +116,15 @@ class Reducer:
         if not self.active:
             return
         self.active = False
-        if not self._sync:
+        if self._sync:
+            self._finish_round()
+            if (self._late or self._nested) and not self._wait_for_end and self._late_anywhere():
+                self._wait_for_end = True
+                self._reduce_all()
+            self._late = self._unreduced = False
+        else:
             self._unreduced = bool(self._buckets)
-            return
-        self._finish_round()
-        if (self._late or self._nested) and not self._wait_for_end and self._late_anywhere():
-            self._wait_for_end = True
-            self.reduce_now()
-        self._late = self._unreduced = False
+        self.after_pass()
 
     def _late_anywhere(self) -> bool:
         """Whether a gradient came after its bucket had left, on any rank; a collective of all of them."""
@@ -131,8 +137,12 @@ class Reducer:
 
     def reduce_now(self) -> None:
         """Reduce all that earlier backward passes left unreduced; a collective of all ranks."""
-        if not self._buckets:
-            return
+        if self._buckets:
+            self.before_pass()
+            self._reduce_all()
+            self.after_pass()
+
+    def _reduce_all(self) -> None:
         self._start_round()
         self._finish_round()
         self._sync = self._unreduced = False
@@ -144,6 +154,7 @@ class Reducer:
 
     def end_step(self, release: bool) -> None:
         """Forget the gradients that a step has used."""
+        self.before_pass()
         for group in self.groups:
             group.forget_grads(release)
         for bucket in (*self._buckets, *self._apart):
@@ -266,6 +277,10 @@ class Reducer:
         bucket, pending = self._flying.pop(0)
         pending.wait()
         bucket.land()
+
+
+def _nothing() -> None:
+    pass
 
 
 def average_grads(

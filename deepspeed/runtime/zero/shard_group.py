@@ -260,6 +260,22 @@ class ShardGroup:
         self._written[index] = 0
         self.add_param_grad(index, grad)
 
+    def forget_param_grad(self, index: int) -> None:
+        """A parameter has had no gradient since the last step (shard axis of one rank)."""
+        self._written[index] = 0
+
+    def view_param_grad(self, index: int) -> torch.Tensor | None:
+        """Where a parameter's gradient adds up, in its shape; None if there is none, or not in one piece on its device in
+        its dtype (shard axis of one rank)."""
+        param, targets = self.params[index], self._targets[index]
+        if not self._written[index] or len(targets) != 1 or self.accumulate_dtype != param.dtype:
+            return None
+        part, start, _, length = targets[0]
+        held = part.held_grad
+        if held is None or part.stale or held.device != param.device:
+            return None
+        return held.narrow(0, start, length).view(param.shape)
+
     def add_shard_grad(self, shard_start: int, values: torch.Tensor, fresh: bool) -> None:
         """Add reduced gradients to this rank's shard, or overwrite what an earlier step left there."""
         for part, offset, start, length in self.runs(shard_start, values.numel()):

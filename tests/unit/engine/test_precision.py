@@ -94,6 +94,57 @@ def test_stage_0_steps_with_gradients_that_the_caller_assigned(client):
         assert all(torch.equal(a, b) for a, b in zip(others, before[1:], strict=True))
 
 
+def back(engine, number, plain):
+    x, y = batch(number, 0, 0, torch.bfloat16)
+    loss = loss_of(engine, x, y)
+    loss.backward() if plain else engine.backward(loss)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_stage_0_shows_gradients_until_the_step(plain):
+    net = model().bfloat16()
+    engine = start(
+        0,
+        net,
+        torch.optim.SGD(net.parameters(), lr=1.0),
+        bf16={"enabled": True},
+        gradient_accumulation_steps=2,
+    )
+    params = list(net.parameters())
+    assert all(p.grad is None for p in params)
+    back(engine, 0, plain)
+    first = [p.grad.clone() for p in params]
+    engine.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, first, strict=True))
+    back(engine, 0, plain)  # the same batch: exactly as much again
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(params, first, strict=True))
+    slab = engine.optimizer.groups[0].grads()[0]
+    assert {p.grad.untyped_storage().data_ptr() for p in params} == {slab.data_ptr()}
+    params[0].grad.mul_(0.0)  # edited, forgotten, replaced
+    params[1].grad = None
+    params[2].grad = torch.ones_like(params[2])
+    before = [p.detach().float() for p in params]
+    engine.step()
+    assert all(p.grad is None for p in params)
+    assert torch.equal(params[0].float(), before[0]) and torch.equal(params[1].float(), before[1])
+    assert torch.equal(params[2], (before[2] - 1).bfloat16())
+    assert torch.equal(params[3], (before[3] - 2 * first[3].float()).bfloat16())
+
+
+@pytest.mark.parametrize("forget", ["module", "engine"])
+def test_stage_0_forgets_gradients_that_are_zeroed(forget):
+    engine = start(0, bf16={"enabled": True}, gradient_accumulation_steps=2)
+    back(engine, 1, plain=False)
+    (engine.module if forget == "module" else engine).zero_grad()
+    back(engine, 0, plain=False)
+    shown = [p.grad.clone() for p in engine.module.parameters()]
+    engine.zero_grad()
+    back(engine, 0, plain=False)
+    assert all(
+        torch.equal(p.grad, g) for p, g in zip(engine.module.parameters(), shown, strict=True)
+    )
+
+
 def test_stage_0_shows_how_it_scales():
     engine = start(0, fp16={**FP16, "min_loss_scale": 4})
     for poison in (None, float("inf"), float("inf"), float("inf")):
