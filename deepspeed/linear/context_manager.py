@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -16,6 +17,8 @@ from .quantization import QuantizedLinear
 # on layers that an `Init` left plain because of their names: what they would have become
 _LEFT_OUT = "_ds_left_out"
 
+Layer = TypeVar("Layer", nn.Linear, LoRAOptimizedLinear, QuantizedLinear)
+
 
 class Init:
     """Context in which the linear layers of models that are built become optimized ones.
@@ -23,7 +26,8 @@ class Init:
     A plain `nn.Linear` is replaced when it is given to its parent module: with a `lora_config`, if the name it gets there
     ends like one of `target_mods`; with a `quant_config` alone, always. Weights can be loaded afterwards as usual;
     `init_lora(model)` then cuts, quantizes and offloads the bases, and makes the adapters. A model without a single
-    layer of such a name gets them in all its linear layers.
+    layer of such a name gets them in all its linear layers. Optimized layers of an fp32 model hold bf16 weights; what
+    they give has the dtype of what they are given.
 
     Args:
         lora_config: adapters; None for none.
@@ -64,9 +68,11 @@ class Init:
             if not name.endswith(tuple(self._lora_config.target_mods)):
                 module.__dict__[_LEFT_OUT] = (self._lora_config, self._quant_config)
                 return None
-            return LoRAOptimizedLinear.of(module, self._lora_config, self._quant_config)
+            return LoRAOptimizedLinear.of(
+                _in_16_bits(module), self._lora_config, self._quant_config
+            )
         if self._quant_config is not None:
-            return QuantizedLinear.of(module, self._quant_config)
+            return QuantizedLinear.of(_in_16_bits(module), self._quant_config)
         return None
 
 
@@ -76,13 +82,19 @@ def init_lora(model: nn.Module) -> None:
     _take_in_the_left_out(model)
     for module in list(model.modules()):
         if isinstance(module, LoRAOptimizedLinear):
+            _in_16_bits(module)
             module.init_lora()
             if not module.disabled:
                 module.lora_weight_1.requires_grad_(True)
                 module.lora_weight_2.requires_grad_(True)
         elif isinstance(module, QuantizedLinear):
-            module.quantize_weight()
+            _in_16_bits(module).quantize_weight()
     offload_base_weights(model)
+
+
+def _in_16_bits(layer: Layer) -> Layer:
+    """The layer itself, its fp32 weights turned into bf16 ones (loaders may put those of a checkpoint in their place)."""
+    return layer.bfloat16() if layer.weight.dtype == torch.float32 else layer
 
 
 def _take_in_the_left_out(model: nn.Module) -> None:
@@ -92,4 +104,4 @@ def _take_in_the_left_out(model: nn.Module) -> None:
         for name, module in list(parent.named_children()):
             left_out = module.__dict__.pop(_LEFT_OUT, None)
             if none and left_out is not None and isinstance(module, nn.Linear):
-                setattr(parent, name, LoRAOptimizedLinear.of(module, *left_out))
+                setattr(parent, name, LoRAOptimizedLinear.of(_in_16_bits(module), *left_out))

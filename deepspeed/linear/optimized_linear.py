@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
+from deepspeed.runtime.torch_autocast import autocast_of
 from deepspeed.utils import groups
 from deepspeed.utils.errors import explain
 
@@ -196,7 +197,14 @@ class LoRAOptimizedLinear(nn.Module):
     # - use
 
     def forward(self, input_tensor: Tensor) -> Tensor:
-        """`[..., input_dim]` to `[..., output_dim]`, in the input's dtype."""
+        """`[..., input_dim]` to `[..., output_dim]`, in the input's dtype, or in autocast's."""
+        trained = self.lora_weight_1.weight if self._initialized else self.weight
+        given = input_tensor.dtype
+        if given == trained.dtype or autocast_of(input_tensor.device.type)[0]:
+            return self._products(input_tensor)
+        return self._products(input_tensor.to(trained.dtype)).to(given)
+
+    def _products(self, input_tensor: Tensor) -> Tensor:
         if self._is_cut or self._away or isinstance(self.weight, QuantizedParameter):
             output = FrozenProduct.apply(input_tensor, self._present_weight)
             if self.bias is not None:
