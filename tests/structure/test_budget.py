@@ -59,13 +59,15 @@ BUDGET = {
     "deepspeed/runtime/activation_checkpointing": 1040,
     # with the memory plan, packed weights, states that go and come back, files on disk, smaller groups and fewer bits;
     # one norm over experts and tensor-parallel shares; names of upstream's that callers import;
-    # whole matrices for Muon, memory that is used again
-    "deepspeed/runtime/zero": 7340,
+    # whole matrices for Muon, memory that is used again; orders of the step, and a thread beside the training
+    "deepspeed/runtime/zero": 7500,
+    # two orders of the step: columns that go first, and steps before the norm is known
+    "deepspeed/runtime/zenflow deepspeed/runtime/superoffload": 700,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned; so is what
     # tensor-parallel parts are cut and joined by, and reading whole files at once; files of several writers
     "deepspeed/checkpoint": 5300,
     # loading, cutting, quantizing and offloading the base, each with the others
-    "deepspeed/linear": 600,
+    "deepspeed/linear": 640,
     "deepspeed/nvme deepspeed/io": 800,
     "deepspeed/moe": 1750,  # and routers, stacked experts and their dispatch for AutoEP
     "deepspeed/pipe deepspeed/runtime/pipe": 1300,
