@@ -6,6 +6,8 @@ Native code trusts its input, so everything it trusts is checked here.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,18 @@ CAST_CODES = {**NARROW_CODES, torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
 _forced_threads = env.DS_NUM_THREADS.get()
 
 
+_of_this_thread = threading.local()
+
+
+def limit_threads(most: int) -> None:
+    """From now on native kernels that the calling thread starts use at most so many threads."""
+    _of_this_thread.most = most
+
+
 def threads() -> int:
     """Return how many threads a native kernel may use: DS_NUM_THREADS at import, else torch's count."""
-    return _forced_threads or torch.get_num_threads()
+    count = _forced_threads or torch.get_num_threads()
+    return min(count, getattr(_of_this_thread, "most", count))
 
 
 def shared_numel(op: str, first: Tensor, *others: Tensor | None) -> int:

@@ -39,6 +39,7 @@ class SlabDriver:
             optimizer.reducer.after_grad = residency.after_grad
 
     def begin(self, sync: bool) -> None:
+        self.optimizer.order.begin_backward()
         self.optimizer.reducer.keep_apart(_reduces_itself(self.optimizer.optimizer))
         self.optimizer.reducer.begin(sync)
 

@@ -27,12 +27,11 @@ from deepspeed.utils.logging import logger
 from . import load_state, offload_states, state
 from .diagnose import some_of, unused_message
 from .grad_norm import expert_group_name, largest_norm, square_of_groups
-from .pieces import in_pieces
 from .plan import Placement, Plan, TierKind
 from .reducer import Reducer
 from .shard_group import ShardGroup, ShardPart
-from .spill import SpillFolder, stream, together
-from .whole_params import needs_whole, step_whole
+from .spill import SpillFolder, together
+from .step_order import StepOrder
 
 _CLIP_EPSILON = 1e-6
 
@@ -78,6 +77,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         with self._files_together("make the files of its offloaded states"):
             self.groups = self._build_groups()
         self.reducer = Reducer(self.groups, plan)
+        self.order = StepOrder(self)
         self._take_over_param_groups()
         self._refill_states()
 
@@ -195,6 +195,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                     param.grad = None
                 else:
                     param.grad.zero_()
+        self.order.drop()
         self.reducer.end_step(release=False)
 
     def set_lr(self, lr: float) -> None:
@@ -208,14 +209,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, in the layout of a checkpoint's optimizer file."""
-        with self.in_memory():
+        with self.in_memory(), self.order.packed():
             return state.state_dict(self)
 
     def load_state_dict(
         self, state_dict_list: Any, load_optimizer_states: bool = True, **options: Any
     ) -> None:
         """Take over what `state_dict` gave (or the list of all ranks' such dicts)."""
-        with self.in_memory():
+        with self.in_memory(), self.order.packed(loading=True):
             load_state.load_state_dict(
                 self, state_dict_list, load_optimizer_states=load_optimizer_states, **options
             )
@@ -246,7 +247,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for file in spilled:
             file.arrive(states[file.master])
         try:
-            yield
+            with self.order.at_home():
+                yield
         finally:
             for file in spilled:
                 file.flush(states[file.master])
@@ -345,6 +347,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _skip(self, scale: float) -> None:
         """Leave weights as they are; adapt the loss scale, or say which gradients are broken."""
+        self.order.drop()
         self.reducer.forget_losses()
         if not self.precision.check_overflow:
             broken = self._non_finite_names()
@@ -380,7 +383,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _step_groups(self, grad_scale: float) -> None:
         with self._files_together("read or write its offloaded states, so this step is incomplete"):
-            self._step_parts(grad_scale)
+            self.order.step(grad_scale)
         for pending in [group.publish() for group in self.groups]:
             pending.wait()
 
@@ -394,74 +397,6 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for _, part in self._parts():
             if part.spilled_grad is not None:
                 part.spilled_grad.finish_writes()
-
-    def _step_parts(self, grad_scale: float) -> None:
-        step_shard = self._fused_rule()
-        if step_shard is None and self.folder is None:
-            self._step_inner(grad_scale)
-            return
-        owner: dict[int, ShardGroup] = {}
-        for group in self.groups:
-            inner = self.optimizer.param_groups[group.param_group_index]
-            if needs_whole(self.optimizer, inner):
-                step_whole(self.optimizer, inner, group, grad_scale)
-            else:
-                owner.update((id(part), group) for part in group.parts)
-        parts = (part for _, part in self._parts() if id(part) in owner)
-        for part in stream(parts, self.optimizer.state):
-            group = owner[id(part)]
-            inner = self.optimizer.param_groups[group.param_group_index]
-            if step_shard is None:
-                self._step_one(inner, part, group.grad_of(part), grad_scale)
-                group.lower(part)
-                continue
-            beside = part.low is not None and part.low.device == part.master.device
-            step_shard(
-                inner, part.master, group.grad_of(part), part.low if beside else None, grad_scale
-            )
-            if not beside:
-                group.lower(part)
-        # What torch's schedulers read to know that step() came before theirs.
-        self.optimizer._opt_called = True
-
-    def _step_one(
-        self, inner: dict[str, Any], part: ShardPart, grad: torch.Tensor, grad_scale: float
-    ) -> None:
-        """Step any torch optimizer on one flat parameter."""
-        part.master.grad = grad.to(part.master.dtype) * grad_scale
-        groups = self.optimizer.param_groups
-        self.optimizer.param_groups = [{**inner, "params": [part.master]}]
-        try:
-            with in_pieces(self.optimizer):
-                self.optimizer.step()
-        finally:
-            self.optimizer.param_groups = groups
-            part.master.grad = None
-
-    def _fused_rule(self) -> Any:
-        """The inner optimizer's own step of one flat shard, if nothing has been put in front of its `step`."""
-        kind = type(self.optimizer)
-        hooked = getattr(self.optimizer, "_optimizer_step_pre_hooks", None) or getattr(
-            self.optimizer, "_optimizer_step_post_hooks", None
-        )
-        if hooked or not kind.__module__.startswith("deepspeed."):
-            return None
-        return getattr(self.optimizer, "step_shard", None)
-
-    def _step_inner(self, grad_scale: float) -> None:
-        """Step any torch optimizer: gradients in the masters' dtype, unscaled."""
-        for group, part in self._parts():
-            grad = group.grad_of(part)
-            part.master.grad = (
-                grad if grad.dtype == part.master.dtype else grad.to(part.master.dtype)
-            )
-            if grad_scale != 1.0:
-                part.master.grad.mul_(grad_scale)
-        with in_pieces(self.optimizer):
-            self.optimizer.step()
-        for group, part in self._parts():
-            part.master.grad = None
-            group.lower(part)
 
     def _parts(self) -> Iterable[tuple[ShardGroup, ShardPart]]:
         return ((group, part) for group in self.groups for part in group.parts)
@@ -482,6 +417,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def destroy(self) -> None:
         """Remove the hooks on the parameters, and the files of offloaded states; unlock what was page-locked for them."""
+        self.order.close()
         self.reducer.remove_hooks()
         for _, part in self._parts():
             get_accelerator().unpin_memory(part.master)

@@ -64,6 +64,7 @@ class Plan:
         error_feedback: share of the old error that is kept, and after how many reductions it is forgotten (LoCo); None
             lets go of what codes lose.
         every_gradient: a parameter without a gradient since the last step is an error.
+        masters_apart: master weights never share memory with the parameters, so that a step may run beside the model.
         predivide_factor: with `prescale` off, divide by this before the reduction and by the rest after it.
     """
 
@@ -86,6 +87,7 @@ class Plan:
     gradient_bits: int = 0
     error_feedback: tuple[float, int] | None = None
     every_gradient: bool = False
+    masters_apart: bool = False
 
     @classmethod
     def for_stage(cls, stage: int) -> Plan:

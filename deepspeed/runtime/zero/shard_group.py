@@ -9,7 +9,7 @@ Stage 0 is the group whose shard axis has one rank.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,10 @@ class ShardGroup:
         precision: dtypes.
         device: where the model computes.
         folder: where states live in files, if the plan says so.
+
+    Attributes:
+        on_stored: called with a part, and the start and length of the run of it that reduced gradients came to.
+        on_edit: called before the reduced gradients are edited.
     """
 
     def __init__(
@@ -122,6 +126,8 @@ class ShardGroup:
         self.parts = self._cut_parts(device)
         self._written = bytearray(len(self.params))
         self._targets = self._param_targets() if shard_axis.size == 1 else []
+        self.on_stored: Callable[[ShardPart, int, int], None] | None = None
+        self.on_edit: Callable[[], None] | None = None
 
     # - construction
 
@@ -166,6 +172,7 @@ class ShardGroup:
         master_dtype = self.precision.master_dtype(self.dtype)
         spilled = off_device and self.plan.state_tier is TierKind.FILE
         in_place = master_dtype == self.dtype and tier.device.type == own.device.type
+        in_place = in_place and not self.plan.masters_apart
         if in_place and low is not None and not spilled:
             return ShardPart(start, length, tier, _flat_param(own), low=None)
         master = tier.alloc(length, master_dtype)
@@ -217,6 +224,8 @@ class ShardGroup:
     def grads_in_memory(self, edit: bool = False) -> Iterator[None]:
         """Extent in which the gradients of all parts are in memory; `edit` keeps what is written to them there."""
         spilled = [part.spilled_grad for part in self.parts if part.spilled_grad is not None]
+        if edit and self.on_edit is not None:
+            self.on_edit()
         try:
             yield
             for grad in spilled if edit else ():
@@ -246,6 +255,8 @@ class ShardGroup:
             target.copy_(values)
         else:
             target.add_(values if values.device == target.device else values.to(target.device))
+        if self.on_stored is not None:
+            self.on_stored(part, start, values.numel())
 
     def add_param_grad(self, index: int, grad: torch.Tensor) -> None:
         """Add a parameter's whole gradient to the unsharded gradient slab (shard axis of one rank)."""
