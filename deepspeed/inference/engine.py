@@ -24,7 +24,7 @@ from deepspeed.utils.logging import logger
 
 from .config import DeepSpeedInferenceConfig
 from .graphs import ForwardGraphs
-from .loading import find_files, is_meta, load_model_with_checkpoint
+from .loading import find_parts, is_megatron, is_meta, load_model_with_checkpoint
 from .tensor_parallel import divide_for_inference, ranks_of, share_random_state
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -89,7 +89,7 @@ class InferenceEngine(nn.Module):
         self, model: nn.Module, checkpoint: Any, base_dir: str | Path = ""
     ) -> None:
         """Fill a model with a checkpoint's weights; see `inference.loading`."""
-        load_model_with_checkpoint(model, find_files(checkpoint, base_dir), self.dtype)
+        load_model_with_checkpoint(model, find_parts(checkpoint, base_dir), self.dtype)
 
     def _cast(self, model: nn.Module) -> None:
         rotary = [
@@ -255,8 +255,11 @@ def _requests(config: DeepSpeedInferenceConfig) -> Iterator[tuple[str, str]]:
         yield f"moe.ep_size={config.moe.ep_size}", "Set it to 1."
     if config.zero.stage > 0:
         yield "zero", "Use deepspeed.initialize with stage 3, which does ZeRO-Inference."
-    if config.training_mp_size > 1:
-        yield "training_mp_size", "Merge the checkpoint's model-parallel parts first."
+    if config.training_mp_size > 1 and not is_megatron(config.checkpoint, config.base_dir):
+        yield (
+            "training_mp_size",
+            'Describe the checkpoint: {"type": "Megatron", "checkpoints": [...]}.',
+        )
     if config.save_mp_checkpoint_path or config.checkpoint_config.save_mp_checkpoint_path:
         yield "save_mp_checkpoint_path", "Save the model with its own save_pretrained."
     weight = config.quant.weight

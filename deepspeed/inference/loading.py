@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,61 @@ import torch
 from torch import nn
 
 from deepspeed.checkpoint.reader import load_file
+from deepspeed.runtime.state_dict_factory import merged_module
 from deepspeed.utils.errors import DeepSpeedCheckpointError, explain
 
 # what a folder may hold, in the order of preference: an index first, then whole files
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _PATTERNS = ("*.safetensors", "pytorch_model*.bin", "mp_rank_00_model_states.pt", "*.bin", "*.pt")
 # formats of the older checkpoint descriptions that are plain state dicts
-_KINDS = ("ds_model", "pytorch", "huggingface", "bloom", "")
+_KINDS = ("ds_model", "pytorch", "huggingface", "bloom", "megatron", "")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine loads: files that follow one another, or that are joined because each is of one Megatron rank."""
+
+    files: list[Path]
+    megatron: bool = False
+    version: float | None = None
+
+    def read(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The tensors of each file in turn, or of all of them joined."""
+        if not self.megatron:
+            yield from map(read_tensors, self.files)
+            return
+        names = [str(path) for path in self.files]
+        merged = merged_module(names, self.version, lambda name: load_file(Path(name)))
+        yield {name: value for name, value in merged.items() if torch.is_tensor(value)}
+
+
+def is_megatron(checkpoint: Any, base: str | Path = "") -> bool:
+    """Whether a checkpoint is a description (a dict, or a JSON file) of the type "Megatron"."""
+    return _kind(_told(checkpoint, base)) == "megatron"
+
+
+def find_parts(checkpoint: Any, base: str | Path = "") -> Parts:
+    """What is in a checkpoint; arguments and errors as of `find_files`."""
+    files = find_files(checkpoint, base)
+    if not is_megatron(checkpoint, base):
+        return Parts(files)
+    return Parts(files, megatron=True, version=_told(checkpoint, base).get("version"))
+
+
+def _kind(told: Any) -> str:
+    return str(told.get("type", "")).lower() if isinstance(told, Mapping) else ""
+
+
+def _told(checkpoint: Any, base: str | Path) -> Any:
+    if isinstance(checkpoint, (Mapping, list)) or checkpoint is None:
+        return checkpoint
+    path = Path(base) / checkpoint
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeepSpeedCheckpointError(f"{path} is no JSON: {error}") from error
 
 
 def find_files(checkpoint: Any, base: str | Path = "") -> list[Path]:
@@ -44,10 +93,7 @@ def find_files(checkpoint: Any, base: str | Path = "") -> list[Path]:
         )
     if path.suffix != ".json":
         return [path]
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DeepSpeedCheckpointError(f"{path} is no JSON: {error}") from error
+    told = _told(checkpoint, base)
     if isinstance(told, dict) and "weight_map" in told:
         return _indexed(told, path)
     return _described(told, Path(base) if str(base) else path.parent)
@@ -84,7 +130,7 @@ def _described(told: Any, base: Path) -> list[Path]:
                 expected="a list of files",
             )
         )
-    kind = str(told.get("type", "")).lower() if isinstance(told, Mapping) else ""
+    kind = _kind(told)
     if not isinstance(names, list) or not names or kind not in _KINDS:
         raise DeepSpeedCheckpointError(
             explain(
@@ -125,12 +171,12 @@ def is_meta(model: nn.Module) -> bool:
     return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
-def load_model_with_checkpoint(model: nn.Module, files: list[Path], dtype: torch.dtype) -> None:
+def load_model_with_checkpoint(model: nn.Module, parts: Parts, dtype: torch.dtype) -> None:
     """Give a model the weights of some files; each is let go of before the next is read.
 
     Args:
         model: params on the meta device get memory as their values come; others are overwritten.
-        files: as `find_files` returns them.
+        parts: as `find_parts` returns them.
         dtype: of floating-point values on the meta device.
 
     Raises:
@@ -139,8 +185,9 @@ def load_model_with_checkpoint(model: nn.Module, files: list[Path], dtype: torch
     prefix = getattr(model, "base_model_prefix", "")
     loaded: set[str] = set()
     places = _places(model)
-    for path in files:
-        for name, value in read_tensors(path).items():
+    files = parts.files
+    for tensors in parts.read():
+        for name, value in tensors.items():
             place = next(
                 (
                     key

@@ -291,6 +291,7 @@ BUILT = {
     "deepspeed.runtime.eigenvalue": "Eigenvalue",
     "deepspeed.runtime.progressive_layer_drop": "ProgressiveLayerDrop",
     "deepspeed.runtime.sparse_tensor": "SparseTensor",
+    "deepspeed.runtime.state_dict_factory": "SDLoaderFactory MegatronSDLoader",
     "deepspeed.runtime.swap_tensor": "",
     "deepspeed.runtime.utils": (
         "see_memory_usage memory_status clip_grad_norm_ get_global_norm CheckOverflow "
@@ -393,7 +394,6 @@ LATER = {
     "deepspeed.ops.adam": "ZenFlowCPUAdam ZenFlowSelectiveAdamW ZenFlowSelectiveAdamW_stage3",
     "deepspeed.runtime.domino.transformer": "DominoTransformer DominoTransformerLayer",
     "deepspeed.runtime.sequence_parallel.ulysses_sp": "TiledLoss UlyssesSPFwdLossBwdWithLogits",
-    "deepspeed.runtime.state_dict_factory": "SDLoaderFactory",
     "deepspeed.runtime.superoffload": "",
     "deepspeed.sequence.fpdt_layer": (
         "FPDT_InputConstruct FPDT_Attention FPDT_FFN FPDT_LogitsLoss SequenceChunk"

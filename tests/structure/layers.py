@@ -46,6 +46,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.compressing": 5,
     "deepspeed.runtime.ownership": 5,
     "deepspeed.runtime.quantize": 5,
+    "deepspeed.runtime.state_dict_factory": 5,
     "deepspeed.runtime.weight_quantizer": 5,
     "deepspeed.runtime.memory_plan": 5,
     "deepspeed.autotuning": 5,
