@@ -9,6 +9,7 @@ _PACKAGES = (
     "adagrad",
     "adam",
     "aio",
+    "deepspeed4science",
     "fp_quantizer",
     "lamb",
     "lion",

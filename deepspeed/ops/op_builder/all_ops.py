@@ -65,7 +65,7 @@ ROWS = (
     Row("CPUAdam", "cpu_adam", "ops.adam.cpu_adam_op", namespaces.cpu_adam),
     Row("CPULion", "cpu_lion", "ops.lion.cpu_lion_op", namespaces.cpu_lion),
     Row("DeepCompile", "dc", "ops.dc_op"),
-    Row("EvoformerAttn", "evoformer_attn", "ops.evoformer_attn_op"),
+    Row("EvoformerAttn", "evoformer_attn", "ops.evoformer_attn_op", namespaces.evoformer_attn),
     Row(
         "FPQuantizer",
         "fp_quantizer",

@@ -216,6 +216,13 @@ def utils() -> SimpleNamespace:
     return SimpleNamespace(cast_to_byte_tensor=cast_to_byte_tensor)
 
 
+def evoformer_attn() -> SimpleNamespace:
+    """Return attention and attention_bwd."""
+    from deepspeed.ops.deepspeed4science.evoformer_attn import attention, attention_bwd
+
+    return SimpleNamespace(attention=attention, attention_bwd=attention_bwd)
+
+
 def _remember(known: dict[int, bool]) -> Callable[..., int]:
     def create(optimizer_id: int, *settings: Any, **named: Any) -> int:
         known[optimizer_id] = True

@@ -11,6 +11,8 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 
 # what the two loaders call their ways -> the word of the report
 _WORDS = {"native": "prebuilt", "cubin": "prebuilt", "ptx": "prebuilt", "nvrtc": "source"}
+# ops that are made of torch's operations on every device
+_BY_TORCH = frozenset({"utils", "evoformer_attn"})
 # ops with CUDA kernels that the native library has too
 _ON_CPU = frozenset({"quantizer", "fp_quantizer"})
 
@@ -27,7 +29,7 @@ def routes() -> list[dict[str, Any]]:
             route, reason = "source", "compiled at its first use, kept after that"
         elif _is_for_cuda(builder) and not (kernels["route"] == "reference" and name in _ON_CPU):
             route, reason = _WORDS.get(kernels["route"], kernels["route"]), kernels["reason"]
-        elif name == "utils":
+        elif name in _BY_TORCH:
             route, reason = "reference", "torch has all of it"
         else:
             route, reason = _WORDS.get(ours.route, ours.route), ours.reason
