@@ -13,6 +13,7 @@ import torch
 from deepspeed.comm.mesh import Axis, Mesh
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
 
+from .build_order import plan_for_order, set_order, super_offloads
 from .drivers import Driver, NoDriver, PlainDriver, SlabDriver
 from .fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase, UnguardedLossScaler
 from .module_prep import named_strays
@@ -117,6 +118,7 @@ def build_plan(config: Any, sequence_ranks: int = 1) -> Plan:
     place = "none" if plan.stage == 0 or offload is None else _name(offload.device)
     if place == "cpu":
         plan = plan.on_host(offload.ratio, offload.pin_memory)
+        plan = plan_for_order(zero, plan)
     if place == "nvme":
         numel = min(int(zero.sub_group_size) or 1, LARGEST_FILE_PART)
         plan = replace(
@@ -265,6 +267,7 @@ def wrap_optimizer(engine: Any) -> tuple[Any, Driver]:
     )
     if engine.residency is not None:
         optimizer.parameter_offload = DeepSpeedZeRoOffload(engine.residency)
+    set_order(engine, optimizer)
     return optimizer, SlabDriver(optimizer, engine.residency)
 
 
@@ -301,13 +304,15 @@ def _wrapper_class(
     from .bf16_optimizer import BF16_Optimizer
     from .fp16.fused_optimizer import FP16_Optimizer
     from .fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from .superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
     from .zero.mics import MiCS_Optimizer
     from .zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from .zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     if plan.stage == 3:
         mics = config.zero_config.mics_shard_size > 0
-        return MiCS_Optimizer if mics else DeepSpeedZeroOptimizer_Stage3
+        plain = SuperOffloadOptimizer_Stage3 if super_offloads(config.zero_config) else None
+        return MiCS_Optimizer if mics else plain or DeepSpeedZeroOptimizer_Stage3
     if plan.stage == 0:
         flat = hasattr(basic, "reduces_itself") and not getattr(basic, "per_param", False)
         return FP16_Optimizer if flat or isinstance(basic, FusedAdam) else FP16_UnfusedOptimizer

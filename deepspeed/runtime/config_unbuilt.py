@@ -42,18 +42,18 @@ def _zero3(config: DeepSpeedConfig) -> bool:
     return config.zero_optimization_stage == 3
 
 
-def _at_stage_3(key: str, feature: str, asked: Callable[[Any], bool], instead: str) -> Unbuilt:
-    """Make a row for a key of ``zero_optimization`` that only stage 3 reads."""
-    return Unbuilt(
-        f"zero_optimization.{key}",
-        feature,
-        lambda config: _zero3(config) and asked(config.zero_config),
-        instead,
-    )
-
-
 def _device(section: Any) -> str:
     return "none" if section is None else str(section.device)
+
+
+def _deepcompile_key(key: str, feature: str, instead: str) -> Unbuilt:
+    """Make a row for a key of ``compile`` that only DeepCompile reads."""
+    return Unbuilt(
+        f"compile.{key}",
+        feature,
+        lambda config: config.compile_config.deepcompile and getattr(config.compile_config, key),
+        instead,
+    )
 
 
 def _quantized(section: Any) -> bool:
@@ -73,18 +73,6 @@ _REMOVE = "Remove the key."
 
 UNBUILT: tuple[Unbuilt, ...] = (
     # ------------------------------------------------------------------ ZeRO
-    _at_stage_3(
-        "offload_optimizer.super_offload",
-        "SuperOffload",
-        lambda zero: bool(zero.offload_optimizer and zero.offload_optimizer.super_offload),
-        _OFF,
-    ),
-    Unbuilt(
-        "zero_optimization.zenflow",
-        "ZenFlow",
-        lambda config: config.zero_enabled and config.zero_config.zenflow is not None,
-        "Remove the section; 'offload_optimizer' works without it.",
-    ),
     Unbuilt(
         "zero_optimization.legacy_stage1",
         "the first implementation of stage 1",
@@ -170,12 +158,22 @@ UNBUILT: tuple[Unbuilt, ...] = (
         lambda config: config.hybrid_engine.enabled and config.hybrid_engine.enable_cuda_graph,
         "Set it to false; generate(cache_implementation='static') lets transformers capture the step.",
     ),
-    Unbuilt(
-        "compile.deepcompile",
-        "DeepCompile",
-        lambda config: config.compile_config.deepcompile,
-        "Set it to false; engine.compile() then uses torch.compile.",
+    _deepcompile_key(
+        "offload_activation",
+        "offloading of activations by graphs",
+        "Set it to false; activation_checkpointing.cpu_checkpointing keeps checkpoints in host memory.",
     ),
+    _deepcompile_key(
+        "offload_opt_states",
+        "offloading of optimizer states by graphs",
+        "Set it to false, and zero_optimization.offload_optimizer.device to 'cpu'.",
+    ),
+    _deepcompile_key(
+        "offload_parameters",
+        "offloading of parameters by graphs",
+        "Set it to false, and zero_optimization.offload_param.device to 'cpu'.",
+    ),
+    _deepcompile_key("symmetric_memory", "torch's symmetric memory", "Set it to false."),
     # ------------------------------------------------------------------ techniques
     Unbuilt(
         "weight_quantization",

@@ -125,6 +125,8 @@ def save_checkpoint(
         )
     keeper = engine.checkpoint_engine
     keeper.finish()
+    if isinstance(engine.optimizer, ZeroOptimizer):
+        engine.optimizer.order.settle()
     crew = crew_of(engine)
     tag = _common_tag(engine, crew, f"global_step{engine.global_steps}" if tag is None else tag)
     files: dict[str, Any] = {}

@@ -128,14 +128,14 @@ def _adam(config: Any, name: str, options: dict[str, Any]) -> tuple[Any, dict[st
         fp32_states = False
     if use_torch:
         return (torch.optim.AdamW if decoupled else torch.optim.Adam), options
-    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam, ZenFlowCPUAdam
 
     if _offloads(config):
-        return DeepSpeedCPUAdam, {
-            **options,
-            "adamw_mode": decoupled,
-            "fp32_optimizer_states": fp32_states,
-        }
+        options |= {"adamw_mode": decoupled, "fp32_optimizer_states": fp32_states}
+        zenflow = config.zero_config.zenflow
+        if zenflow is not None:
+            return ZenFlowCPUAdam, {**options, "overlap_step": zenflow.overlap_step}
+        return DeepSpeedCPUAdam, options
     return FusedAdam, {**options, "adam_w_mode": decoupled}
 
 

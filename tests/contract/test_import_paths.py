@@ -35,6 +35,9 @@ BUILT = {
         "TiledFusedLogitsLoss AutogradComputeMLP sequence_tiled_compute"
     ),
     "deepspeed.sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",
+    "deepspeed.sequence.fpdt_layer": (
+        "FPDT_InputConstruct FPDT_Attention FPDT_FFN FPDT_LogitsLoss SequenceChunk"
+    ),
     "deepspeed.sequence.layer": "DistributedAttention _SeqAllToAll single_all_to_all",
     "deepspeed": (
         "PipelineModule PipelineEngine pipe sequence __version__ version __version_major__ __version_minor__ __version_patch__ __git_hash__ "
@@ -199,7 +202,8 @@ BUILT = {
     "deepspeed.nvme": "",
     "deepspeed.ops": "__compatible_ops__",
     "deepspeed.ops.adagrad": "DeepSpeedCPUAdagrad",
-    "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam",
+    "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam ZenFlowCPUAdam ZenFlowSelectiveAdamW "
+    "ZenFlowSelectiveAdamW_stage3",
     "deepspeed.ops.aio": "AsyncIOBuilder",
     "deepspeed.ops.fp_quantizer": "FP_Quantize Quantizer matmul_fp8",
     "deepspeed.ops.quantizer": "ds_quantizer",
@@ -299,7 +303,9 @@ BUILT = {
         "PartitionedTensor DummyOptim noop_decorator required_torch_version empty_cache "
         "ensure_directory_exists call_to_str get_weight_norm"
     ),
+    "deepspeed.runtime.superoffload": "",
     "deepspeed.runtime.zenflow": "",
+    "deepspeed.runtime.zenflow.zenflow_utils": "_split_affinity",
     "deepspeed.runtime.zero": (
         "ZeroParamType ZeroParamStatus Init GatheredParameters register_external_parameter "
         "TiledLinear TiledLinearReturnBias DeepSpeedZeRoOffload DeepSpeedTensorOverride MiCS_Init "
@@ -391,13 +397,8 @@ BUILT = {
 LATER = {
     "deepspeed": "domino",
     "deepspeed.inference.v2": "build_hf_engine InferenceEngineV2 RaggedInferenceEngineConfig",
-    "deepspeed.ops.adam": "ZenFlowCPUAdam ZenFlowSelectiveAdamW ZenFlowSelectiveAdamW_stage3",
     "deepspeed.runtime.domino.transformer": "DominoTransformer DominoTransformerLayer",
     "deepspeed.runtime.sequence_parallel.ulysses_sp": "TiledLoss UlyssesSPFwdLossBwdWithLogits",
-    "deepspeed.runtime.superoffload": "",
-    "deepspeed.sequence.fpdt_layer": (
-        "FPDT_InputConstruct FPDT_Attention FPDT_FFN FPDT_LogitsLoss SequenceChunk"
-    ),
     "deepspeed.utils": "lazy_init_hp_params_optimizer_state link_hp_params map_to_flat_opt_states",
 }
 

@@ -51,6 +51,7 @@ WIDE_SIGNATURES: dict[str, str] = {
     "deepspeed/moe/sharded_moe.py:TopKGate.__init__": "public constructor",
     "deepspeed/ops/adam/cpu_adam.py:DeepSpeedCPUAdam.__init__": "public constructor",
     "deepspeed/ops/adam/fused_adam.py:FusedAdam.__init__": "public constructor",
+    "deepspeed/ops/adam/zenflow_cpu_adam.py:ZenFlowCPUAdam.__init__": "public constructor",
     "deepspeed/ops/deepspeed4science/evoformer_attn.py:attention_bwd": "the op's schema",
     "deepspeed/ops/lamb/fused_lamb.py:FusedLamb.__init__": "public constructor",
     "deepspeed/ops/lamb/fused_lamb.py:lamb_step": "public function of the fused_lamb op",

@@ -35,7 +35,7 @@ BUDGET = {
     # and attention by blocks: sparse ones, and the Evoformer's
     "deepspeed/ops": 9200,
     "deepspeed/runtime/engine.py deepspeed/runtime/engine_accessors.py deepspeed/runtime/engine_data.py "
-    "deepspeed/runtime/engine_dtypes.py": 1000,
+    "deepspeed/runtime/engine_dtypes.py deepspeed/runtime/engine_compile.py": 1060,
     # every rule of loading: three stages, two wrappers, older names, experts, any number of ranks
     "deepspeed/runtime/engine_checkpoint.py deepspeed/runtime/engine_load.py "
     "deepspeed/runtime/engine_weights.py": 940,
@@ -61,15 +61,17 @@ BUDGET = {
     # with the memory plan, packed weights, states that go and come back, files on disk, smaller groups and fewer bits;
     # one norm over experts and tensor-parallel shares; names of upstream's that callers import;
     # whole matrices for Muon, memory that is used again; orders of the step, and a thread beside the training
-    "deepspeed/runtime/zero": 7500,
+    "deepspeed/runtime/zero": 7560,
     # two orders of the step: columns that go first, and steps before the norm is known
-    "deepspeed/runtime/zenflow deepspeed/runtime/superoffload": 700,
+    "deepspeed/runtime/zenflow deepspeed/runtime/superoffload": 800,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned; so is what
     # tensor-parallel parts are cut and joined by, and reading whole files at once; files of several writers
     "deepspeed/checkpoint": 5300,
     # loading, cutting, quantizing and offloading the base, each with the others
     "deepspeed/linear": 640,
     "deepspeed/nvme deepspeed/io": 800,
+    # graphs, the operators in them and the passes over them
+    "deepspeed/compile": 1900,
     "deepspeed/moe": 1750,  # and routers, stacked experts and their dispatch for AutoEP
     "deepspeed/pipe deepspeed/runtime/pipe": 1300,
     "deepspeed/sequence deepspeed/runtime/sequence_parallel": 1500,
@@ -88,7 +90,7 @@ BUDGET = {
     # ends a job everywhere; the design counted one machine
     "deepspeed/launcher": 2700,
     # tables of facts for every key, rule and op; the design counted the first wave only
-    "tests": 36000,
+    "tests": 37500,
 }
 HEADROOM = 1.2
 SUFFIXES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".c", ".toml", ".md", ".bat", ""}

@@ -5,9 +5,21 @@ from __future__ import annotations
 
 import importlib
 
-_TABLE = {"DeepSpeedCPUAdam": "cpu_adam", "FusedAdam": "fused_adam"}
+_TABLE = {
+    "DeepSpeedCPUAdam": "cpu_adam",
+    "FusedAdam": "fused_adam",
+    "ZenFlowCPUAdam": "zenflow_cpu_adam",
+    "ZenFlowSelectiveAdamW": "zenflow_torch_adam",
+    "ZenFlowSelectiveAdamW_stage3": "zenflow_torch_adam",
+}
 
-__all__ = ["DeepSpeedCPUAdam", "FusedAdam"]
+__all__ = [
+    "DeepSpeedCPUAdam",
+    "FusedAdam",
+    "ZenFlowCPUAdam",
+    "ZenFlowSelectiveAdamW",
+    "ZenFlowSelectiveAdamW_stage3",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -20,6 +20,7 @@ from deepspeed.utils.errors import DeepSpeedCheckpointError, explain
 from .diagnose import some_of
 from .own_slice import numel_of
 from .state import param_shapes
+from .step_order import KEPT
 
 if TYPE_CHECKING:
     from .optimizer import ZeroOptimizer
@@ -125,7 +126,12 @@ def _check_fits(optimizer: ZeroOptimizer, saved: SavedState) -> None:
 def _state_keys(optimizer: ZeroOptimizer, group: ShardGroup, saved: SavedState) -> list[str]:
     """Element-wise states that were saved for a group."""
     slot = _first_slot(optimizer, group, saved)
-    return [] if slot is None else [key for key in slot.tensors if key != FP32]
+    return [] if slot is None else [k for k in slot.tensors if k != FP32 and _reads(optimizer, k)]
+
+
+def _reads(optimizer: ZeroOptimizer, key: str) -> bool:
+    """Whether a saved state is for this run: some are for the order of the step that wrote them."""
+    return optimizer.order.keeps_more or not key.startswith(KEPT)
 
 
 def _first_slot(optimizer: ZeroOptimizer, group: ShardGroup, saved: SavedState) -> Any:
@@ -170,9 +176,10 @@ def _start_states(
                 state[key] = torch.zeros(part.length, dtype=dtype, device=part.master.device)
         options = optimizer.param_groups[group.param_group_index]
         for key, value in slot.numbers.items():
-            state[key] = _number(
-                value, inner, options, part, counted=isinstance(state.get(key), int)
-            )
+            if _reads(optimizer, key):
+                state[key] = _number(
+                    value, inner, options, part, counted=isinstance(state.get(key), int)
+                )
 
 
 def _in_use(
@@ -277,9 +284,14 @@ def load_plain(
         slot = saved.first_slot(name) if name in saved.pieces else None
         if slot is None:
             continue
-        values = {key: saved.full(name, key) for key in slot.tensors if key != FP32}
+        keys = [key for key in slot.tensors if key != FP32 and not key.startswith(KEPT)]
+        values = {key: saved.full(name, key) for key in keys}
         state = {key: value.view(param.shape) for key, value in values.items() if value is not None}
-        state |= {key: _plain_number(value, optimizer) for key, value in slot.numbers.items()}
+        state |= {
+            key: _plain_number(value, optimizer)
+            for key, value in slot.numbers.items()
+            if not key.startswith(KEPT)
+        }
         if state:
             states[index] = state
     groups, first = [], 0

@@ -195,7 +195,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                     param.grad = None
                 else:
                     param.grad.zero_()
-        self.order.drop()
+        self.order.forget()
         self.reducer.end_step(release=False)
 
     def set_lr(self, lr: float) -> None:
@@ -347,7 +347,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _skip(self, scale: float) -> None:
         """Leave weights as they are; adapt the loss scale, or say which gradients are broken."""
-        self.order.drop()
+        self.order.forget()
         self.reducer.forget_losses()
         if not self.precision.check_overflow:
             broken = self._non_finite_names()

@@ -21,6 +21,9 @@ from .whole_params import needs_whole, step_whole
 if TYPE_CHECKING:
     from .optimizer import ZeroOptimizer
 
+KEPT = "zenflow_"
+"""How names of states begin that only the order of a step reads."""
+
 
 class StepOrder:
     """The plain order, and what another one may do differently.
@@ -29,8 +32,8 @@ class StepOrder:
         owner: whose parts are stepped.
     """
 
-    keeps = ""
-    """What the names of states begin with that only this order reads; no other one loads them."""
+    keeps_more = False
+    """Whether this order reads states of checkpoints that begin with `KEPT`; others leave them out."""
 
     def __init__(self, owner: ZeroOptimizer) -> None:
         self.owner = owner
@@ -43,7 +46,10 @@ class StepOrder:
         self.step_parts(self.owner._parts(), grad_scale)
 
     def drop(self) -> None:
-        """Called where gradients are edited, or forgotten without a step."""
+        """Called before gradients that wait for their step are edited."""
+
+    def forget(self) -> None:
+        """Called where gradients are forgotten without a step."""
 
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ class ZeRORuntimeException(Exception):
 def is_zero_supported_optimizer(optimizer: Any) -> bool:
     """Whether ZeRO is known to serve this very type of optimizer (a subclass does not count)."""
     from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
-    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam, ZenFlowCPUAdam
     from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
     from deepspeed.ops.sgd import DeepSpeedCPUSGD
 
@@ -31,6 +31,7 @@ def is_zero_supported_optimizer(optimizer: Any) -> bool:
         torch.optim.Adagrad,
         FusedAdam,
         DeepSpeedCPUAdam,
+        ZenFlowCPUAdam,
         DeepSpeedCPUAdagrad,
         DeepSpeedCPULion,
         DeepSpeedCPUSGD,

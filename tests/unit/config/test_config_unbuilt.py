@@ -30,10 +30,6 @@ def divided(**section):
 QUANTIZED = {"weight_quantization": {"quantized_initialization": {"num_bits": 4, "group_size": 64}}}
 # key -> a configuration that asks for it
 ASKING = {
-    "zero_optimization.offload_optimizer.super_offload": zero(
-        3, offload_optimizer={"device": "cpu", "super_offload": True}
-    ),
-    "zero_optimization.zenflow": zero(2, zenflow={}),
     "zero_optimization.legacy_stage1": zero(1, legacy_stage1=True),
     "amp.enabled": {"amp": {"enabled": True}},
     "graph_harvesting": {"graph_harvesting": True},
@@ -54,7 +50,15 @@ ASKING = {
     "hybrid_engine.enable_cuda_graph": {
         "hybrid_engine": {"enabled": True, "enable_cuda_graph": True}
     },
-    "compile.deepcompile": {"compile": {"deepcompile": True}},
+    **{
+        f"compile.{key}": {"compile": {"deepcompile": True, key: True}}
+        for key in (
+            "offload_activation",
+            "offload_opt_states",
+            "offload_parameters",
+            "symmetric_memory",
+        )
+    },
     "weight_quantization": {**zero(2), **QUANTIZED},
     "quantize_training.eigenvalue.enabled": {
         "quantize_training": {"eigenvalue": {"enabled": True}}
