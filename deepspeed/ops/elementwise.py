@@ -29,6 +29,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     moments: ClassVar[tuple[str, ...]] = ()
     # Attributes that a pickle or copy carries beside torch's own.
     settings: ClassVar[tuple[str, ...]] = ("fp32_optimizer_states",)
+    # Whether `step` refuses params on a device; `step_shard` takes them: a part of the states may stay there.
+    host_only: ClassVar[bool] = False
 
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], fp32_optimizer_states: bool = True
@@ -45,6 +47,8 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
+            for param in params if self.host_only else ():
+                require_cpu(param, type(self).__name__)
             for param in self._step_together(group, params):
                 self._step_one(group, param, param.grad, None, 1.0)
         return loss

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepspeed.ops.elementwise import ElementwiseOptimizer, require_cpu
+from deepspeed.ops.elementwise import ElementwiseOptimizer
 from deepspeed.ops.rules import adagrad_step
 from deepspeed.utils.logging import logger
 
@@ -28,6 +28,7 @@ class DeepSpeedCPUAdagrad(ElementwiseOptimizer):
         AssertionError: at the step, when a param is not in the CPU's memory.
     """
 
+    host_only = True
     moments = ("exp_avg_sq",)
 
     def __init__(
@@ -53,7 +54,6 @@ class DeepSpeedCPUAdagrad(ElementwiseOptimizer):
         low: Tensor | None,
         grad_scale: float,
     ) -> None:
-        require_cpu(param, "DeepSpeedCPUAdagrad")
         state["step"] += 1
         rule = (float(group["lr"]), group["eps"], group["weight_decay"], grad_scale)
         target, sums = param.detach(), state["exp_avg_sq"]

@@ -44,6 +44,7 @@ class DeepSpeedCPUAdam(ElementwiseOptimizer):
 
     # Number of optimizers made so far; each takes one as its opt_id.
     optimizer_id: ClassVar[int] = 0
+    host_only = True
     moments = ("exp_avg", "exp_avg_sq")
     settings = ("fp32_optimizer_states", "adam_w_mode", "stochastic_rounding", "_seed")
 
@@ -144,6 +145,8 @@ class DeepSpeedCPUAdam(ElementwiseOptimizer):
                     expected="one flat param in the groups at a time",
                 )
             )
+        for _, param in found:
+            require_cpu(param, "DeepSpeedCPUAdam")
         return found
 
     @staticmethod
@@ -167,7 +170,6 @@ class DeepSpeedCPUAdam(ElementwiseOptimizer):
         low: Tensor | None,
         grad_scale: float,
     ) -> None:
-        require_cpu(param, "DeepSpeedCPUAdam")
         state["step"] += 1
         arguments = self._arguments(group, param, grad, state, low, grad_scale)
         if not self.stochastic_rounding:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepspeed.ops.elementwise import ElementwiseOptimizer, require_cpu
+from deepspeed.ops.elementwise import ElementwiseOptimizer
 from deepspeed.ops.rules import lion_step
 
 
@@ -26,6 +26,7 @@ class DeepSpeedCPULion(ElementwiseOptimizer):
         AssertionError: at the step, when a param is not in the CPU's memory.
     """
 
+    host_only = True
     moments = ("exp_avg",)
 
     def __init__(
@@ -48,7 +49,6 @@ class DeepSpeedCPULion(ElementwiseOptimizer):
         low: Tensor | None,
         grad_scale: float,
     ) -> None:
-        require_cpu(param, "DeepSpeedCPULion")
         apply_lion(group, param, grad, state, low, grad_scale)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepspeed.ops.elementwise import ElementwiseOptimizer, require_cpu
+from deepspeed.ops.elementwise import ElementwiseOptimizer
 from deepspeed.ops.rules import sgd_step
 from deepspeed.utils.errors import explain
 
@@ -30,6 +30,7 @@ class DeepSpeedCPUSGD(ElementwiseOptimizer):
         AssertionError: at the step, when a param is not in the CPU's memory.
     """
 
+    host_only = True
     moments = ("momentum_buffer",)
 
     def __init__(
@@ -81,7 +82,6 @@ class DeepSpeedCPUSGD(ElementwiseOptimizer):
         low: Tensor | None,
         grad_scale: float,
     ) -> None:
-        require_cpu(param, "DeepSpeedCPUSGD")
         if grad.is_sparse:
             raise RuntimeError("DeepSpeedCPUSGD takes no sparse gradients.")
         state["step"] += 1
