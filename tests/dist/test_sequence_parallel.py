@@ -20,6 +20,7 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import (
 from deepspeed.sequence.cross_entropy import vocab_sequence_parallel_cross_entropy
 from deepspeed.sequence.layer import DistributedAttention, single_all_to_all
 from deepspeed.utils import groups
+from tests.helpers.long_sequences import check_attention, check_loss
 
 
 def attend(query, key, value):
@@ -309,3 +310,14 @@ def bad_models(rank):
 def test_models_that_do_not_split_are_refused(ranks2):
     need_split_attention()
     ranks2.run(bad_models)
+
+
+def long_sequences(rank):
+    group = torch.distributed.new_group([0, 1])
+    check_attention(rank, 2, 8, group=group)
+    check_attention(rank, 2, 24, kv_heads=2, rotary=4, offload=False, group=group)
+    check_loss(rank, 2, 3, group)
+
+
+def test_chunks_of_a_long_sequence_over_ranks(ranks2):
+    ranks2.run(long_sequences)
