@@ -29,14 +29,24 @@ void convert(const Kernels *k, const char *in, int32_t from, char *out, int32_t 
 struct Cast {
     const Kernels *kernels;
     const ds_cast_args *args;
+    bool streams;  // past the caches
 
     static void chunk(void *context, int64_t index) {
         const Cast &c = *(const Cast *)context;
         const ds_cast_args &a = *c.args;
         const int64_t begin = index * kChunk, left = a.numel - begin;
-        convert(c.kernels, (const char *)a.x + begin * ds::bytes_of(a.x_dtype), a.x_dtype,
-                (char *)a.out + begin * ds::bytes_of(a.out_dtype), a.out_dtype,
-                left < kChunk ? left : (int64_t)kChunk);
+        const int64_t n = left < kChunk ? left : (int64_t)kChunk, out = ds::bytes_of(a.out_dtype);
+        const char *x = (const char *)a.x + begin * ds::bytes_of(a.x_dtype);
+        char *home = (char *)a.out + begin * out;
+        const int64_t tiles = c.streams ? n / kTile * kTile : 0;
+        for (int64_t at = 0; at < tiles; at += kTile) {
+            alignas(64) char made[8 * kTile];
+            convert(c.kernels, x + at * ds::bytes_of(a.x_dtype), a.x_dtype, made, a.out_dtype, kTile);
+            c.kernels->stream(made, home + at * out, kTile * out);
+        }
+        convert(c.kernels, x + tiles * ds::bytes_of(a.x_dtype), a.x_dtype, home + tiles * out,
+                a.out_dtype, n - tiles);
+        if (c.streams) c.kernels->settle();
     }
 };
 
@@ -96,7 +106,7 @@ extern "C" int ds_cast(const ds_cast_args *args) {
     const ds::Span spans[] = {{"x", args->x, ds::size_product(args->numel, in), in, false},
                               {"out", args->out, ds::size_product(args->numel, out), out, true}};
     if (int status = ds::check_spans("ds_cast", spans, 2)) return status;
-    Cast cast = {ds::kernels(), args};
+    Cast cast = {ds::kernels(), args, ds::past_caches(args->out, args->numel * (in + out), 64)};
     ds::parallel_for(Cast::chunk, &cast, (args->numel + kChunk - 1) / kChunk, args->threads);
     return DS_OK;
 }

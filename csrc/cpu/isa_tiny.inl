@@ -306,7 +306,10 @@ void unpack(const uint8_t *in, uint8_t *codes, int64_t n, int width, bool high_f
         return;
     }
     int64_t i = 0;
-    for (; i + kSixes <= n; i += kSixes) part_sixes(in + i / 4 * 3, codes + i);
+    for (; i + kSixes <= n; i += kSixes) {
+        prefetch((const char *)in + i / 4 * 3 + kAhead);
+        part_sixes(in + i / 4 * 3, codes + i);
+    }
     if (i == n) return;
     uint8_t last[kSixes / 4 * 3] = {0}, made[kSixes];
     copy_some(in + i / 4 * 3, last, (n - i) / 4 * 3);
@@ -327,7 +330,10 @@ void pack_wide(const uint16_t *codes, uint8_t *out, int64_t n) {
 
 void unpack_wide(const uint8_t *in, uint16_t *codes, int64_t n) {
     int64_t i = 0;
-    for (; i + kTwelves <= n; i += kTwelves) part_twelves(in + i / 2 * 3, codes + i);
+    for (; i + kTwelves <= n; i += kTwelves) {
+        prefetch((const char *)in + i / 2 * 3 + kAhead);
+        part_twelves(in + i / 2 * 3, codes + i);
+    }
     if (i == n) return;
     uint8_t last[kTwelves / 2 * 3] = {0};
     uint16_t made[kTwelves];

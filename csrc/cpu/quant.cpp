@@ -43,6 +43,7 @@ struct Quantize {
     const ds_quantize_args *a;
     Pieces pieces;
     float *low, *high;  // of the parts of large groups
+    bool streams;       // past the caches
 
     float half() const { return (float)(1 << (a->bits - 1)); }
 
@@ -104,11 +105,7 @@ struct Quantize {
         return ds::as_floats(kernels, (const char *)a->x, a->x_dtype, at, n, scratch);
     }
 
-    char *place_of_codes(int64_t at) const { return (char *)a->codes + at * a->bits / 8; }
-
-    void put(const uint8_t *codes, int64_t at, int64_t n) const {
-        kernels->pack(codes, (uint8_t *)place_of_codes(at), n, a->bits, a->weights != 0);
-    }
+    uint8_t *place_of_codes(int64_t at) const { return (uint8_t *)a->codes + at * a->bits / 8; }
 
     const char *place(int64_t at) const {
         return (const char *)a->x + at * ds::bytes_of(a->x_dtype);
@@ -116,21 +113,28 @@ struct Quantize {
 
     // Some whole groups, or a part of one, that fill no more than a tile.
     void round(const Sides &s, int64_t at, int64_t groups, int64_t size) const {
-        alignas(64) uint8_t codes[kTile];
         alignas(64) uint32_t spare[kTile], random[kTile];
         const int64_t n = groups * size;
         const Rounding rule = rounding(s);
         if (a->stochastic) kernels->noise(a->seed, at, n, spare, random);
         const uint32_t *bits = a->stochastic ? random : nullptr;
-        if (a->codes == nullptr) {
+        if (a->codes == nullptr)
             round_trip(rule, at, groups, size, bits);
-        } else if (a->bits == 8) {
-            kernels->quantize[a->x_dtype](place(at), groups, size, &rule, bits,
-                                          (uint8_t *)place_of_codes(at));
-        } else {
-            kernels->quantize[a->x_dtype](place(at), groups, size, &rule, bits, codes);
-            put(codes, at, n);
-        }
+        else
+            encode(rule, at, groups, size, bits);
+    }
+
+    void encode(const Rounding &rule, int64_t at, int64_t groups, int64_t size,
+                const uint32_t *random) const {
+        alignas(64) uint8_t codes[kTile], made[kTile];
+        const int64_t n = groups * size, bytes = n * a->bits / 8;
+        uint8_t *home = place_of_codes(at);
+        const bool past = streams && ((uintptr_t)home | (uintptr_t)bytes) % 64 == 0;
+        uint8_t *to = past ? made : home;
+        kernels->quantize[a->x_dtype](place(at), groups, size, &rule, random,
+                                      a->bits == 8 ? to : codes);
+        if (a->bits != 8) kernels->pack(codes, to, n, a->bits, a->weights != 0);
+        if (past) kernels->stream(made, home, bytes);
     }
 
     void round_trip(const Rounding &rule, int64_t at, int64_t groups, int64_t size,
@@ -169,19 +173,24 @@ struct Quantize {
 
     static void groups(void *context, int64_t index) {
         const Quantize &q = *(const Quantize *)context;
-        const int64_t size = q.pieces.size, begin = index * q.pieces.groups_each;
-        int64_t end = begin + q.pieces.groups_each;
-        if (end > q.a->groups) end = q.a->groups;
+        q.piece(index);
+        if (q.streams) q.kernels->settle();
+    }
+
+    void piece(int64_t index) const {
+        const int64_t size = pieces.size, begin = index * pieces.groups_each;
+        int64_t end = begin + pieces.groups_each;
+        if (end > a->groups) end = a->groups;
         Sides s;
         const int64_t fit = size <= kTile ? kTile / size : 1;
         for (int64_t group = begin; group < end; group += fit) {
             if (size <= kTile) {
-                q.small(s, group, end - group < fit ? end - group : fit);
+                small(s, group, end - group < fit ? end - group : fit);
                 continue;
             }
-            q.extent(group * size, 1, size, s.low, s.high);
-            q.resolve(s, group, 1);
-            q.round_part(s, group * size, size);
+            extent(group * size, 1, size, s.low, s.high);
+            resolve(s, group, 1);
+            round_part(s, group * size, size);
         }
     }
 
@@ -201,6 +210,7 @@ struct Quantize {
         s.high[0] = q.high[group * q.pieces.parts];
         q.resolve(s, group, 1, part == 0);
         q.round_part(s, group * q.pieces.size + part * kChunk, q.pieces.part_size(part));
+        if (q.streams) q.kernels->settle();
     }
 
     void join_parts() {
@@ -244,7 +254,7 @@ struct Quantize {
             if (a->bits == 8)
                 memcpy(place_of_codes(at), codes, (size_t)n);
             else
-                put(codes, at, n);
+                kernels->pack(codes, place_of_codes(at), n, a->bits, a->weights != 0);
         }
     }
 };
@@ -402,7 +412,10 @@ extern "C" int ds_quantize(const ds_quantize_args *args) {
         {"scale", args->scale, packed ? sides * side : 0, side, true},
         {"least", args->least, packed && args->weights && args->asym ? sides * side : 0, side, true}};
     if (int status = ds::check_spans(name, spans, 4)) return status;
-    Quantize q = {ds::kernels(), args, Pieces(args->groups, args->group_size), nullptr, nullptr};
+    Quantize q = {ds::kernels(), args, Pieces(args->groups, args->group_size), nullptr, nullptr,
+                  false};
+    // Of 16-bit values arithmetic decides, and one more copy would cost more than memory gives.
+    q.streams = packed && args->x_dtype == DS_F32 && ds::past_caches(args->codes, numel * each, 64);
     if (args->columns > 1) {
         ds::parallel_for(Quantize::columns, &q, column_tasks(args->groups, args->columns),
                          args->threads);

@@ -229,3 +229,26 @@ def test_large_outputs_that_go_past_the_caches_hold_what_small_ones_do(isa, dtyp
     whole = ops["fp_dequantize"](packed, size, 4, 3, dtype, None, 1)
     less = ops["fp_dequantize"](packed[1:], size, 4, 3, dtype, None, 1)
     assert torch.equal(whole.view(-1)[size:], less.view(-1))
+
+
+@pytest.mark.parametrize(("bits", "asym", "size"), [(8, False, 64), (4, True, 64), (6, False, 100)])
+def test_codes_of_many_values_that_go_past_the_caches_are_those_of_few(isa, bits, asym, size):
+    groups = (32 << 20) // 4 // size + 3
+    x = torch.randn(groups, size)
+    many = registry.ops()["quantize_groups"](x, groups, bits, asym, -1)
+    few = [
+        registry.ops()["quantize_groups"](part.contiguous(), len(part), bits, asym, -1)
+        for part in x.split(groups // 4)
+    ]
+    assert torch.equal(many[0].flatten(), torch.cat([codes.flatten() for codes, _ in few]))
+    assert torch.equal(many[1].flatten(), torch.cat([kept.flatten() for _, kept in few]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_casts_of_many_values_past_the_caches_are_those_of_few(isa, dtype):
+    x = torch.randn((32 << 20) // 4 + 1029)
+    many, few = torch.empty(len(x), dtype=dtype), torch.empty(len(x), dtype=dtype)
+    registry.ops()["cast"](x, many)
+    for start in range(0, len(x), 1 << 20):
+        registry.ops()["cast"](x[start : start + (1 << 20)], few[start : start + (1 << 20)])
+    assert torch.equal(many.view(torch.uint8), few.view(torch.uint8))
