@@ -40,9 +40,7 @@ if TYPE_CHECKING:
     from ..zero.optimizer import ZeroOptimizer
 
 _MOMENTS = DeepSpeedCPUAdam.moments
-_MASK, _REST, _FAST_STEP, _HAS_REST = (
-    f"{KEPT}{name}" for name in ("chosen", "rest", "fast_step", "has_rest")
-)
+_MASK, _REST, _COUNTS = (f"{KEPT}{name}" for name in ("chosen", "rest", "counts"))
 
 
 @dataclass
@@ -302,47 +300,57 @@ class ZenFlow(StepOrder):
             yield
             self._unpack()
             return
-        for split in self.splits:
-            self._pack(split)
+        self._pack()
         try:
             yield
         finally:
-            for split in self.splits:
-                self._pop_all(split)
+            self._pop_all()
 
-    def _pack(self, split: Split) -> None:
-        state = self.adam.state.get(split.part.master)
-        if not state:
-            return
-        state.update({f"{KEPT}{name}": value for name, value in asdict(self.counts).items()})
-        if split.columns is not None and split.weights is not None:
-            state[_MASK] = split.columns.mask(split.part.length)
-            state[_FAST_STEP] = self.fast.state[split.weights]["step"]
-            state[_HAS_REST] = int(split.has_rest)
-        if split.has_rest and self.counts.waiting and split.rest is not None:
-            state[_REST] = split.rest
+    def _pack(self) -> None:
+        for split in self.splits:
+            state = self.adam.state.get(split.part.master)
+            if state and split.columns is not None:
+                state[_MASK] = split.columns.mask(split.part.length)
+            if state and split.has_rest and self.counts.waiting and split.rest is not None:
+                state[_REST] = split.rest
+        first = self.splits[0]
+        fast = 0 if first.weights is None else self.fast.state[first.weights]["step"]
+        for number, options in enumerate(self.owner.param_groups):
+            mine = [split for split in self.splits if split.group.param_group_index == number]
+            waits = {id(split.group): int(split.has_rest) for split in mine}
+            counts = {**asdict(self.counts), "fast": fast, "has_rest": list(waits.values())}
+            options[_COUNTS] = counts
 
-    def _pop_all(self, split: Split) -> dict[str, Any]:
-        state = self.adam.state.get(split.part.master, {})
-        return {key: state.pop(key) for key in list(state) if key.startswith(KEPT)}
+    def _pop_all(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Take what is packed out of the states of each split, and out of the param groups."""
+        states = [self.adam.state.get(split.part.master, {}) for split in self.splits]
+        found = [{k: state.pop(k) for k in list(state) if k.startswith(KEPT)} for state in states]
+        return found, [options.pop(_COUNTS, {}) for options in self.owner.param_groups]
 
     def _unpack(self) -> None:
-        """Go on as the saved states say."""
-        found = [self._pop_all(split) for split in self.splits]
-        first = next(filter(None, found), {})
-        self.counts = Counts(
-            **{name: int(first.get(f"{KEPT}{name}", 0)) for name in asdict(Counts())}
-        )
+        """Go on as the saved states say; those of plain Adam begin with a choice."""
+        found, options = self._pop_all()
+        counts = dict(options[0])
+        fast = counts.pop("fast", 0)
+        counts.pop("has_rest", None)
         steps = [state.get("step", 0) for state in self.adam.state.values()]
-        self.counts.steps = max([self.counts.steps, *steps])
+        self.counts = Counts(**counts) if counts else Counts(steps=max(steps, default=0))
+        chosen = any(_MASK in saved for saved in found) and bool(counts)
         for split, saved in zip(self.splits, found, strict=True):
-            if _MASK in first:
+            if chosen:
                 mask = saved.get(_MASK, torch.zeros(split.part.length, dtype=torch.bool))
                 columns = Columns.of_mask(split.blocks, mask.cpu())
-                self._start(split, columns, bool(saved.get(_HAS_REST, 1)))
-                self.fast.state[split.weights]["step"] = int(first[_FAST_STEP])
+                self._start(split, columns, self._had_rest(split, options))
+                self.fast.state[split.weights]["step"] = fast
             if _REST in saved:
                 split.rest = saved[_REST]
+
+    def _had_rest(self, split: Split, options: list[dict[str, Any]]) -> bool:
+        number = split.group.param_group_index
+        mine = [group for group in self.owner.groups if group.param_group_index == number]
+        flags = options[number].get("has_rest", [])
+        at = mine.index(split.group)
+        return bool(flags[at]) if at < len(flags) else True
 
     def settle(self) -> None:
         """Bring what the thread has stepped into the parameters; a collective."""

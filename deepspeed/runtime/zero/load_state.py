@@ -176,10 +176,9 @@ def _start_states(
                 state[key] = torch.zeros(part.length, dtype=dtype, device=part.master.device)
         options = optimizer.param_groups[group.param_group_index]
         for key, value in slot.numbers.items():
-            if _reads(optimizer, key):
-                state[key] = _number(
-                    value, inner, options, part, counted=isinstance(state.get(key), int)
-                )
+            state[key] = _number(
+                value, inner, options, part, counted=isinstance(state.get(key), int)
+            )
 
 
 def _in_use(
@@ -256,7 +255,9 @@ def _load_options(optimizer: ZeroOptimizer, saved: SavedState) -> None:
         options = saved.hyper.get(optimizer.param_names[group.params[0]], {})
         current = optimizer.param_groups[group.param_group_index]
         current.update(
-            (key, value) for key, value in options.items() if key not in _EXECUTION_OPTIONS
+            (key, value)
+            for key, value in options.items()
+            if key not in _EXECUTION_OPTIONS and _reads(optimizer, key)
         )
 
 
@@ -287,18 +288,18 @@ def load_plain(
         keys = [key for key in slot.tensors if key != FP32 and not key.startswith(KEPT)]
         values = {key: saved.full(name, key) for key in keys}
         state = {key: value.view(param.shape) for key, value in values.items() if value is not None}
-        state |= {
-            key: _plain_number(value, optimizer)
-            for key, value in slot.numbers.items()
-            if not key.startswith(KEPT)
-        }
+        state |= {key: _plain_number(value, optimizer) for key, value in slot.numbers.items()}
         if state:
             states[index] = state
     groups, first = [], 0
     for group, group_names in zip(optimizer.param_groups, names, strict=True):
         options = saved.hyper.get(group_names[0], {}) if group_names else {}
         kept = {key: value for key, value in group.items() if key != "params"}
-        kept.update((key, value) for key, value in options.items() if key not in _EXECUTION_OPTIONS)
+        kept.update(
+            (key, value)
+            for key, value in options.items()
+            if key not in _EXECUTION_OPTIONS and not key.startswith(KEPT)
+        )
         groups.append({**kept, "params": list(range(first, first + len(group_names)))})
         first += len(group_names)
     load_in_place(optimizer, {"state": states, "param_groups": groups})
