@@ -151,13 +151,13 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
         """This rank's slice of the master weight, or of a state (None if there is none): flat, padding included."""
         with self.in_memory():
             found = self._local(param, optim_state_key)
-            return None if found is None else torch.cat(found)
+            return None if found is None else _joined(found)
 
     def get_local_fp32_grad_for_param(self, param: torch.nn.Parameter) -> torch.Tensor | None:
         """This rank's slice of the reduced gradient in fp32; None where there is none."""
         with self._group_of(param).grads_in_memory():
             found = self._local_grad(param)
-            return None if found is None else torch.cat(found).float()
+            return None if found is None else _joined(found).float()
 
     def set_local_hp_param(
         self,
@@ -225,6 +225,11 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
         """Write the master weights into the model."""
         super().update_lp_params()
         self.parameter_offload.residency.after_step()
+
+
+def _joined(runs: list[torch.Tensor]) -> torch.Tensor:
+    """Consecutive runs in one tensor, on the device of the first: some states may be on the host, some not."""
+    return torch.cat([run.to(runs[0].device) for run in runs])
 
 
 @torch.no_grad()

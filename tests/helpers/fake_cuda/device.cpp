@@ -531,8 +531,9 @@ Tensor &copy(Tensor &self, const Tensor &source, bool non_blocking) {
             poison(copying);
             pending.push_back(copying);
         } else {
+            host_waits(stream_clock[agent]);  // what came before it on the stream is done
             self.copy_(copying.data);
-            wait = true;
+            wait = false;
         }
     }
     if (wait) host_waits(stream_clock[agent]);
