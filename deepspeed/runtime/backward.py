@@ -97,7 +97,7 @@ class BackwardWatch:
         """Divide gradients of plain backward passes by the accumulation count."""
         for param in params:
             if param.requires_grad:
-                self._hooks.append(param.register_hook(self._share_of))
+                self._hooks.append(param.register_hook(self.share_of))
 
     def on_stray_grad(self) -> None:
         """A parameter received a gradient and nothing announced it (the loss bypassed the module's outputs)."""
@@ -117,8 +117,9 @@ class BackwardWatch:
     def _end(self) -> None:
         self._driver.finish(self._sync)
 
-    def _share_of(self, grad: torch.Tensor) -> torch.Tensor | None:
-        if self._by_engine:
+    def share_of(self, grad: torch.Tensor | None) -> torch.Tensor | None:
+        """What a parameter's gradient counts in a plain backward pass; None: as it is, or a graph has taken it already."""
+        if self._by_engine or grad is None:
             return None
         self.on_stray_grad()  # before autograd adds this gradient to `.grad`
         share = self.clock.share()

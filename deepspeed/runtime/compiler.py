@@ -55,9 +55,9 @@ def enable(min_version: float | str | None = None) -> Callable[..., Any]:
     return decorate
 
 
-def is_compiling() -> bool:
-    """Say whether the caller is being traced for compilation."""
-    return torch.compiler.is_compiling()
+# Whether the caller is being traced for compilation. Torch's own function, for the compiler leaves that alone: one of ours,
+# called between two graphs, would itself become a graph, which says yes.
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 
 
 @contextlib.contextmanager

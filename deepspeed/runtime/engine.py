@@ -11,7 +11,6 @@ import torch
 from torch.nn import Module
 
 from deepspeed.accelerator.lowp_products import products_context
-from deepspeed.utils.errors import explain
 
 from . import (
     build,
@@ -30,6 +29,7 @@ from .clock import AccumulationClock
 from .eigenvalue import summary_events as _eigenvalue_summary_events  # noqa: F401  (its older home)
 from .engine_accessors import ConfigAccessors
 from .engine_checkpoint import parallel_metadata as _checkpoint_parallel_metadata  # noqa: F401
+from .engine_compile import CompileControl
 from .engine_data import DataControl
 from .engine_experts import ExpertControl, dist, groups  # noqa: F401  (names that callers look up here)
 from .observers import build_observers
@@ -37,7 +37,9 @@ from .sparse_gradients import SparseGradients, row_names
 from .zero import offload_states
 
 
-class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradients, Module):
+class DeepSpeedEngine(
+    ConfigAccessors, CompileControl, DataControl, ExpertControl, SparseGradients, Module
+):
     """Wraps a module with its optimizer, scheduler, precision and sharding; see `deepspeed.initialize`.
 
     Args:
@@ -114,7 +116,6 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
         self._set_up_backward()
         self.checkpoint_engine = build.build_checkpoint_engine(self._config)
         ownership.claim(self)
-        self._is_compiled = False
         self._log_configuration()
 
     # - construction
@@ -207,6 +208,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
             self.observers.during("forward", self),
             self._products,
             self.precision.forward_context(self.device),
+            self._around_graphs(),
         ):
             return self.module(*inputs, **kwargs)
 
@@ -421,47 +423,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
             raise ValueError(f"this function requires ZeRO-3 mode, not stage {self.plan.stage}")
         return self._consolidated_16bit_state_dict(exclude_frozen_parameters)
 
-    # - compilation and lifetime
-
-    def compile(
-        self,
-        backend: str | None = None,
-        compile_kwargs: dict[str, Any] | None = None,
-        schedule: Any = None,
-        compiled_autograd_enabled: bool = False,
-    ) -> None:
-        """Compile the module in place with `torch.compile`; a second call does nothing."""
-        if self._is_compiled:
-            return
-        # The hooks look at autograd from outside; traced into the module they would break its graph and warn.
-        self._hook_module(torch.compiler.disable)
-        module_prep.compile_module(
-            self.module, backend, compile_kwargs or {}, schedule, compiled_autograd_enabled
-        )
-        self._products.release()
-        self._is_compiled = True
-
-    @property
-    def is_compiled(self) -> bool:
-        return self._is_compiled
-
-    def get_compile_time(self) -> list[Any]:
-        """What DeepCompile took for each of its graphs: nothing, since it is not there."""
-        return []
-
-    def register_compile_pass(self, name: str, opt_pass_fn: Any, contract: Any = None) -> None:
-        """Refuse a pass over DeepCompile's graphs.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(
-            explain(
-                "DeepCompile and its passes are not there",
-                got=f"register_compile_pass({name!r})",
-                fix="compile with engine.compile(), which uses torch.compile",
-            )
-        )
+    # - lifetime
 
     def offload_states(
         self,
@@ -487,6 +449,7 @@ class DeepSpeedEngine(ConfigAccessors, DataControl, ExpertControl, SparseGradien
     def destroy(self) -> None:
         """Complete a save on its way, and remove all hooks from the module and its parameters."""
         self.checkpoint_engine.cleanup()
+        self._set_deepcompile_active(False)
         self.driver.destroy()
         self._products.release()
         self.watch.remove_hooks()

@@ -177,12 +177,6 @@ class ConfigAccessors(DtypeAccessors, Counters):
     def initial_dynamic_scale(self) -> float:
         return 2.0**self._config.float16_config.initial_scale_power
 
-    def is_deepcompile_active(self) -> bool:
-        return False
-
-    def is_deepcompile_enabled(self) -> bool:
-        return self._config.compile_config.deepcompile
-
     def is_first_weights_partition_group(self) -> bool:
         return self.mesh.state_axes[1].rank == 0
 

@@ -197,29 +197,6 @@ def need_sharded(optimizer: Any) -> Any:
     return optimizer
 
 
-def compile_module(
-    module: torch.nn.Module,
-    backend: str | None,
-    options: dict[str, Any],
-    schedule: Any,
-    autograd: bool,
-) -> None:
-    """Compile a module in place.
-
-    Raises:
-        NotImplementedError: for a schedule of passes or compiled autograd, which are not built.
-    """
-    if schedule is not None or autograd:
-        raise NotImplementedError(
-            explain(
-                "compile schedules and compiled autograd are not available yet",
-                fix="call engine.compile(backend=..., compile_kwargs=...) without them",
-            )
-        )
-    options = {"backend": backend or get_accelerator().get_compile_backend(), **options}
-    module.compile(**options)
-
-
 def named_strays(
     optimizer: torch.optim.Optimizer, params: Iterable[torch.nn.Parameter]
 ) -> list[tuple[int, torch.Size]]:

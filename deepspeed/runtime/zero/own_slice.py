@@ -87,7 +87,7 @@ def fill(
     if param.ds_codec is not None:  # encoded whole, then cut
         param.data = whole().to(param.ds_device, param.ds_codec.dtype)
         write_back(param)
-        param.data = torch.empty(0, dtype=param.dtype, device=param.ds_device)
+        param.data = absent(param)
         return
     piece = piece_of(param)
     start = min(param.ds_axis.rank * piece, param.ds_numel)
@@ -129,6 +129,12 @@ def unspill(param: torch.nn.Parameter, tier: Tier) -> None:
     param.ds_spill = None
     shard = tier.alloc(values.numel(), values.dtype)
     hold(param, shard.copy_(values))
+
+
+def absent(param: torch.nn.Parameter) -> torch.Tensor:
+    """What `param.data` is between uses: an empty tensor, or a shell (compile/sharded.py) where graphs expect a shape."""
+    shell = getattr(param, "ds_shell", None)
+    return torch.empty(0, dtype=param.dtype, device=param.ds_device) if shell is None else shell
 
 
 def piece_of(param: torch.nn.Parameter) -> int:

@@ -179,6 +179,13 @@ class Reducer:
             else:
                 self._keep_whole(group, index, param)
 
+    def take_from_graph(self, param: torch.nn.Parameter, grad: torch.Tensor) -> None:
+        """A compiled backward graph has a parameter's gradient, and autograd is not going to see it."""
+        param.grad = grad if param.grad is None else param.grad + grad
+        self._on_grad(self.groups[param._index_in_param_group], param.param_idx_in_group, param)
+        if param.grad is grad:
+            param.grad = grad.clone()  # the graph uses its buffers again
+
     def remove_hooks(self) -> None:
         """Let go of the parameters."""
         for hook in self._hooks:
@@ -188,9 +195,11 @@ class Reducer:
     # - inside a pass
 
     def _on_grad(self, group: ShardGroup, index: int, param: torch.nn.Parameter) -> None:
+        if param.grad is None:
+            return  # handed over by a compiled graph; autograd tells of it nevertheless
         if not getattr(param, "ds_grad_is_ready", True):
             return  # the module adds its gradient up in instalments and raises the flag with the last one
-        if param.grad is not None and param.grad.is_sparse:
+        if param.grad.is_sparse:
             param.grad = param.grad.to_dense()  # slabs are dense
         if not self.active and self.before_first_grad is not None:
             self.before_first_grad()

@@ -23,6 +23,7 @@ next to nothing.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from deepspeed.runtime.compiler import disable
+from deepspeed.runtime.compiler import disable, is_compiling
 
 from .blocks import Blocks
 from .diagnose import add_hint
@@ -83,6 +84,7 @@ class Residency:
         self._records = {True: Record(), False: Record()}
         self._record = self._records[False]
         self._open = False
+        self.in_graphs = self.computing = False
         self.access_kept_out = disable(self.access)
         self._live: dict[int, torch.nn.Parameter] = {}
         self._live_numel = 0
@@ -134,6 +136,44 @@ class Residency:
             self._params.append([])
             self._owns.append(False)
         return number
+
+    def leave_to_graphs(self) -> None:
+        """Compiled graphs gather by themselves from now on; only parameters that code outside of them reads are ours."""
+        self.remove_hooks()
+        self.in_graphs = True
+        for module in _down_to_leaves(self.module):
+            for inner in module.modules() if getattr(module, "_z3_leaf", False) else [module]:
+                _watch_access(inner, self)
+
+    def take_from_graphs(self) -> None:
+        """The end of `leave_to_graphs`."""
+        self.in_graphs = False
+        self.hook(self.module)
+
+    @contextlib.contextmanager
+    def around_graphs(self) -> Iterator[None]:
+        """The extent of a forward pass of compiled graphs."""
+        staying = {id(p): p for params in self._params for p in params if id(p) in self._staying}
+        self._make_whole(list(staying.values()))
+        self.computing = True
+        try:
+            yield
+        finally:
+            self.computing = False
+            if not torch.is_grad_enabled():
+                self._end_pass()
+
+    def stays(self, param: torch.nn.Parameter) -> bool:
+        """Whether a parameter is whole between passes."""
+        return id(param) in self._staying
+
+    def keep_whole(self, params: Iterable[torch.nn.Parameter]) -> None:
+        """Have more parameters stay whole between passes."""
+        for param in params:
+            if id(param) not in self._staying:
+                param.ds_persist = True
+                self.persistent.append(param)
+                self._staying.add(id(param))
 
     def remove_hooks(self) -> None:
         """Let go of the modules; parameters stay sharded."""
@@ -237,6 +277,9 @@ class Residency:
 
     def access(self, param: torch.nn.Parameter) -> None:
         """A module reads a parameter that is not whole: one that another module owns."""
+        if self.computing:
+            self._bring(param)  # code between two graphs; the end of the pass lets it go
+            return
         if not self._stack or param.ds_status is ZeroParamStatus.AVAILABLE:
             return
         number = self._stack[-1]
@@ -424,8 +467,9 @@ class WatchedParams(dict):
         param = super().__getitem__(name)
         status = getattr(param, "ds_status", None)
         missing = status is not None and status is not ZeroParamStatus.AVAILABLE
-        if missing and self.residency is not None:
-            self.residency.access_kept_out(param)
+        residency = self.residency
+        if missing and residency is not None and not (residency.in_graphs and is_compiling()):
+            residency.access_kept_out(param)
         return param
 
 

@@ -32,6 +32,7 @@ from .codec import GroupCodec, SliceCodec
 from .own_slice import (
     ZeroParamStatus,
     ZeroParamType,
+    absent,
     cut,
     is_zero_param,
     piece_of,
@@ -129,7 +130,7 @@ class Gathering:
         self._file_axes: list[Axis] = []
         for param in params:
             assert param.ds_status is ZeroParamStatus.NOT_AVAILABLE
-            if param.data.numel():
+            if param.data.untyped_storage().nbytes():
                 raise RuntimeError(_assigned(param))
             param.ds_status = ZeroParamStatus.INFLIGHT
             param.ds_gathering = self
@@ -332,7 +333,7 @@ def release(params: Iterable[torch.nn.Parameter]) -> None:
         if param.ds_status is ZeroParamStatus.INFLIGHT:
             param.ds_gathering.wait()
         if param.ds_status is ZeroParamStatus.AVAILABLE:
-            param.data = torch.empty(0, dtype=param.dtype, device=param.ds_device)
+            param.data = absent(param)
             param.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
