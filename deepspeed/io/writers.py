@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,30 @@ class FastFileWriterConfig:
 class _Writer:
     """What the writers share."""
 
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._calls = 0
+        self._seconds = 0.0
+
     def write(self, buffer: Any) -> int:
         """Append bytes; returns how many."""
+        start = time.perf_counter()
+        count = self._append(buffer)
+        self._seconds += time.perf_counter() - start
+        self._calls += 1
+        self.nbytes += count
+        return count
+
+    def _append(self, buffer: Any) -> int:
         raise NotImplementedError
+
+    def _dump_state(self) -> None:
+        """Print what was written and how long the writes took; benchmarks call it by this name."""
+        rate = self.nbytes / self._seconds / 1e9 if self._seconds else 0.0
+        print(
+            f"{type(self).__name__}: {self.nbytes} bytes by {self._calls} writes in"
+            f" {self._seconds:.3f} s, {rate:.2f} GB/s"
+        )
 
     def save_torch_storage_object_list(
         self, storage_object_list: Sequence[Any], save_size: bool
@@ -82,6 +104,7 @@ class FastFileWriter(_Writer):
     """
 
     def __init__(self, file_path: str | os.PathLike[str], config: FastFileWriterConfig) -> None:
+        super().__init__()
         memory = as_bytes(config.pinned_tensor)
         if memory.numel() < 2:
             raise ValueError(explain("the writer's buffer is too small", got=memory.numel()))
@@ -94,8 +117,7 @@ class FastFileWriter(_Writer):
         self._position = 0  # in the file, of the first byte in the buffer
         self._lent = False  # somebody has the descriptor and may have written by it
 
-    def write(self, buffer: Any) -> int:
-        """Append bytes; returns how many."""
+    def _append(self, buffer: Any) -> int:
         self._take_back()
         data = memoryview(buffer).cast("B")
         at = 0
@@ -165,10 +187,10 @@ class PyFileWriter(_Writer):
     """
 
     def __init__(self, file_path: str | os.PathLike[str]) -> None:
+        super().__init__()
         self._file = open(file_path, "wb")  # noqa: SIM115
 
-    def write(self, buffer: Any) -> int:
-        """Append bytes; returns how many."""
+    def _append(self, buffer: Any) -> int:
         return self._file.write(buffer)
 
     def flush(self) -> None:
@@ -186,16 +208,14 @@ class PyFileWriter(_Writer):
 
 
 class MockFileWriter(_Writer):
-    """Counts bytes and writes none: what ``torch.save`` costs by itself."""
+    """Counts bytes and writes none, into a file that stays empty: what ``torch.save`` costs by itself."""
 
     def __init__(self, file_path: str | os.PathLike[str]) -> None:
-        self.nbytes = 0
+        super().__init__()
+        Path(file_path).write_bytes(b"")
 
-    def write(self, buffer: Any) -> int:
-        """Count bytes; returns how many."""
-        count = memoryview(buffer).nbytes
-        self.nbytes += count
-        return count
+    def _append(self, buffer: Any) -> int:
+        return memoryview(buffer).nbytes
 
     def flush(self) -> None:
         """Do nothing."""

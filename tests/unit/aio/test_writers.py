@@ -51,7 +51,7 @@ def test_the_mock_counts(folder):
     torch.save(STATE, memory)
     # the archive holds its own name, which has another length
     assert abs(writer.nbytes - memory.getbuffer().nbytes) < 1000
-    assert not (folder / "none.pt").exists()
+    assert (folder / "none.pt").stat().st_size == 0
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
@@ -70,3 +70,14 @@ def test_failures_reach_the_caller(folder):
         fast(folder / "gone" / "x")
     with pytest.raises(ValueError, match="too small"):
         fast(folder / "y", 1)
+
+
+@pytest.mark.parametrize("make", [PyFileWriter, MockFileWriter])
+def test_statistics_say_how_much_was_written(make, tmp_path, capsys):
+    writer = make(tmp_path / "file")
+    writer.write(b"12345")
+    writer.write(bytearray(7))
+    writer.close()
+    writer._dump_state()
+    assert writer.nbytes == 12
+    assert f"{make.__name__}: 12 bytes by 2 writes" in capsys.readouterr().out
