@@ -175,7 +175,9 @@ class FastFileWriter(_Writer):
 
     def _take_back(self) -> None:
         if self._lent:
-            self._position = self._file.tell()
+            end = self._file.tell()
+            self.nbytes += end - self._position
+            self._position = end
             self._lent = False
 
 

@@ -36,6 +36,7 @@ def test_torch_saves_through_the_queue(folder, zipped, nbytes, double_buffer):
     with fast(path, nbytes, double_buffer) as writer:
         torch.save(STATE, writer, _use_new_zipfile_serialization=zipped)
     assert same(path)
+    assert writer.nbytes == path.stat().st_size
 
 
 def test_torch_saves_through_python(folder):
