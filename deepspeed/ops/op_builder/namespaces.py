@@ -17,7 +17,9 @@ from deepspeed.utils.logging import logger
 
 
 def cpu_adam() -> SimpleNamespace:
-    """Return create_adam, adam_update, adam_rollback and destroy_adam."""
+    """Return create_adam, adam_update, adam_rollback, destroy_adam, and zenflow_adam_* for a process of its own."""
+    from deepspeed.ops.adam import zenflow_worker
+
     decoupled: dict[int, bool] = {}
 
     def create_adam(
@@ -63,6 +65,15 @@ def cpu_adam() -> SimpleNamespace:
         adam_update=through(adam_step),
         adam_rollback=through(adam_rollback),
         destroy_adam=_forget(decoupled),
+        zenflow_adam_create=lambda adam, cores: zenflow_worker.create(decoupled[adam], cores),
+        zenflow_adam_register_group=zenflow_worker.register_group,
+        zenflow_adam_destroy=zenflow_worker.destroy,
+        zenflow_adam_ctrl_size=zenflow_worker.control_size,
+        zenflow_adam_ctrl_init=zenflow_worker.control_init,
+        zenflow_adam_run_worker=zenflow_worker.run_worker,
+        zenflow_adam_submit=zenflow_worker.submit,
+        zenflow_adam_wait=zenflow_worker.wait,
+        zenflow_adam_ctrl_exit=zenflow_worker.control_exit,
     )
 
 
