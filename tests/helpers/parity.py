@@ -61,7 +61,7 @@ class Cell:
         return config
 
 
-def model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def model(dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.nn.Module:
     """Sizes are odd on purpose: no parameter fits a shard or a vector register."""
     torch.manual_seed(5)
     net = torch.nn.Sequential(
@@ -71,17 +71,17 @@ def model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         torch.nn.LayerNorm(17),
         torch.nn.Linear(17, 5),
     )
-    return net.to(dtype)
+    return net.to(device, dtype)
 
 
 def batch(
-    step: int, micro: int, rank: int, dtype: torch.dtype
+    step: int, micro: int, rank: int, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of one micro-batch of one rank."""
     seed = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
     x = torch.randn(MICRO, 13, generator=seed)
     y = torch.randn(MICRO, 5, generator=seed)
-    return x.to(dtype), y.to(dtype)
+    return x.to(device, dtype), y.to(device, dtype)
 
 
 def loss_of(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Run:
     norms: list[float]
 
 
-def engine_run(cell: Cell, rank: int = 0, ranks: int = 1) -> Run:
+def engine_run(cell: Cell, rank: int = 0, ranks: int = 1, device: str = "cpu") -> Run:
     """Train through `deepspeed.initialize`."""
     import deepspeed
 
@@ -107,7 +107,7 @@ def engine_run(cell: Cell, rank: int = 0, ranks: int = 1) -> Run:
     losses, norms = [], []
     for step in range(STEPS):
         for micro in range(cell.accumulate):
-            loss = loss_of(engine, *batch(step, micro, rank, dtype))
+            loss = loss_of(engine, *batch(step, micro, rank, dtype, device))
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
@@ -127,6 +127,7 @@ def _mean_grads(
     ranks: int,
     scale: float,
     losses: list[float],
+    device: str,
 ) -> list[torch.Tensor]:
     """Gradients of one step, summed over micro-batches and averaged over ranks, in the weights' dtype.
 
@@ -139,7 +140,8 @@ def _mean_grads(
         for source in range(ranks):
             net.zero_grad()
             for micro in window:
-                loss = loss_of(net, *batch(step, micro, source, DTYPES[cell.dtype]))
+                inputs = batch(step, micro, source, DTYPES[cell.dtype], device)
+                loss = loss_of(net, *inputs)
                 ((loss / cell.accumulate if cell.accumulate > 1 else loss) * scale).backward()
                 if source == rank:
                     losses.append(loss.item())
@@ -160,10 +162,10 @@ def _average(grads: tuple[torch.Tensor, ...], stage: int) -> torch.Tensor:
     return sum(g.float() for g in grads).to(dtype) * share
 
 
-def plain_run(cell: Cell, rank: int = 0, ranks: int = 1) -> Run:
+def plain_run(cell: Cell, rank: int = 0, ranks: int = 1, device: str = "cpu") -> Run:
     """The same by hand: torch's own AdamW on masters, one tensor at a time."""
     dtype = DTYPES[cell.dtype]
-    net = model(dtype)
+    net = model(dtype, device)
     params = list(net.parameters())
     # Masters start from the weights as they were before the cast: `initialize` casts the module first, so do we.
     masters = [p.detach().float().clone().requires_grad_() for p in params]
@@ -173,7 +175,7 @@ def plain_run(cell: Cell, rank: int = 0, ranks: int = 1) -> Run:
     scale = LOSS_SCALE if cell.dtype == "fp16" else 1.0
     losses, norms = [], []
     for step in range(STEPS):
-        mean = _mean_grads(net, cell, step, rank, ranks, scale, losses)
+        mean = _mean_grads(net, cell, step, rank, ranks, scale, losses, device)
         norm = sum(g.double().square().sum() for g in mean).sqrt().item() / scale
         norms.append(norm)
         divisor = scale

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two CUDA devices for a torch without CUDA, that tell what a GPU would only sometimes show.
+"""Four CUDA devices for a torch without CUDA, that tell what a GPU would only sometimes show.
 
 `install()` makes `torch.device("cuda")` real in this process: tensors have `is_cuda`, streams, events, page-locked memory,
 amp and autograd's device threads, so the code for GPUs runs on any machine with a C++ compiler. The arithmetic is the
@@ -74,7 +74,7 @@ def build(folder: Path | None = None) -> Path:
 
 
 def install() -> None:
-    """Give this process its two devices; for good, so tests do it in processes of their own."""
+    """Give this process its devices; for good, so tests do it in processes of their own."""
     global _library
     if _library is not None:
         return
@@ -89,8 +89,8 @@ def install() -> None:
 
 def check() -> None:
     """Raise AssertionError if something was wrong since the beginning, or since `forget`."""
-    _library.fc_synchronize(0)
-    _library.fc_synchronize(1)
+    for device in range(_library.fc_devices()):
+        _library.fc_synchronize(device)
     found = [_library.fc_violation(i).decode() for i in range(_library.fc_violations())]
     forget()
     assert not found, "\n".join(found)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two CUDA devices for a torch without CUDA: memory, streams and events of their own, the arithmetic of the CPU.
+// Four CUDA devices for a torch without CUDA: memory, streams and events of their own, the arithmetic of the CPU.
 //
 // [Note: What is checked]
 //   Operations run at once, in the order of the host; that is one of the orders which a GPU may take. What a GPU may do
@@ -25,6 +25,7 @@
 #include <ATen/ops/view_native.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <torch/library.h>
 #include <unistd.h>
@@ -47,7 +48,7 @@ using c10::DeviceIndex;
 using c10::IValue;
 using c10::Stream;
 
-enum { kDevices = 2, kStreams = 16, kAgents = kDevices * kStreams };
+enum { kDevices = 4, kStreams = 16, kAgents = kDevices * kStreams };
 constexpr size_t kArena = size_t(32) << 30, kRound = 512;
 using Clock = std::array<uint64_t, kAgents>;
 
@@ -369,8 +370,12 @@ struct Generator final : at::CPUGeneratorImpl {
     }
 };
 const at::Generator &default_generator(int device) {
-    static at::Generator made[kDevices] = {at::make_generator<Generator>(0), at::make_generator<Generator>(1)};
-    return made[device < 0 ? current_device : device];
+    static const auto made = [] {
+        std::array<at::Generator, kDevices> all;
+        for (int d = 0; d < kDevices; ++d) all[size_t(d)] = at::make_generator<Generator>(d);
+        return all;
+    }();
+    return made[size_t(device < 0 ? current_device : device)];
 }
 struct Draw {
     at::Generator cuda, cpu = at::detail::getDefaultCPUGenerator();
@@ -667,12 +672,19 @@ void fallback(const c10::OperatorHandle &op, c10::DispatchKeySet, torch::jit::St
     Call{op, *stack}.run();
 }
 
-bool prepare() {
-    const int file = memfd_create("fake_cuda", 0);
+// Maps the memory twice. A forked child maps its own in the same place: there, as with CUDA, the parent's is lost.
+void map() {
+    const int file = memfd_create("fake_cuda", 0), fixed = device_base ? MAP_FIXED : 0;
     TORCH_CHECK(file >= 0 && !ftruncate(file, kArena), "no memory file");
-    device_base = (char *)mmap(nullptr, kArena, PROT_NONE, MAP_SHARED | MAP_NORESERVE, file, 0);
-    kernel_base = (char *)mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file, 0);
+    const int flags = MAP_SHARED | MAP_NORESERVE | fixed;
+    device_base = (char *)mmap(device_base, kArena, PROT_NONE, flags, file, 0);
+    kernel_base = (char *)mmap(kernel_base, kArena, PROT_READ | PROT_WRITE, flags, file, 0);
     TORCH_CHECK(device_base != MAP_FAILED && kernel_base != MAP_FAILED, "no address space");
+    close(file);
+}
+bool prepare() {
+    map();
+    pthread_atfork(nullptr, nullptr, map);
     c10::SetAllocator(c10::kCUDA, &device_memory, 1);
     // torch made its hooks for CUDA when it was imported, before a registry could be told; they hold no data
     static Hooks hooks;

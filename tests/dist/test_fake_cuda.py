@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs beside a GPU, run on fake CUDA devices: placement, streams, page-locked memory, gloo's staging.
+
+The reference is the plain loop on the same device, so that nothing but the engine can differ.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.helpers import fake_cuda, parity
+from tests.helpers.parity import Cell, Run
+from tests.helpers.ranks import RankPool
+
+REASON = fake_cuda.missing()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+BF16 = torch.bfloat16
+HOST = {"device": "cpu", "pin_memory": True}
+
+
+def set_up(rank):
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    fake_cuda.install()
+    torch.cuda.set_device(rank)
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()._name
+
+
+@pytest.fixture(scope="module")
+def one():
+    with RankPool(1) as pool:
+        assert pool.run(set_up, timeout=120) == ["cuda"]
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def two():
+    with RankPool(2) as pool:
+        assert pool.run(set_up, timeout=120) == ["cuda"] * 2
+        yield pool
+
+
+# ------------------------------------------------------------------ the device itself
+
+
+def _device_sees(rank):
+    cuda = torch.cuda
+    values = torch.arange(8.0, device="cuda")
+    told = {}
+
+    def told_by(name, action):
+        try:
+            action()
+            cuda.synchronize()
+            told[name] = "nothing"
+        except RuntimeError as error:
+            told[name] = str(error)
+        fake_cuda.forget()
+
+    def early_read():
+        late = values.to("cpu", non_blocking=True)
+        assert late.isnan().all()
+        cuda.current_stream().synchronize()
+        assert late.tolist() == list(range(8))
+
+    def early_write():
+        source = torch.zeros(8, pin_memory=True)
+        values.clone().copy_(source, non_blocking=True)
+        source.fill_(1)
+
+    def overwritten():
+        target = torch.zeros(8, pin_memory=True)
+        target.copy_(values, non_blocking=True)
+        target.fill_(1)
+
+    def no_wait():
+        with cuda.stream(cuda.Stream()):
+            values.add(1)
+
+    def waits():
+        other = cuda.Stream()
+        other.wait_stream(cuda.current_stream())
+        with cuda.stream(other):
+            more = values.add(1)
+        event = cuda.Event()
+        event.record(other)
+        event.wait()
+        more.record_stream(cuda.current_stream())
+        assert more.sum().item() == 36
+
+    told_by("early read", early_read)
+    told_by("early write", early_write)
+    told_by("overwritten", overwritten)
+    told_by("waits", waits)
+    told_by("no wait", lambda: (values.add_(1), no_wait()))
+    told_by("devices", lambda: values + torch.ones(8))
+    told_by("fresh", lambda: torch.empty(4, device="cuda").isnan().all().item() or 1 / 0)
+    return told
+
+
+def test_the_device_tells_what_a_gpu_would_only_sometimes_show(one):
+    (told,) = one.run(_device_sees)
+    assert told["early read"] == told["waits"] == told["fresh"] == "nothing"
+    assert "might still read it" in told["early write"]
+    assert "might still write it" in told["overwritten"]
+    assert "did not wait for it" in told["no wait"]
+    assert "same device" in told["devices"]
+
+
+# ------------------------------------------------------------------ training
+
+
+def _cells(ranks):
+    zero3 = {"stage": 3, "stage3_param_persistence_threshold": 20}
+    cells = [
+        Cell(0, "bf16", accumulate=3, clip=True),
+        Cell(1, "fp16", offload=True, accumulate=3, clip=True),
+        Cell(2, "fp32", clip=True),
+        Cell(2, "bf16", offload=True, accumulate=3),
+        Cell(3, "bf16", accumulate=3, clip=True, extra={"zero_optimization": zero3}),
+    ]
+    both = {"offload_optimizer": HOST, "offload_param": HOST}
+    half = {"offload_optimizer": {**HOST, "ratio": 0.5}}
+    for section in (both, half):
+        extra = {"zero_optimization": {**zero3, **section, "sub_group_size": 300}}
+        cells.append(Cell(3, "fp16", True, 3, True, extra=extra))
+    cells.append(Cell(1, "fp32", True, 1, True, extra={"zero_optimization": {"stage": 1, **half}}))
+    return cells
+
+
+def _trained(rank, ranks):
+    for cell in _cells(ranks):
+        got = parity.engine_run(cell, rank, ranks, "cuda")
+        fake_cuda.check()
+        want = parity.plain_run(cell, rank, ranks, "cuda")
+        assert all(values.is_cuda for values in got.weights.values())
+        parity.compare(_on_host(got), _on_host(want), cell, exact=False)
+
+
+def _on_host(run):
+    return Run(run.losses, {name: v.cpu() for name, v in run.weights.items()}, run.norms)
+
+
+def test_one_gpu_trains_as_the_plain_loop(one):
+    one.run(_trained, 1, timeout=120)
+
+
+def test_two_gpus_on_gloo_train_as_the_plain_loop(two):
+    two.run(_trained, 2, timeout=120)
+
+
+# ------------------------------------------------------------------ the rest of the engine
+
+
+def _engine(stage, **section):
+    import deepspeed
+
+    cell = Cell(stage, "bf16")
+    config = cell.config(1)
+    config["zero_optimization"].update(section)
+    if stage == 3:
+        config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 20)
+    return deepspeed.initialize(model=parity.model(), config=config)[0]
+
+
+def _train(engine, steps, rank=0):
+    losses = []
+    for step in steps:
+        loss = parity.loss_of(engine, *parity.batch(step, 0, rank, BF16, "cuda"))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+SECTIONS = (
+    {},
+    {"offload_optimizer": HOST},
+    {"offload_optimizer": {**HOST, "ratio": 0.5}},
+    {"offload_optimizer": HOST, "offload_param": HOST},
+)
+
+
+def _resumed(rank, folder):
+    for number, section in enumerate(SECTIONS):
+        engine = _engine(3, **section)
+        _train(engine, range(2), rank)
+        engine.save_checkpoint(folder, tag=f"t{number}")
+        want = _train(engine, range(2, 4), rank)
+        engine.destroy()
+        engine = _engine(3, **section)
+        engine.load_checkpoint(folder, tag=f"t{number}")
+        assert _train(engine, range(2, 4), rank) == want
+        engine.destroy()
+        fake_cuda.check()
+
+
+def test_two_gpus_resume_where_a_checkpoint_was_saved(two, tmp_path):
+    two.run(_resumed, str(tmp_path), timeout=120)
+
+
+def _states(rank):
+    import deepspeed
+    from deepspeed import utils
+
+    for section in SECTIONS:
+        engine = _engine(3, **section)
+        _train(engine, range(1), rank)
+        loss = parity.loss_of(engine, *parity.batch(7, 0, rank, BF16, "cuda"))
+        engine.backward(loss)
+        for param in engine.module.parameters():
+            for read in (utils.safe_get_local_fp32_param, utils.safe_get_full_fp32_param):
+                assert not read(param).isnan().any()
+            for read in (utils.safe_get_local_optimizer_state, utils.safe_get_full_optimizer_state):
+                assert not read(param, "exp_avg").isnan().any()
+            assert not utils.safe_get_local_grad(param).isnan().any()
+            utils.safe_set_full_fp32_param(param, utils.safe_get_full_fp32_param(param) * 0 + 0.25)
+            assert (utils.safe_get_full_fp32_param(param) == 0.25).all()
+        engine.step()
+        params = list(engine.module.parameters())
+        with deepspeed.zero.GatheredParameters(params, modifier_rank=0):
+            if rank == 0:
+                for param in params:
+                    param.data.fill_(0.5)
+        with deepspeed.zero.GatheredParameters(params):
+            assert all((param == 0.5).all() for param in params)
+        _train(engine, range(1), rank)
+        engine.destroy()
+        fake_cuda.check()
+
+
+def test_two_gpus_read_and_write_states(two):
+    two.run(_states, timeout=120)
+
+
+def _moved(rank):
+    engine, still = _engine(3), _engine(3)
+    for pinned in (False, True):
+        for non_blocking in (False, True):
+            before = torch.cuda.memory_allocated()
+            engine.offload_states(pin_memory=pinned, non_blocking=non_blocking)
+            assert torch.cuda.memory_allocated() < before
+            engine.reload_states(non_blocking=non_blocking)
+            assert _train(engine, range(2)) == _train(still, range(2))
+    fake_cuda.check()
+
+
+def test_states_move_off_the_gpu_and_back(one):
+    one.run(_moved)
+
+
+def _activations(rank):
+    from torch.utils.checkpoint import checkpoint
+
+    from deepspeed.runtime.activation_checkpointing.offload_activations import (
+        CheckpointHiddenStatesOffload,
+    )
+
+    torch.manual_seed(3)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in range(5)]
+    blocks = torch.nn.ModuleList(blocks).cuda()
+    x = torch.randn(32, 64, device="cuda", requires_grad=True)
+
+    def grads(offload):
+        values = x * 1.0
+        for block in blocks:
+            if offload is not None:
+                offload.mark(values)
+            values = checkpoint(block, values, use_reentrant=False)
+        leaves = [x, *blocks.parameters()]
+        return [g.cpu() for g in torch.autograd.grad(values.sum(), leaves)]
+
+    want = grads(None)
+    for options in ({}, {"use_streams": False}, {"max_fwd_stash_count": 0, "keep_last_count": 0}):
+        offload = CheckpointHiddenStatesOffload(min_offload_bytes=1, **options)
+        for _ in range(2):
+            with offload:
+                got = grads(offload)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert offload.stats.restored_tensors
+        fake_cuda.check()
+
+
+def test_activations_go_to_the_host_and_come_back_on_a_stream_of_their_own(one):
+    one.run(_activations)
