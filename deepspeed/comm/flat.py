@@ -62,12 +62,12 @@ def _take_inbox(numel: int, dtype: torch.dtype) -> torch.Tensor:
     for place, inbox in enumerate(_inboxes):
         if nbytes <= inbox.numel() <= 2 * nbytes:
             return _inboxes.pop(place)[:nbytes].view(dtype)
-    return torch.empty(nbytes, dtype=torch.uint8).view(dtype)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu").view(dtype)
 
 
 def _keep_inbox(inbox: torch.Tensor) -> None:
     storage = inbox.untyped_storage()
-    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
     _inboxes.append(whole)
     del _inboxes[:-_INBOXES_KEPT]
 
@@ -126,7 +126,8 @@ def _host(tensor: torch.Tensor, copy: bool = True) -> torch.Tensor:
     """Return the tensor itself when it is on the host, else a page-locked stand-in."""
     if tensor.device.type == "cpu":
         return tensor.detach()
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    # by a method: zero.Init makes what torch.empty is asked for on the device
+    pinned = tensor.new_empty(tensor.shape, device="cpu", pin_memory=tensor.is_cuda)
     return pinned.copy_(tensor.detach()) if copy else pinned
 
 
@@ -443,9 +444,9 @@ def all_reduce_(
 def _all_reduce_in_two(tensor: torch.Tensor, axis: Axis) -> Handle:
     """Sum low-precision numbers: reduce-scatter with fp32 sums, then all-gather, both as bytes."""
     each = -(-tensor.numel() // axis.size)
-    padded = torch.zeros(each * axis.size, dtype=tensor.dtype)
+    padded = tensor.new_zeros(each * axis.size)
     padded[: tensor.numel()].copy_(tensor.reshape(-1))
-    shard = torch.empty(each, dtype=tensor.dtype)
+    shard = tensor.new_empty(each)
     scatter = _exchange_and_sum(padded, [each] * axis.size, [(shard, 0)], axis)
 
     def finish() -> None:

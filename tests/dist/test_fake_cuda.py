@@ -238,6 +238,30 @@ def test_two_gpus_read_and_write_states(two):
     two.run(_states, timeout=120)
 
 
+def _built_inside(rank):
+    import deepspeed
+
+    for place, device in (("none", "cuda"), ("cpu", "cpu")):
+        section = {} if place == "none" else {"offload_param": HOST}
+        config = Cell(3, "bf16", extra={"zero_optimization": {"stage": 3, **section}}).config(1)
+        with deepspeed.zero.Init(config_dict_or_path=config, remote_device=place, pin_memory=True):
+            torch.manual_seed(rank)
+            net = torch.nn.Sequential(torch.nn.Linear(13, 33), torch.nn.Linear(33, 5))
+            with deepspeed.zero.GatheredParameters(list(net.parameters()), modifier_rank=0):
+                net[0].bias.data.fill_(0.5)
+            assert torch.empty(1).is_cuda  # the constructors are in place again
+        for param in net.parameters():
+            assert param.ds_tensor.device.type == device and param.ds_tensor.dtype == BF16
+            assert device == "cuda" or param.ds_tensor.is_pinned()
+        engine = deepspeed.initialize(model=net, config=config)[0]
+        _train(engine, range(2), rank)
+        fake_cuda.check()
+
+
+def test_init_builds_over_gloo_and_keeps_slices_where_it_is_told(two):
+    two.run(_built_inside)
+
+
 def _moved(rank):
     engine, still = _engine(3), _engine(3)
     for pinned in (False, True):

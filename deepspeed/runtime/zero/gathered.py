@@ -22,6 +22,7 @@ from deepspeed.comm.mesh import Axis
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
+from .constructors import plain_constructors
 from .own_slice import ZeroParamStatus, is_its_slice, write_back
 from .residency import register_external
 from .sharded_param import gather, release
@@ -69,6 +70,7 @@ class GatheredParameters:
             for param in self.params:
                 register_external(fwd_module, param)
 
+    @plain_constructors()
     def __enter__(self) -> None:
         if not self.enabled:
             return
@@ -83,6 +85,7 @@ class GatheredParameters:
                 self._before[id(param)] = param.detach().clone()
         self._versions = [p._version for p in self.params]
 
+    @plain_constructors()
     def __exit__(
         self,
         kind: type[BaseException] | None,

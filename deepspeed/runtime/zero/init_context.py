@@ -27,6 +27,7 @@ from deepspeed.utils import groups
 from deepspeed.utils.env import WORLD_SIZE
 from deepspeed.utils.errors import explain
 
+from . import constructors
 from .codec import QUANTIZED_MODULES, GroupCodec, initial_scheme
 from .sharded_param import shard_param
 from .slice_forms import keep_quantized, keep_second, send_quantized
@@ -173,11 +174,13 @@ class InitContext:
         self._replace(torch.nn.Module, "__init_subclass__", classmethod(self._on_new_class))
         self._replace(torch.nn.Module, "apply", self._apply_whole(torch.nn.Module.apply))
         for name in _CONSTRUCTORS:
+            constructors.remember(name)
             self._replace(torch, name, self.wrap_constructor(getattr(torch, name)))
 
     def _unpatch(self) -> None:
         while self._undo:
             self._undo.pop()()
+        constructors.forget()
         self._depth.clear()
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
@@ -229,6 +232,7 @@ class InitContext:
         world = groups.current_mesh().world
         return open_folder(settings.nvme_path, names, settings.aio, world)
 
+    @constructors.plain_constructors()
     def _shard_own(self, module: torch.nn.Module) -> None:
         """Cut a module's own parameters."""
         quantized = isinstance(module, QUANTIZED_MODULES) and self.scheme is not None
