@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from deepspeed.runtime.zero.residency import WatchedParams
+from deepspeed.utils.errors import explain
 
 from .backend import BACKENDS, DeepCompileBackend, warn_fall_back
 from .graph_ops import define_ops
 from .graph_params import GraphParams
+from .init_tp import start_autotp
 from .passes import (
     offload_adam_states,
     offload_parameters,
@@ -159,6 +161,11 @@ class DeepCompile:
             self.backend.forget_graphs()
             torch._dynamo.reset()
 
+    @property
+    def times(self) -> list[tuple[int, float]]:
+        """For each graph its number and the seconds that compiling took."""
+        return list(self.backend.times)
+
     def stop(self) -> None:
         """Go back to module hooks."""
         if self._residency is not None:
@@ -181,8 +188,55 @@ def _functions(passes: Iterable[Any]) -> list[Callable[..., Any]]:
     return [opt_passes[each] if isinstance(each, str) else each for each in passes]
 
 
-def start(engine: Any, backend: str, schedule: Schedule | None) -> DeepCompile | None:
-    """Start DeepCompile on an engine; None, with a warning, where it falls back to plain torch.compile."""
+class DividedLayers:
+    """What stands in for `DeepCompile` where only the collectives of divided layers are in the graphs.
+
+    Attributes:
+        backend: None: the caller's.
+    """
+
+    backend = None
+
+    @property
+    def times(self) -> list[tuple[int, float]]:
+        """Nothing is measured."""
+        return []
+
+    def forward(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Nothing is around the graphs."""
+        return contextlib.nullcontext()
+
+    def stop(self) -> None:
+        """Nothing is to be undone: the operators work in code that is not compiled, too."""
+
+
+def _check_stage(engine: Any, passes: Iterable[str]) -> None:
+    fitting = {1: {"z1"}, 2: {"z1"}, 3: {"z3"}}.get(engine.plan.stage, set())
+    if wrong := sorted({"z1", "z3"} & set(passes) - fitting):
+        raise ValueError(
+            explain(
+                "compile.passes names a pass of another ZeRO stage",
+                got=f"{wrong} at stage {engine.plan.stage}",
+                expected=str(sorted(fitting)),
+                fix="remove compile.passes: the pass of the stage is chosen by itself",
+            )
+        )
+
+
+def start(
+    engine: Any, backend: str, schedule: Schedule | None
+) -> DeepCompile | DividedLayers | None:
+    """Start DeepCompile on an engine; None, with a warning, where it falls back to plain torch.compile.
+
+    Raises:
+        NotImplementedError: for passes that do not go together.
+        ValueError: if `compile.passes` is for another ZeRO stage.
+    """
+    passes = engine._config.compile_config.passes or []
+    if "autotp" in passes:
+        start_autotp(engine)
+        return DividedLayers()
+    _check_stage(engine, passes)
     reason = why_not(engine, backend)
     if reason is not None:
         warn_fall_back(reason)

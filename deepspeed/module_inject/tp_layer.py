@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from deepspeed.accelerator.product_functions import autocast_on
 from deepspeed.comm.mesh import Axis
+from deepspeed.compile.custom_ops import tp_collectives as in_graph
 from deepspeed.utils.errors import explain
 
 from .tp_collectives import (
@@ -59,6 +60,7 @@ class TensorParallelLayer(nn.Module):
     partition_type = "column"
     partition_dim = 0
     tp_overlap_comm = False
+    defer_collectives_to_compiler = False
     unsupported_reason: str | None = None
     bias: nn.Parameter | None
 
@@ -231,6 +233,8 @@ class LinearLayer(TensorParallelLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map inputs of shape (..., inputs) to this rank's outputs, or to all."""
+        if self.defer_collectives_to_compiler:
+            return self._forward_in_graph(input)
         casts = torch.is_autocast_enabled() or autocast_on()  # on a GPU, or on the CPU
         if self.tp_overlap_comm and self.axis.size > 1 and not casts:
             output = overlapped_linear(input, self.weight, self.axis)
@@ -242,6 +246,12 @@ class LinearLayer(TensorParallelLayer):
             output = gather_columns(output, self.axis, self._cut())
         return output
 
+    def _forward_in_graph(self, input: torch.Tensor) -> torch.Tensor:
+        output = functional.linear(in_graph.sum_of_grads(input), self.weight, self.bias)
+        if self.gather_output:
+            output = in_graph.gather_columns(output, self._partition_sizes, self.tp_index)
+        return output
+
 
 class LinearAllreduce(TensorParallelLayer):
     """Row-parallel: each rank takes some of the inputs, and the results are added up; all ranks hold the bias."""
@@ -251,7 +261,11 @@ class LinearAllreduce(TensorParallelLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map this rank's inputs to outputs of shape (..., outputs), equal on all ranks."""
-        output = sum_over_ranks(functional.linear(input, self.weight), self.axis)
+        partial = functional.linear(input, self.weight)
+        if self.defer_collectives_to_compiler:
+            output = in_graph.sum_over_ranks(partial)
+        else:
+            output = sum_over_ranks(partial, self.axis)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 

@@ -174,6 +174,12 @@ UNBUILT: tuple[Unbuilt, ...] = (
         "Set it to false, and zero_optimization.offload_param.device to 'cpu'.",
     ),
     _deepcompile_key("symmetric_memory", "torch's symmetric memory", "Set it to false."),
+    Unbuilt(
+        "compile.passes",
+        "the pass autosp",
+        lambda c: c.compile_config.deepcompile and "autosp" in (c.compile_config.passes or []),
+        "Remove 'autosp'; sequence_parallel_size with DistributedAttention divides sequences.",
+    ),
     # ------------------------------------------------------------------ techniques
     Unbuilt(
         "weight_quantization",

@@ -39,7 +39,9 @@ class CompileControl:
 
         Raises:
             RuntimeError: if this torch cannot compile.
-            NotImplementedError: for compiled autograd, and for a schedule without `compile.deepcompile`.
+            NotImplementedError: for compiled autograd, for a schedule without `compile.deepcompile`, and for passes that
+                do not go together.
+            ValueError: if `compile.passes` is for another ZeRO stage.
         """
         if self._is_compiled:
             return
@@ -52,7 +54,7 @@ class CompileControl:
             from deepspeed.compile.session import start
 
             self.deepcompile = start(engine, chosen, schedule)
-            chosen = chosen if self.deepcompile is None else self.deepcompile.backend
+            chosen = chosen if self.deepcompile is None else self.deepcompile.backend or chosen
         engine.module.compile(**{"backend": chosen, **(compile_kwargs or {})})
         engine._products.release()
         self._is_compiled = True
@@ -99,7 +101,7 @@ class CompileControl:
 
     def get_compile_time(self) -> list[tuple[int, float]]:
         """For each of DeepCompile's graphs its number and the seconds that compiling took."""
-        return [] if self.deepcompile is None else list(self.deepcompile.backend.times)
+        return [] if self.deepcompile is None else self.deepcompile.times
 
     def register_compile_pass(self, name: str, opt_pass_fn: Any, contract: Any = None) -> None:
         """Make a pass over DeepCompile's graphs known by a name, for `compile(schedule=...)`.

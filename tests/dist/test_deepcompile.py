@@ -139,3 +139,78 @@ def test_graphs_with_zero_inside_change_no_number(stage, kind, how, persist, ran
         assert (gathers > 0) == (stage == 3 and how != "looped")
         # a graph drops what it gathered: at most the message buffer of the last one is still gloo's
         assert kept <= 4
+
+
+class Divided(torch.nn.Module):
+    """Pairs of column and row layers, 7 features over 2 ranks, and a head whose outputs are gathered."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.up = torch.nn.ModuleList(torch.nn.Linear(WIDTH, 7) for _ in range(2))
+        self.down = torch.nn.ModuleList(torch.nn.Linear(7, WIDTH) for _ in range(2))
+        self.head = torch.nn.Linear(WIDTH, 9)
+
+    def forward(self, x):
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.tanh(up(x)))
+        return self.head(x)
+
+
+def train_divided(rank, stage, compiled):
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "zero_optimization": {"stage": stage},
+        "tensor_parallel": {
+            "autotp_size": 2,
+            "partition_config": {
+                "use_default_specs": False,
+                "layer_specs": [
+                    {"patterns": [".*up.*weight$"], "partition_type": "column"},
+                    {"patterns": [".*down.*weight$"], "partition_type": "row"},
+                    {
+                        "patterns": ["head.weight$"],
+                        "partition_type": "column",
+                        "gather_output": True,
+                    },
+                ],
+            },
+        },
+        "compile": {"deepcompile": compiled, "passes": ["autotp"]},
+    }
+    engine, *_ = deepspeed.initialize(model=Divided(), config=config)
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append([str(node.target) for node in gm.graph.nodes])
+        return gm.forward
+
+    if compiled:
+        torch._dynamo.reset()
+        engine.compile(backend=backend)
+        assert engine.is_deepcompile_active()
+    generator = torch.Generator().manual_seed(8)
+    found = []
+    for _ in range(2):
+        x = torch.randn(2, WIDTH, generator=generator, requires_grad=True)
+        out = engine(x)
+        engine.backward(out.square().mean())
+        engine.step()
+        found += [out.detach(), x.grad]
+    found += [p.detach().clone() for p in engine.module.parameters()]
+    engine.destroy()
+    return found, graphs
+
+
+def compare_divided(rank, stage):
+    warnings.filterwarnings("ignore")
+    want, _ = train_divided(rank, stage, False)
+    return want, *train_divided(rank, stage, True)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_collectives_of_divided_layers_are_in_one_graph_and_change_no_number(stage, ranks2):
+    for want, got, graphs in ranks2.run(compare_divided, stage):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)  # the same sums in the same order
+        assert len(graphs) == 1, graphs

@@ -29,6 +29,7 @@ from deepspeed.module_inject.tp_layer import TensorParallelLayer
 from deepspeed.module_inject.tp_metadata import collect_autotp_universal_checkpoint_info
 from deepspeed.module_inject.tp_parser import guess_specs
 from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+from deepspeed.runtime.compiler import disable
 from deepspeed.utils.errors import explain
 
 from .config import TPTrainingConfig, _get_hf_tp_plan
@@ -253,7 +254,7 @@ def check_inputs_once(model: torch.nn.Module, axis: Axis) -> None:
         if any(other != told[0] for other in told):
             raise AssertionError(INCONSISTENT)
 
-    hook = model.register_forward_pre_hook(compare, with_kwargs=True)
+    hook = model.register_forward_pre_hook(disable(compare), with_kwargs=True)
 
 
 def _digest(inputs: Any) -> list[Any]:

@@ -59,6 +59,7 @@ ASKING = {
             "symmetric_memory",
         )
     },
+    "compile.passes": {"compile": {"deepcompile": True, "passes": ["autosp"]}},
     "weight_quantization": {**zero(2), **QUANTIZED},
     "quantize_training.eigenvalue.enabled": {
         "quantize_training": {"eigenvalue": {"enabled": True}}
