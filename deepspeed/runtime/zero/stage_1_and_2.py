@@ -66,7 +66,9 @@ class DeepSpeedZeroOptimizer(ZeroOptimizer, ZeROOptimizer):
 
     @property
     def averaged_gradients(self) -> dict[int, Any]:
-        """This rank's reduced gradients by group; None where there are none."""
+        """This rank's reduced gradients on the device by group, None where there are none; empty where they are offloaded."""
+        if self.plan.state_tier is not TierKind.DEVICE:
+            return {}
         return {number: group.grads() for number, group in enumerate(self.groups)}
 
     @property
