@@ -16,6 +16,7 @@ _PACKAGES = (
     "op_builder",
     "quantizer",
     "sgd",
+    "sparse_attention",
 )
 
 

@@ -210,6 +210,12 @@ BUILT = {
     "deepspeed.ops.random_ltd": "GatherTokens ScatterTokens bert_sample_tokens gpt_sample_tokens",
     "deepspeed.ops.lamb": "FusedLamb",
     "deepspeed.ops.lion": "DeepSpeedCPULion FusedLion",
+    "deepspeed.ops.deepspeed4science": "DS4Sci_EvoformerAttention",
+    "deepspeed.ops.sparse_attention": (
+        "SparsityConfig DenseSparsityConfig FixedSparsityConfig VariableSparsityConfig BigBirdSparsityConfig "
+        "BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig SparseSelfAttention BertSparseSelfAttention "
+        "SparseAttentionUtils MatMul Softmax"
+    ),
     "deepspeed.ops.transformer": "DeepSpeedTransformerLayer DeepSpeedTransformerConfig",
     "deepspeed.ops.op_builder": "CPUAdamBuilder FusedAdamBuilder AsyncIOBuilder",
     "deepspeed.profiling.config": "DeepSpeedFlopsProfilerConfig",

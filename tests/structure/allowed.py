@@ -68,6 +68,7 @@ WIDE_SIGNATURES: dict[str, str] = {
     "deepspeed/ops/rules.py:_random_adam_reference": "the op's schema",
     "deepspeed/ops/rules.py:_sgd_reference": "the op's schema",
     "deepspeed/ops/rules.py:adam_rollback": "the op's schema",
+    "deepspeed/ops/sparse_attention/sparsity_config.py:VariableSparsityConfig.__init__": "public constructor",
     "deepspeed/profiling/flops_profiler/profiler.py:get_model_profile": "public signature",
     "deepspeed/runtime/dataloader.py:DeepSpeedDataLoader.__init__": "public constructor",
     "deepspeed/runtime/data_pipeline/data_sampling/data_analyzer.py:DataAnalyzer.__init__": "public constructor",

@@ -56,6 +56,7 @@ _NO_GDS = (
     "GPUDirect Storage is not supported; AsyncIOBuilder's handle takes GPU tensors too, "
     "by way of page-locked memory"
 )
+_NO_TRITON_1 = "it served Triton 1.0; deepspeed.ops.sparse_attention runs on torch's operations and needs no op"
 _V2 = "inference.v2.kernels"
 
 ROWS = (
@@ -86,7 +87,7 @@ ROWS = (
     Row("RaggedUtils", "ragged_ops", "inference.v2.ragged_ops"),
     Row("RandomLTD", "random_ltd", "ops.random_ltd_op", cuda_namespaces.random_ltd),
     Row("ShareMemComm", "deepspeed_shm_comm", "ops.comm.deepspeed_shm_comm_op"),
-    Row("SparseAttn", "sparse_attn", "ops.sparse_attention.sparse_attn_op"),
+    Row("SparseAttn", "sparse_attn", "ops.sparse_attention.sparse_attn_op", missing=_NO_TRITON_1),
     Row(
         "SpatialInference",
         "spatial_inference",
