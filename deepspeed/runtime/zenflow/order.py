@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ..zero.optimizer import ZeroOptimizer
 
 _MOMENTS = DeepSpeedCPUAdam.moments
+_PIECE = 128 * 1024
 _MASK, _REST, _COUNTS = (f"{KEPT}{name}" for name in ("chosen", "rest", "counts"))
 
 
@@ -171,7 +172,7 @@ class ZenFlow(StepOrder):
             dtype = torch.promote_types(split.part.master.dtype, torch.float32)
             split.rest = split.part.tier.alloc(split.part.length, dtype)
         if self.counts.waiting:
-            split.rest.add_(grad, alpha=grad_scale)
+            _add(split.rest, grad, grad_scale)
         else:
             split.rest.copy_(grad).mul_(grad_scale)
 
@@ -363,6 +364,15 @@ class ZenFlow(StepOrder):
         """Wait for the thread, and end it."""
         if self.worker is not None:
             self.worker.close()
+
+
+def _add(total: torch.Tensor, values: torch.Tensor, scale: float) -> None:
+    """Add `values * scale`; a sum of mixed dtypes is several times as fast by pieces that fit a cache."""
+    if values.dtype == total.dtype:
+        total.add_(values, alpha=scale)
+        return
+    for part, piece in zip(total.split(_PIECE), values.split(_PIECE), strict=True):
+        part.add_(piece.to(total.dtype), alpha=scale)
 
 
 def _adam_of(owner: ZeroOptimizer) -> DeepSpeedCPUAdam:
