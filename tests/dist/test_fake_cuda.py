@@ -312,3 +312,44 @@ def _activations(rank):
 
 def test_activations_go_to_the_host_and_come_back_on_a_stream_of_their_own(one):
     one.run(_activations)
+
+
+# ------------------------------------------------------------------ our kernels, by the driver that plays them
+
+
+def _with_kernels(rank, library, folder):
+    import ctypes
+    from pathlib import Path
+
+    from deepspeed.ops import cuda
+    from deepspeed.ops.cuda_driver import Driver
+    from tests.unit.cuda_loader import packs
+
+    launches = []
+
+    class OpenDriver(Driver):
+        def launch(self, *args):
+            launches.append(args)
+            with fake_cuda.open_memory():
+                super().launch(*args)
+
+    class Side(cuda.TorchSide):
+        def devices(self):  # this torch was made without CUDA
+            return torch.cuda.device_count()
+
+    ctypes.CDLL(library).fake_set(b"devices", torch.cuda.device_count())
+    pack = packs.make(Path(folder), {"sm_80": b"sm_80 cubin"})
+    before = cuda.use(cuda.Loader(Side(), lambda: OpenDriver(library), pack))
+    try:
+        _trained(rank, 1)
+    finally:
+        cuda.use(before)
+    return len(launches)
+
+
+def test_kernels_train_as_the_plain_loop(one, tmp_path):
+    from tests.unit.cuda_loader import fake
+
+    # 8 cells of 4 steps, each with a norm and at least one step of a part on the device or a norm of one
+    (launches,) = one.run(_with_kernels, str(fake.build()), str(tmp_path), timeout=120)
+    assert launches > 50

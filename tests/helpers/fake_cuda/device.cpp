@@ -185,7 +185,10 @@ struct DeviceMemory final : c10::Allocator {
         }
         char *p = device_base + offset;
         memset(reach(p), 0xFF, size);
-        blocks[p] = Block{p, size, device.index(), current_agent(device.index()), {}, {}, {}};
+        const int home = current_agent(device.index());
+        Block &block = blocks[p] = Block{p, size, device.index(), home, {}, {home}, {}};
+        // whoever had these pages before may still use them, up to here in the order of this stream
+        block.uses[Use{p, p + size, home, true}] = {stream_clock[home][home], "the memory's former owner"};
         Stats &s = stats[device.index()];
         s.now += int64_t(size), s.peak = std::max(s.peak, s.now), ++s.total;
         return {p, p, &free_device, device};
