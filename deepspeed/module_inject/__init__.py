@@ -20,6 +20,16 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "SubParamLinearLayer",
             "set_autotp_mode",
         ],
+        ".policy": [
+            "DSPolicy",
+            "EmbeddingLayer",
+            "GroupQuantizer",
+            "HFBertLayerPolicy",
+            "Normalize",
+            "ReplaceWithTensorSlicing",
+            "generic_injection",
+            "quantize_transformer_layer",
+        ],
         ".replace_module": ["replace_transformer_layer", "revert_transformer_layer"],
     },
 )

@@ -161,8 +161,10 @@ BUILT = {
     "deepspeed.module_inject": (
         "replace_transformer_layer revert_transformer_layer LinearAllreduce LinearLayer set_autotp_mode "
         "SubParamLinearLayer SubParamLinearAllreduce TPLayerSpec AutoTPConfig PartitionType "
-        "AutoTPPresets merge_autotp_configs"
+        "AutoTPPresets merge_autotp_configs DSPolicy EmbeddingLayer GroupQuantizer HFBertLayerPolicy Normalize "
+        "ReplaceWithTensorSlicing generic_injection quantize_transformer_layer"
     ),
+    "deepspeed.module_inject.replace_policy": "HFBertLayerPolicy replace_policies",
     "deepspeed.module_inject.auto_ep": "AutoEP _resolve_route_scale",
     "deepspeed.module_inject.auto_ep_config": (
         "AutoEPConfig MoELayerSpec PRESET_MODELS fill_autoep_config_from_hf parse_autoep_config "

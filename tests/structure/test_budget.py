@@ -78,7 +78,7 @@ BUDGET = {
     "deepspeed/sequence deepspeed/runtime/sequence_parallel": 2060,
     "deepspeed/inference -deepspeed/inference/quantization -deepspeed/inference/v2": 1000,
     # fused decoders; and tensor parallelism: layers, rules, what checkpoints are told of them
-    "deepspeed/module_inject": 3700,  # and AutoEP: presets, detection, the layer, its settings
+    "deepspeed/module_inject": 3920,  # and AutoEP: presets, detection, the layer, its settings
     # with the picture of a run's CSV
     "deepspeed/monitor": 600,
     # counting, the report and the numbers' form are a file each
@@ -91,7 +91,7 @@ BUDGET = {
     # ends a job everywhere; the design counted one machine
     "deepspeed/launcher": 2700,
     # tables of facts for every key, rule and op; the design counted the first wave only
-    "tests": 37500,
+    "tests": 38800,
 }
 HEADROOM = 1.2
 SUFFIXES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".c", ".toml", ".md", ".bat", ""}
