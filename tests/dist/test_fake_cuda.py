@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from tests.helpers import fake_cuda, parity
+from tests.helpers import fake_cuda, parity, zenflow
 from tests.helpers.parity import Cell, Run
 from tests.helpers.ranks import RankPool
 
@@ -353,3 +353,37 @@ def test_kernels_train_as_the_plain_loop(one, tmp_path):
     # 8 cells of 4 steps, each with a norm and at least one step of a part on the device or a norm of one
     (launches,) = one.run(_with_kernels, str(fake.build()), str(tmp_path), timeout=120)
     assert launches > 50
+
+
+# ------------------------------------------------------------------ steps beside the training
+
+
+def _steps_beside(rank):
+    section = {"topk_ratio": 0.3, "update_interval": 3, "select_strategy": "step"}
+    section |= {"select_interval": 6, "overlap_step": True}
+    for stage in (2, 3):
+        loop = zenflow.Loop(choose=6, ranks=2, overlap=True)
+        made = zenflow.engine(stage, {"zenflow": section, "offload_optimizer": HOST})
+        zenflow.train(made, rank)
+        fake_cuda.check()
+        found = zenflow.weights(made)
+        for name, value in loop.run().items():
+            # fp32 against float64 over a dozen steps of a tenth of the weights' size
+            torch.testing.assert_close(found[name].double(), value, rtol=2e-4, atol=2e-5)
+        made.destroy()
+    runs = []
+    for super_offload in (False, True):
+        offload = {**HOST, "super_offload": super_offload}
+        zero = {"offload_optimizer": offload, "sub_group_size": 8, "reduce_bucket_size": 20}
+        made = zenflow.engine(3, zero, bf16={"enabled": True}, gradient_clipping=0.75)
+        runs.append((zenflow.train(made, rank), zenflow.weights(made)))
+        fake_cuda.check()
+        order = made.optimizer.order
+        made.destroy()
+    plain, other = runs
+    assert plain[0] == other[0] and 0 < order.agreed < order.tried
+    assert all(torch.equal(plain[1][name], other[1][name]) for name in plain[1])
+
+
+def test_zenflow_and_super_offload_change_nothing_that_is_being_read(two):
+    two.run(_steps_beside, timeout=120)

@@ -72,7 +72,7 @@ def train(made: Any, rank: int = 0, first: int = 0, last: int = STEPS) -> list[f
     losses = []
     for step in range(first, last):
         for micro in range(made.gradient_accumulation_steps()):
-            x, y = (t.to(made.get_data_types()[0]) for t in batch(step, micro, rank))
+            x, y = (t.to(made.device, made.get_data_types()[0]) for t in batch(step, micro, rank))
             loss = loss_of(made, x, y)
             made.backward(loss)
             made.step()
@@ -83,7 +83,7 @@ def train(made: Any, rank: int = 0, first: int = 0, last: int = STEPS) -> list[f
 def weights(made: Any) -> dict[str, torch.Tensor]:
     """The masters, whole, by name; a collective."""
     return {
-        name: deepspeed.utils.safe_get_full_fp32_param(param).clone()
+        name: deepspeed.utils.safe_get_full_fp32_param(param).cpu().clone()
         for name, param in made.module.named_parameters()
     }
 
@@ -93,7 +93,7 @@ def seen(made: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, param in made.module.named_parameters():
         with deepspeed.zero.GatheredParameters(param):
-            found[name] = param.detach().float().clone()
+            found[name] = param.detach().float().cpu().clone()
     return found
 
 

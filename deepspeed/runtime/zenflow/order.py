@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import flat
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.norms import squared_norm
@@ -210,12 +211,13 @@ class ZenFlow(StepOrder):
         again = counts.since >= settings.choose_every or counts.updates >= settings.choose_updates
         mine = [split for split in self.splits if split.has_rest]
         jobs = [(self._options(s), s.part.master, s.rest) for s in mine]
+        read = self._copies_read()
         if self.worker is not None and not again:
-            self._pending = self.worker.start(self._step_rest, jobs, scale)
+            self._pending = self.worker.start(self._step_rest, jobs, scale, read)
             for split in mine:
                 split.rest, split.spare = split.spare, split.rest
             return
-        self._step_rest(jobs, scale)
+        self._step_rest(jobs, scale, read)
         for split in mine:
             self._lower(split)
         if again:
@@ -227,7 +229,17 @@ class ZenFlow(StepOrder):
         options = self.owner.param_groups[split.group.param_group_index]
         return {key: value for key, value in options.items() if key != "params"}
 
-    def _step_rest(self, jobs: Iterable[tuple[Any, ...]], scale: float) -> None:
+    def _copies_read(self) -> Any:
+        """What to wait for before masters change, which copies to the device may still read; None without a device."""
+        if self.owner.device.type == "cpu":
+            return None
+        event = get_accelerator().Event()
+        event.record()
+        return event
+
+    def _step_rest(self, jobs: Iterable[tuple[Any, ...]], scale: float, read: Any) -> None:
+        if read is not None:
+            read.synchronize()
         for options, master, rest in jobs:
             self.adam.step_shard(options, master, rest, None, scale)
 
