@@ -61,7 +61,7 @@ BUDGET = {
     # with the memory plan, packed weights, states that go and come back, files on disk, smaller groups and fewer bits;
     # one norm over experts and tensor-parallel shares; names of upstream's that callers import;
     # whole matrices for Muon, memory that is used again; orders of the step, and a thread beside the training
-    "deepspeed/runtime/zero": 7560,
+    "deepspeed/runtime/zero": 7620,
     # two orders of the step: columns that go first, and steps before the norm is known
     "deepspeed/runtime/zenflow deepspeed/runtime/superoffload": 800,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned; so is what

@@ -77,7 +77,8 @@ class SuperOffload(StepOrder):
         _check(owner)
         self.at_boundary = at_boundary
         self.worker = HostWorker(int(cores_share * len(cores())))
-        self.trials = {id(part): Trial(group, part) for group, part in owner._parts()}
+        on_host = ((g, p) for g, p in owner._parts() if p.tier.device.type == "cpu")
+        self.trials = {id(part): Trial(group, part) for group, part in on_host}
         self.tried = self.agreed = 0
         self._confident = True
         self._trying = self._spoiled = False
@@ -100,9 +101,9 @@ class SuperOffload(StepOrder):
             trial.missing = trial.part.length
 
     def _on_stored(self, part: ShardPart, start: int, length: int) -> None:
-        if not self._trying:
+        trial = self.trials.get(id(part))
+        if trial is None or not self._trying:
             return
-        trial = self.trials[id(part)]
         if trial.running is not None:  # a gradient in instalments
             self.drop()
             return

@@ -399,12 +399,15 @@ def _adam_of(owner: ZeroOptimizer) -> DeepSpeedCPUAdam:
                 fix="change the optimizer, or remove 'zero_optimization.zenflow'",
             )
         )
-    if owner.plan.state_tier is not TierKind.HOST or owner.plan.param_tier is TierKind.FILE:
+    plan = owner.plan
+    in_memory = plan.state_tier is TierKind.HOST and plan.param_tier is not TierKind.FILE
+    if not in_memory or plan.host_ratio < 1.0:
         raise DeepSpeedConfigError(
             explain(
-                "ZenFlow needs optimizer states in host memory, and parameters in memory",
-                got=f"states in {owner.plan.state_tier.value}, parameters in {owner.plan.param_tier.value} memory",
-                expected="offload_optimizer.device cpu, and offload_param.device none or cpu",
+                "ZenFlow needs all optimizer states in host memory, and parameters in memory",
+                got=f"{plan.host_ratio:.0%} of the states in {plan.state_tier.value} memory, "
+                f"parameters in {plan.param_tier.value} memory",
+                expected="offload_optimizer.device cpu with ratio 1, and offload_param.device none or cpu",
                 fix="change the two sections, or remove 'zero_optimization.zenflow'",
             )
         )

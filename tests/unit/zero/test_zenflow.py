@@ -165,6 +165,8 @@ def test_cores_are_shared_by_the_training_and_the_host_step():
 def test_what_it_cannot_serve_is_refused_by_name():
     with pytest.raises(DeepSpeedConfigError, match=r"ZenFlow.*FusedAdam"):
         engine(2, {"zenflow": {}, "offload_optimizer": {"device": "none"}})
+    with pytest.raises(DeepSpeedConfigError, match="50%"):
+        engine(2, {"zenflow": {}, "offload_optimizer": {"device": "cpu", "ratio": 0.5}})
     lion = {"optimizer": {"type": "Lion", "params": {"lr": 0.1}}}
     with pytest.raises(DeepSpeedConfigError, match="DeepSpeedCPULion"):
         engine(2, {"zenflow": {}}, **lion)
