@@ -80,6 +80,7 @@ _NAMES = {
 # Modules that are reached by a shorter name than their own.
 _ALIASES = {
     "checkpointing": "deepspeed.runtime.activation_checkpointing.checkpointing",
+    "domino": "deepspeed.runtime.domino",
     "zero": "deepspeed.runtime.zero",
 }
 

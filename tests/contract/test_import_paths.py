@@ -51,7 +51,7 @@ BUILT = {
         "compression checkpoint nebula launcher inference runtime utils accelerator constants "
         "git_version_info compile checkpointing linear InferenceEngine module_inject "
         "replace_transformer_layer revert_transformer_layer set_autotp_mode "
-        "DeepSpeedTransformerLayer DeepSpeedTransformerConfig"
+        "DeepSpeedTransformerLayer DeepSpeedTransformerConfig domino"
     ),
     "deepspeed.accelerator": "get_accelerator set_accelerator DeepSpeedAccelerator",
     "deepspeed.autotuning": "Autotuner ResourceManager",
@@ -300,6 +300,7 @@ BUILT = {
         "get_dataloader_and_lr_scheduler_for_variable_batch_size "
         "get_dataloader_and_lr_scheduler_for_variable_batch_size_deepspeed"
     ),
+    "deepspeed.runtime.domino.transformer": "DominoTransformer DominoTransformerLayer",
     "deepspeed.runtime.eigenvalue": "Eigenvalue",
     "deepspeed.runtime.progressive_layer_drop": "ProgressiveLayerDrop",
     "deepspeed.runtime.sparse_tensor": "SparseTensor",
@@ -403,9 +404,7 @@ BUILT = {
 
 # module -> names that come with later work; a row moves up when it is built
 LATER = {
-    "deepspeed": "domino",
     "deepspeed.inference.v2": "build_hf_engine InferenceEngineV2 RaggedInferenceEngineConfig",
-    "deepspeed.runtime.domino.transformer": "DominoTransformer DominoTransformerLayer",
     "deepspeed.runtime.sequence_parallel.ulysses_sp": "TiledLoss UlyssesSPFwdLossBwdWithLogits",
     "deepspeed.utils": "lazy_init_hp_params_optimizer_state link_hp_params map_to_flat_opt_states",
 }

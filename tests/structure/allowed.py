@@ -77,6 +77,7 @@ WIDE_SIGNATURES: dict[str, str] = {
     "deepspeed/runtime/data_pipeline/data_sampling/packs.py:batch_by_seqlens": "public signature",
     "deepspeed/runtime/data_pipeline/data_sampling/variable_batch_size_and_lr.py:dataloader_for_variable_batch_size": "public signature",
     "deepspeed/runtime/data_pipeline/data_sampling/variable_batch_size_and_lr.py:get_dataloader_and_lr_scheduler_for_variable_batch_size": "public signature",
+    "deepspeed/runtime/domino/transformer.py:DominoTransformer.__init__": "public constructor",
     "deepspeed/runtime/zero/mics.py:MiCS_Init.__init__": "public constructor",
     "deepspeed/runtime/zero/parameter_offload.py:DeepSpeedZeRoOffload.__init__": "public constructor",
     "deepspeed/runtime/zero/tiling.py:TiledLinear.__init__": "public constructor",

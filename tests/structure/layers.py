@@ -63,6 +63,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.runtime.sparse_gradients": 5,
     "deepspeed.runtime.activation_checkpointing": 5,
     "deepspeed.runtime.data_pipeline": 5,
+    "deepspeed.runtime.domino": 5,
     "deepspeed.runtime.model_checkpointing": 5,
     "deepspeed.runtime.rollout": 5,
     "deepspeed.runtime.sequence_parallel": 5,
