@@ -314,6 +314,25 @@ def test_activations_go_to_the_host_and_come_back_on_a_stream_of_their_own(one):
     one.run(_activations)
 
 
+def _replayed(rank):
+    from deepspeed.inference.graphs import ForwardGraphs
+
+    net = parity.model(device="cuda")
+    graphs = ForwardGraphs(net)
+    for step in range(3):
+        x, _ = parity.batch(step, 0, 0, torch.float32, "cuda")
+        with torch.no_grad():
+            want = net(x)
+        assert torch.equal(graphs(x), want)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        ForwardGraphs(lambda values: values.sum().item())(x)
+    fake_cuda.check()
+
+
+def test_captured_passes_are_replayed_on_new_inputs(one):
+    one.run(_replayed)
+
+
 # ------------------------------------------------------------------ our kernels, by the driver that plays them
 
 

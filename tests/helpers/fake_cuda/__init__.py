@@ -6,7 +6,7 @@ amp and autograd's device threads, so the code for GPUs runs on any machine with
 CPU's. See [Note: What is checked] in device.cpp for what it watches: races of streams, host memory that is read or
 changed before a copy is done, host code that follows a device address, operands on different devices.
 
-What it cannot tell: speed, rounding of real kernels, NCCL, CUDA graphs, limits of real memory.
+What it cannot tell: speed, rounding of real kernels, NCCL, limits of real memory.
 
 `check()` raises if anything was wrong so far, `forget()` starts anew.
 """
@@ -146,7 +146,7 @@ def _patch_c(torch: Any) -> None:
         _cuda_getDevice=lambda: lib.fc_device(),
         _cuda_setDevice=set_device,
         _cuda_exchangeDevice=exchange,
-        _cuda_maybeExchangeDevice=exchange,
+        _cuda_maybeExchangeDevice=lambda device: exchange(device),
         _cuda_synchronize=synchronize,
         _cuda_getCurrentStream=lambda index: (lib.fc_stream(_index(index)), _index(index), 1),
         _cuda_getDefaultStream=lambda index: (0, _index(index), 1),
@@ -159,8 +159,9 @@ def _patch_c(torch: Any) -> None:
         _cuda_resetAccumulatedMemoryStats=lambda device: None,
         _cuda_emptyCache=lambda: None,
         _cuda_ipc_collect=lambda: None,
+        _host_emptyCache=lambda: None,
         _cuda_isInBadFork=lambda: False,
-        _cuda_isCurrentStreamCapturing=lambda: False,
+        _cuda_isCurrentStreamCapturing=lambda: bool(lib.fc_capturing()),
         _cuda_getCurrentRawStream=lambda index: lib.fc_stream(_index(index)),
         _cuda_getArchFlags=lambda: "sm_80",
         _cuda_getAllocatorBackend=lambda: "native",
@@ -207,7 +208,8 @@ def _patch_torch(torch: Any) -> None:
     cuda.get_device_properties = lambda device=None: properties
     cuda.get_device_capability = lambda device=None: (8, 0)
     cuda.get_device_name = lambda device=None: properties.name
-    cuda.is_current_stream_capturing = lambda: False
+    cuda.is_current_stream_capturing = lambda: bool(_library.fc_capturing())
+    cuda.CUDAGraph = cuda.graphs.CUDAGraph = Graph
     cuda.mem_get_info = cuda.memory.mem_get_info = lambda device=None: (
         properties.total_memory - cuda.memory_allocated(device),
         properties.total_memory,
@@ -222,6 +224,36 @@ def _patch_torch(torch: Any) -> None:
     cuda._lazy_init = lambda: setattr(cuda, "_initialized", True)
     cuda._initialized = True
     _patch_storage(torch)
+
+
+class Graph:
+    """torch.cuda.CUDAGraph: operations that are remembered while they are captured, and made again."""
+
+    _made = 0
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        Graph._made += 1
+        self._number = Graph._made
+
+    def capture_begin(self, pool: Any = None, **_: Any) -> None:
+        """From here on operations are remembered."""
+        _library.fc_graph_begin(self._number)
+
+    def capture_end(self) -> None:
+        """What was captured has not happened; its results hold garbage until `replay`."""
+        _library.fc_graph_end()
+
+    def replay(self) -> None:
+        """Make the operations."""
+        _library.fc_graph_replay(self._number)
+
+    def reset(self) -> None:
+        """Let go of the memory."""
+        _library.fc_graph_reset(self._number)
+
+    def pool(self) -> tuple[int, int]:
+        """Pools are not told apart."""
+        return (0, self._number)
 
 
 def _patch_storage(torch: Any) -> None:

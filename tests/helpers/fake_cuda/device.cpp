@@ -33,6 +33,7 @@
 #include <array>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <list>
 #include <map>
 #include <mutex>
@@ -82,6 +83,19 @@ void tick(int agent) {
     ++stream_clock[agent][agent];
 }
 
+// ---- graphs: operations that are remembered and made again
+
+struct Graph {
+    std::vector<std::function<void()>> steps;
+    std::vector<Tensor> keep, made;               // memory that must stay; host tensors over what comes into being
+    std::vector<std::pair<Tensor, Tensor>> undo;  // host tensor over what is changed, contents before
+};
+std::map<int, Graph> &graphs = *new std::map<int, Graph>;  // for good: tensors cannot die after torch
+Graph *capturing = nullptr;
+void refuse_in_capture(const char *what) {
+    TORCH_CHECK(!capturing, "CUDA error: operation not permitted when stream is capturing: ", what);
+}
+
 // ---- memory
 
 struct Use {
@@ -95,7 +109,7 @@ struct Use {
 struct Block {
     char *begin;
     size_t size;
-    int device, home;  // device -1: page-locked host memory
+    int device, home;  // device -1: page-locked host memory; home -1: a graph's
     std::map<Use, std::pair<uint64_t, std::string>> uses;
     std::set<int> agents, recorded;
 };
@@ -118,7 +132,7 @@ bool is_device_address(const void *p) { return p >= device_base && p < device_ba
 char *reach(const void *p) { return is_device_address(p) ? kernel_base + ((char *)p - device_base) : (char *)p; }
 
 void use(const char *begin, size_t bytes, int agent, bool write, const std::string &what) {
-    Block *block = bytes ? block_of(begin) : nullptr;
+    Block *block = bytes && !capturing ? block_of(begin) : nullptr;
     if (!block) return;
     const Clock &now = stream_clock[agent];
     const char *end = begin + bytes;
@@ -151,7 +165,7 @@ void free_device(void *p) {
     stats[block.device].now -= int64_t(block.size);
     if (strict)
         for (auto &[old, when] : block.uses)
-            if (old.agent != block.home && !block.recorded.count(old.agent) &&
+            if (block.home >= 0 && old.agent != block.home && !block.recorded.count(old.agent) &&
                 stream_clock[block.home][old.agent] < when.first && host_clock[old.agent] < when.first) {
                 violations.push_back("race: memory of " + name_of(block.home) + " is freed while " + when.second +
                                      " may use it on " + name_of(old.agent) + ", without record_stream");
@@ -185,10 +199,10 @@ struct DeviceMemory final : c10::Allocator {
         }
         char *p = device_base + offset;
         memset(reach(p), 0xFF, size);
-        const int home = current_agent(device.index());
+        const int home = capturing ? -1 : current_agent(device.index());
         Block &block = blocks[p] = Block{p, size, device.index(), home, {}, {home}, {}};
         // whoever had these pages before may still use them, up to here in the order of this stream
-        block.uses[Use{p, p + size, home, true}] = {stream_clock[home][home], "the memory's former owner"};
+        if (home >= 0) block.uses[Use{p, p + size, home, true}] = {stream_clock[home][home], "the memory's former owner"};
         Stats &s = stats[device.index()];
         s.now += int64_t(size), s.peak = std::max(s.peak, s.now), ++s.total;
         return {p, p, &free_device, device};
@@ -263,6 +277,7 @@ void settle() {
     if (!wrong.empty()) violate(wrong);
 }
 void host_waits(const Clock &clock) {
+    refuse_in_capture("the host waits");
     Hold hold(mutex);
     join(host_clock, clock);
     settle();
@@ -494,7 +509,7 @@ Tensor &set_nothing(Tensor &self) {
 }
 
 Tensor &copy(Tensor &self, const Tensor &source, bool non_blocking) {
-    if (self.is_same(source)) return self;
+    if (self.is_same(source) || self.numel() == 0) return self;
     const Tensor src = source.sizes() == self.sizes() ? source : source.expand(self.sizes());
     Hold hold(mutex);
     const int agent = current_agent((src.is_cuda() ? src : self).device().index());
@@ -507,9 +522,16 @@ Tensor &copy(Tensor &self, const Tensor &source, bool non_blocking) {
         use(src, agent, false, "copy_");
         use(self, agent, true, "copy_");
         join(stream_clock[other], stream_clock[agent]);
-        on_host(self).copy_(on_host(src));
+        Tensor to = on_host(self), from = on_host(src);
+        if (capturing) {
+            capturing->keep.insert(capturing->keep.end(), {self, src});
+            capturing->undo.emplace_back(to, to.clone());
+            capturing->steps.push_back([to, from] { to.copy_(from); });
+        }
+        to.copy_(from);
         return self;
     }
+    refuse_in_capture("a copy from or to the host");
     const Tensor &host = self.is_cuda() ? src : self;
     const bool pinned = host.numel() && is_pinned(host.const_data_ptr());
     Pending copying{host, {}, !self.is_cuda(), agent, 0, self.is_cuda() ? "a copy to the device" : "a copy to the host"};
@@ -571,6 +593,8 @@ struct Call {
     const std::string name = op.schema().name();
     std::optional<Device> device{};
     std::vector<std::pair<Tensor, Tensor>> pairs{};  // original, stand-in
+    std::vector<std::pair<Tensor, Tensor>> grown{};  // of empty ones that grew: its memory, stand-in
+    std::vector<Tensor> fresh{};                     // for each result, the device tensor made of it or none
 
     template <class F>
     void each(IValue &value, F f) {
@@ -617,6 +641,7 @@ struct Call {
         return pairs.back().second;
     }
     Tensor original(const Tensor &t, int agent) {
+        fresh.emplace_back();
         for (auto &[original, made] : pairs)
             if (made.is_same(t)) return original;
         const char *p = (const char *)t.const_data_ptr();
@@ -632,6 +657,7 @@ struct Call {
             }
         Tensor made = on_device(t, *device);
         use(made, agent, true, name);
+        fresh.back() = made;
         return made;
     }
     void run() {
@@ -652,8 +678,13 @@ struct Call {
                 generator = stack[i].toGenerator();
                 stack[i] = IValue();
             }
-            each(stack[i], [&](const Tensor &t) { return stand_in(t, write, agent); });
+            each(stack[i], [&](const Tensor &t) {
+                Tensor made = stand_in(t, write, agent);
+                if (capturing && write && t.is_cuda() && t.numel()) capturing->undo.emplace_back(made, made.clone());
+                return made;
+            });
         }
+        const torch::jit::Stack inputs(stack.begin() + long(begin), stack.end());
         if (waits(name)) host_waits(stream_clock[agent]);
         {
             std::optional<Draw> draw;
@@ -666,9 +697,32 @@ struct Call {
                 resize(original, made.sizes(), {});
                 original.unsafeGetTensorImpl()->set_sizes_and_strides(made.sizes(), made.strides());
                 memcpy(reach(original.data_ptr()), made.const_data_ptr(), extent(made));
+                grown.emplace_back(on_host(original), made);
             }
         for (size_t i = stack.size() - schema.returns().size(); i < stack.size(); ++i)
             each(stack[i], [&](const Tensor &t) { return original(t, agent); });
+        if (capturing) capture(inputs);
+    }
+    void capture(const torch::jit::Stack &inputs) {
+        std::vector<Tensor> results;
+        for (const Tensor &t : fresh) {
+            results.push_back(t.defined() ? on_host(t) : t);
+            if (t.defined()) capturing->keep.push_back(t), capturing->made.push_back(results.back());
+        }
+        for (auto &[original, made] : pairs) capturing->keep.push_back(original);
+        const auto again = [handle = op, inputs, results, grown = grown] {
+            torch::jit::Stack stack = inputs;
+            handle.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack);
+            size_t number = 0;
+            Call call{handle, stack};
+            for (size_t i = stack.size() - handle.schema().returns().size(); i < stack.size(); ++i)
+                call.each(stack[i], [&](const Tensor &t) {
+                    if (const Tensor &to = results[number++]; to.defined()) to.copy_(t);
+                    return t;
+                });
+            for (auto &[to, from] : grown) to.copy_(from);
+        };
+        capturing->steps.push_back(again);
     }
 };
 void fallback(const c10::OperatorHandle &op, c10::DispatchKeySet, torch::jit::Stack *stack) {
@@ -737,6 +791,32 @@ int64_t fc_memory(int device, int what) {
 }
 void fc_reset_peak(int device) { stats[device].peak = stats[device].now; }
 void fc_resize(void *storage, size_t bytes) { resize_storage((c10::StorageImpl *)storage, bytes); }
+void fc_graph_begin(int id) {
+    Hold hold(mutex);
+    capturing = &(graphs[id] = Graph());
+}
+void fc_graph_end() {  // nothing of it has happened yet
+    Hold hold(mutex);
+    at::AutoDispatchBelowADInplaceOrView below;
+    for (auto at = capturing->undo.rbegin(); at != capturing->undo.rend(); ++at) at->first.copy_(at->second);
+    for (const Tensor &t : capturing->made)
+        if (extent(t)) memset(t.data_ptr(), 0xFF, extent(t));
+    capturing->undo.clear();
+    capturing = nullptr;
+}
+void fc_graph_replay(int id) {
+    Hold hold(mutex);
+    at::AutoDispatchBelowADInplaceOrView below;
+    const int agent = current_agent(current_device);
+    tick(agent);
+    for (const Tensor &t : graphs[id].keep) use(t, agent, true, "a replayed graph");
+    for (auto &step : graphs[id].steps) step();
+}
+void fc_graph_reset(int id) {
+    Hold hold(mutex);
+    graphs.erase(id);
+}
+int fc_capturing() { return capturing != nullptr; }
 int fc_violations() { return int(violations.size()); }
 const char *fc_violation(int i) { return violations[size_t(i)].c_str(); }
 void fc_forget() {
