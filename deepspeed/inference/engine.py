@@ -51,11 +51,11 @@ class InferenceEngine(nn.Module):
         self.dtype = config.dtype
         self._load(model)
         self._cast(model)
-        self._ranks = ranks_of(config)
-        self.mp_group = self._ranks.group
-        if self._ranks.size > 1:
-            divide_for_inference(model, config, self._ranks)
-            check_inputs_once(model, self._ranks)
+        self.tp_axis = ranks_of(config)
+        self.mp_group = self.tp_axis.group
+        if self.tp_axis.size > 1:
+            divide_for_inference(model, config, self.tp_axis)
+            check_inputs_once(model, self.tp_axis)
         self.device = self._place(model)
         model.eval()
         self.training = False
@@ -110,7 +110,7 @@ class InferenceEngine(nn.Module):
         return device
 
     def _inject(self, model: nn.Module) -> Decoder | None:
-        if self._ranks.size > 1:
+        if self.tp_axis.size > 1:
             logger.warning(
                 "no fused decoder for a model that is divided over ranks, it runs as it is"
             )
@@ -150,7 +150,7 @@ class InferenceEngine(nn.Module):
             raise AttributeError(f"class {type(self.module).__name__} has no method generate")
         self._check_beams(kwargs)
         self._check_length(inputs, kwargs)
-        share_random_state(self._ranks)
+        share_random_state(self.tp_axis)
         with self._products:
             if self.decoder is not None:
                 limit = self.decoder.weights.positions

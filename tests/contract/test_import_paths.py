@@ -130,7 +130,14 @@ BUILT = {
     "deepspeed.inference.quantization.quantization": "_init_group_wise_weight_quantization",
     "deepspeed.inference.quantization.quantization_context": "QuantizationContext",
     "deepspeed.inference.quantization.utils": "DeQuantizer Quantizer",
-    "deepspeed.inference.v2": "",
+    "deepspeed.inference.v2": (
+        "build_hf_engine build_engine_from_ds_checkpoint InferenceEngineV2 RaggedInferenceEngineConfig"
+    ),
+    "deepspeed.inference.v2.engine_v2": "InferenceEngineV2",
+    "deepspeed.inference.v2.engine_factory": "build_hf_engine build_engine_from_ds_checkpoint",
+    "deepspeed.inference.v2.config_v2": "RaggedInferenceEngineConfig DeepSpeedTPConfig",
+    "deepspeed.inference.v2.ragged": "DSStateManagerConfig DSStateManager BlockedAllocator",
+    "deepspeed.inference.v2.scheduling_utils": "SchedulingResult SchedulingError",
     "deepspeed.io": "FastFileWriter FastFileWriterConfig PyFileWriter MockFileWriter",
     "deepspeed.launcher.launch": "main",
     "deepspeed.launcher.runner": "main DEEPSPEED_ENVIRONMENT_NAME DLTS_HOSTFILE EXPORT_ENVS",
@@ -404,7 +411,6 @@ BUILT = {
 
 # module -> names that come with later work; a row moves up when it is built
 LATER = {
-    "deepspeed.inference.v2": "build_hf_engine InferenceEngineV2 RaggedInferenceEngineConfig",
     "deepspeed.runtime.sequence_parallel.ulysses_sp": "TiledLoss UlyssesSPFwdLossBwdWithLogits",
     "deepspeed.utils": "lazy_init_hp_params_optimizer_state link_hp_params map_to_flat_opt_states",
 }

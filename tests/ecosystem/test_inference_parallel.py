@@ -160,3 +160,27 @@ def test_weights_from_files_are_divided(ranks2, tmp_path):
     expected = model(input_ids=torch.tensor([[5, 6, 7]])).logits.detach()
     for logits, _ in ranks2.run(fused_and_from_files, str(tmp_path)):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def ragged(rank, name):
+    from deepspeed.inference.v2 import InferenceEngineV2
+
+    warnings.simplefilter("ignore")
+    forget()
+    model = model_of(name)[0].eval()
+    ids = torch.randint(3, 90, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, -1]
+    memory = {"mode": "allocate", "size": 3}
+    engine = InferenceEngineV2(model, {"tp": {"tp_size": 2}, "manager": {"memory_config": memory}})
+    engine.put([1], [ids[0, :12]])
+    engine.put([1, 2], [ids[0, 12:29], ids[1, :29]])
+    torch.testing.assert_close(
+        engine.put([2, 1], ids[[1, 0], 29:]), expected[[1, 0]], rtol=1e-4, atol=1e-5
+    )
+    return engine._model.shapes[0][0].heads
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ragged_batches_on_two_ranks_give_what_the_whole_model_does(ranks2, name):
+    assert ranks2.run(ragged, name) == [1 if name == "llama" else 2] * 2

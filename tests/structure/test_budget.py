@@ -77,6 +77,7 @@ BUDGET = {
     # and chunks of long sequences that wait on the host
     "deepspeed/sequence deepspeed/runtime/sequence_parallel": 2060,
     "deepspeed/inference -deepspeed/inference/quantization -deepspeed/inference/v2": 1000,
+    "deepspeed/inference/v2": 820,  # ragged batches, their blocks, and models that fill them
     # fused decoders; and tensor parallelism: layers, rules, what checkpoints are told of them
     "deepspeed/module_inject": 3920,  # and AutoEP: presets, detection, the layer, its settings
     # with the picture of a run's CSV
