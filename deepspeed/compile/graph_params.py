@@ -69,7 +69,7 @@ class GraphParams:
         self._number = {id(p): number for number, p in self._by_number.items()}
         self._reducer, self.residency, self._share = reducer, residency, share
         self._config = config
-        self._shelled: list[torch.nn.Parameter] = []
+        self._shells: list[tuple[Any, torch.Tensor]] | None = None
 
     # - numbers
 
@@ -113,22 +113,21 @@ class GraphParams:
 
     # - shells
 
-    def put_shells(self) -> None:
-        """Give sharded parameters the look of whole ones; see [Note: Shells]."""
-        for param in self._by_number.values():
-            if is_zero_param(param) and getattr(param, "ds_shell", None) is None:
-                sharded_param.release([param])
-                param.ds_shell = _shell(param)
-                param.data = param.ds_shell
-                self._shelled.append(param)
+    def put(self) -> None:
+        """Give sharded parameters the look of whole ones, for a pass; see [Note: Shells]."""
+        if self._shells is None:
+            self._shells = [(p, _shell(p)) for p in self._by_number.values() if is_zero_param(p)]
+        for param, shell in self._shells:
+            if getattr(param, "ds_shell", None) is None:
+                param.ds_shell = shell
+                if param.ds_status is ZeroParamStatus.NOT_AVAILABLE:
+                    param.data = shell
 
-    def take_shells(self) -> None:
-        """The end of `put_shells`."""
-        for param in self._shelled:
-            param.ds_shell = None
-            if param.ds_status is ZeroParamStatus.NOT_AVAILABLE:
-                param.data = torch.empty(0, dtype=param.dtype, device=param.ds_device)
-        self._shelled = []
+    def take(self) -> None:
+        """The end of `put`."""
+        for param, _ in self._shells or ():
+            if param.__dict__.pop("ds_shell", None) is not None:
+                sharded_param.empty_unless_whole(param)
 
     # - what operators do
 

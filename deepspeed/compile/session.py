@@ -92,6 +92,8 @@ def why_not(engine: Any, backend: str) -> str | None:
         return "ZeRO stage 0 leaves nothing to do for it"
     if not hasattr(engine.optimizer, "reducer"):
         return "the engine has no ZeRO optimizer"
+    if engine.residency is not None and any(hasattr(m, "_z3_leaf") for m in engine.modules()):
+        return "leaf modules of ZeRO-3 choose at run time what they compute with"
     return None
 
 
@@ -134,8 +136,7 @@ class DeepCompile:
         if engine.residency is not None:
             _keep_reads_eager()
             engine.residency.release_all()
-            engine.residency.leave_to_graphs()
-            self.params.put_shells()
+            engine.residency.leave_to_graphs(self.params)
 
     @contextlib.contextmanager
     def forward(self, step: int) -> Iterator[None]:
@@ -169,7 +170,6 @@ class DeepCompile:
     def stop(self) -> None:
         """Go back to module hooks."""
         if self._residency is not None:
-            self.params.take_shells()
             self._residency.take_from_graphs()
 
 

@@ -42,6 +42,8 @@ class SlabDriver:
         self.optimizer.order.begin_backward()
         self.optimizer.reducer.keep_apart(_reduces_itself(self.optimizer.optimizer))
         self.optimizer.reducer.begin(sync)
+        if self.residency is not None:
+            self.residency.begin_backward()
 
     def finish(self, sync: bool) -> None:
         self.optimizer.reducer.finish()

@@ -85,6 +85,7 @@ class Residency:
         self._record = self._records[False]
         self._open = False
         self.in_graphs = self.computing = False
+        self._shells: Any = None
         self.access_kept_out = disable(self.access)
         self._live: dict[int, torch.nn.Parameter] = {}
         self._live_numel = 0
@@ -137,16 +138,21 @@ class Residency:
             self._owns.append(False)
         return number
 
-    def leave_to_graphs(self) -> None:
-        """Compiled graphs gather by themselves from now on; only parameters that code outside of them reads are ours."""
+    def leave_to_graphs(self, shells: Any) -> None:
+        """Compiled graphs gather by themselves from now on; only parameters that code outside of them reads are ours.
+
+        Args:
+            shells: `put` and `take` them, so that parameters look whole during passes.
+        """
         self.remove_hooks()
-        self.in_graphs = True
+        self.in_graphs, self._shells = True, shells
         for module in _down_to_leaves(self.module):
             for inner in module.modules() if getattr(module, "_z3_leaf", False) else [module]:
                 _watch_access(inner, self)
 
     def take_from_graphs(self) -> None:
         """The end of `leave_to_graphs`."""
+        self._shells.take()
         self.in_graphs = False
         self.hook(self.module)
 
@@ -155,6 +161,7 @@ class Residency:
         """The extent of a forward pass of compiled graphs."""
         staying = {id(p): p for params in self._params for p in params if id(p) in self._staying}
         self._make_whole(list(staying.values()))
+        self._shells.put()
         self.computing = True
         try:
             yield
@@ -271,6 +278,11 @@ class Residency:
             param.ds_active_sub_modules.clear()
             self._drop([param])
 
+    def begin_backward(self) -> None:
+        """A backward pass begins."""
+        if self.in_graphs:
+            self._shells.put()
+
     def finish_backward(self) -> None:
         """The backward pass is over: nothing is in use."""
         self._end_pass()
@@ -316,6 +328,8 @@ class Residency:
             param.ds_active_sub_modules.clear()
         self._let_go([p for p in self._live.values() if id(p) not in self._staying])
         self._blocks.clear()
+        if self.in_graphs:
+            self._shells.take()
 
     def after_step(self) -> None:
         """The slices have changed: gathered copies are stale."""
@@ -326,6 +340,8 @@ class Residency:
     def release_all(self) -> None:
         """Let everything go, persistent parameters too; the next use gathers them again."""
         self._let_go(list(self._live.values()))
+        if self.in_graphs:
+            self._shells.take()
 
     def _weigh(self, number: int) -> int:
         return sum(p.ds_numel for p in self.needs(number))

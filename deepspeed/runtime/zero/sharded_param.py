@@ -337,6 +337,12 @@ def release(params: Iterable[torch.nn.Parameter]) -> None:
             param.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
+def empty_unless_whole(param: torch.nn.Parameter) -> None:
+    """Have a parameter that is not gathered show what it shows between uses."""
+    if param.ds_status is ZeroParamStatus.NOT_AVAILABLE:
+        param.data = absent(param)
+
+
 # - the methods that callers know
 
 
