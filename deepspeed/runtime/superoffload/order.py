@@ -145,7 +145,6 @@ class SuperOffload(StepOrder):
         if right:
             for trial in trials:
                 self._wait(trial)
-                trial.running = None
                 trial.group.lower(trial.part)
             self.agreed += len(trials)
         else:
@@ -167,8 +166,9 @@ class SuperOffload(StepOrder):
 
     @staticmethod
     def _wait(trial: Trial) -> None:
-        if trial.running is not None:
-            trial.running.result()
+        running, trial.running = trial.running, None
+        if running is not None:
+            running.result()
 
     def _put_back(self) -> None:
         inner = self.owner.optimizer
@@ -176,7 +176,6 @@ class SuperOffload(StepOrder):
             if trial.running is None:
                 continue
             self._wait(trial)
-            trial.running = None
             master = trial.part.master
             master.data.copy_(trial.before[""])
             if not trial.numbers:  # its first step made the states
