@@ -333,6 +333,32 @@ def test_captured_passes_are_replayed_on_new_inputs(one):
     one.run(_replayed)
 
 
+def _stepped_in_pieces(rank):
+    from deepspeed.ops.adam import fused_adam
+
+    numel, fused_adam._PIECE = 1000, 256
+    torch.manual_seed(0)
+    param, grad = torch.randn(numel), torch.randn(numel).bfloat16()
+    on_device, on_host = torch.nn.Parameter(param.cuda()), torch.nn.Parameter(param.clone())
+    optimizer = fused_adam.FusedAdam([on_device, on_host], lr=1e-2)
+    group, gradient = optimizer.param_groups[0], grad.cuda()
+    for _ in range(2):
+        optimizer.step_shard(group, on_device, gradient, grad_scale=0.5)
+        optimizer.step_shard(group, on_host, grad, grad_scale=0.5)
+    # two steps of lr 1e-2 on weights below 4: rounding of either rule shows in the last bits
+    torch.testing.assert_close(on_device.detach().cpu(), on_host.detach(), rtol=1e-6, atol=1e-7)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step_shard(group, on_device, gradient, grad_scale=0.5)
+    # the gradient of one piece, before and after scaling, and of the piece before it
+    assert torch.cuda.max_memory_allocated() - before <= 4 * 256 * 4
+    fake_cuda.check()
+
+
+def test_without_a_kernel_a_flat_step_takes_the_memory_of_a_piece(one):
+    one.run(_stepped_in_pieces)
+
+
 # ------------------------------------------------------------------ our kernels, by the driver that plays them
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from deepspeed.ops.rules import adam_step
 from deepspeed.utils.errors import explain
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PIECE = 1 << 26  # elements: 256 MiB of fp32 for a piece's gradient
 
 
 class FusedAdam(ElementwiseOptimizer):
@@ -165,26 +166,39 @@ class FusedAdam(ElementwiseOptimizer):
         grad_scale: float,
     ) -> None:
         """Run torch's fused kernel, which wants one dtype and a step count on the device."""
-        grad = grad.to(param.dtype)
-        if grad_scale != 1.0:
-            grad = grad * grad_scale
         beta1, beta2 = group["betas"]
         fused = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
-        fused(
-            [param.detach()],
-            [grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [torch.full((), float(state["step"]), device=param.device)],
-            lr=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
+        step = torch.full((), float(state["step"]), device=param.device)
+        tensors = (param.detach(), grad, state["exp_avg"], state["exp_avg_sq"])
+        for weights, gradient, first, second in _pieces(tensors):
+            gradient = gradient.to(param.dtype)
+            if grad_scale != 1.0:
+                gradient = gradient * grad_scale
+            fused(
+                [weights],
+                [gradient],
+                [first],
+                [second],
+                [],
+                [step],
+                lr=float(group["lr"]),
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def _pieces(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Flat tensors cut alike, so that what is made of a piece takes little memory; others as they are."""
+    if tensors[0].dim() != 1:
+        yield tensors
+        return
+    for start in range(0, tensors[0].numel(), _PIECE):
+        length = min(_PIECE, tensors[0].numel() - start)
+        yield tuple(tensor.view(-1).narrow(0, start, length) for tensor in tensors)
 
 
 def _check(param: Tensor, grad: Tensor) -> None:
