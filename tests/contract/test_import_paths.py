@@ -122,7 +122,11 @@ BUILT = {
     ),
     "deepspeed.env_report": "cli_main main",
     "deepspeed.git_version_info": "version git_hash git_branch",
-    "deepspeed.inference.config": "DeepSpeedInferenceConfig",
+    "deepspeed.inference": (
+        "InferenceEngine DeepSpeedInferenceConfig InferenceEngineV2 RaggedInferenceEngineConfig "
+        "build_hf_engine build_engine_from_ds_checkpoint"
+    ),
+    "deepspeed.inference.config": "DeepSpeedInferenceConfig DtypeEnum",
     "deepspeed.inference.engine": "InferenceEngine",
     "deepspeed.inference.quantization.layers": (
         "QuantizedEmbedding QuantizedLinear QUANTIZATION_LAYER_MAPPINGS"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,6 +71,9 @@ class InferenceEngineV2:
             self._inner.device,
         )
         self._state_manager = DSStateManager(config.state_manager, cache)
+        # DeepSpeed-MII asks by this path how long a sequence may be.
+        limits = SimpleNamespace(max_seq_length=self._longest)
+        self._policy = SimpleNamespace(_checkpoint_engine=SimpleNamespace(model_config=limits))
 
     def _block_count(self) -> int:
         limits = self._config.state_manager
@@ -78,7 +82,10 @@ class InferenceEngineV2:
         memory = limits.memory_config
         if memory.mode == "allocate":
             return min(memory.size, wanted)
-        free = torch.tensor([get_accelerator().available_memory()], device=self._inner.device)
+        device = self._inner.device
+        # What is asked of the host counts at once where memory is not overcommitted: the half is enough.
+        share = 2 if device.type == "cpu" else 1
+        free = torch.tensor([get_accelerator().available_memory() // share], device=device)
         flat.all_reduce_(free, self._inner.tp_axis, "min")  # they schedule alike
         blocks = (int(free) - memory.size) // each
         if blocks < 1:
