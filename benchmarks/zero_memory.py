@@ -39,6 +39,12 @@ CELLS: dict[str, dict[str, Any]] = {
     "stage3": {"stage": 3},
     "stage3-small": {"stage": 3, **SMALL},
     "stage2-cpu": {"stage": 2, "offload_optimizer": CPU},
+    "stage2-zenflow": {
+        "stage": 2,
+        "offload_optimizer": CPU,
+        "zenflow": {"topk_ratio": 0.05, "update_interval": 2, "overlap_step": True},
+    },
+    "stage3-super": {"stage": 3, "offload_optimizer": {**CPU, "super_offload": True}, **SMALL},
     "stage3-nvme-states": {"stage": 3, "offload_optimizer": NVME, **SMALL},
     "stage3-nvme": {"stage": 3, "offload_optimizer": NVME, "offload_param": NVME, **SMALL},
 }

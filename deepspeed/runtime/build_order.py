@@ -31,6 +31,20 @@ def plan_for_order(zero: Any, plan: Plan) -> Plan:
     return plan
 
 
+def bytes_beside(zero: Any, widths: Any) -> int:
+    """Bytes per element that the order of the step keeps beside states in host memory.
+
+    Args:
+        zero: section `zero_optimization`, parsed.
+        widths: bytes of masters and states.
+    """
+    if super_offloads(zero):
+        return widths.master + widths.state * widths.states
+    if zero.zenflow is not None:
+        return 8 if zero.zenflow.overlap_step else 4
+    return 0
+
+
 def set_order(engine: Any, optimizer: Any) -> None:
     """Give a sharded optimizer the order that the configuration asks for.
 

@@ -46,6 +46,7 @@ def plan_for(
         device_is_host: the model computes in host memory.
     """
     from .build import build_plan
+    from .build_order import bytes_beside
 
     plan, widths = build_plan(config), widths_of(config)
     run = Run(
@@ -55,6 +56,7 @@ def plan_for(
         gathered=_gathered(config.zero_config, model),
         in_place=plan.stage == 0 and widths.param == 4,
         device_is_host=device_is_host,
+        beside=bytes_beside(config.zero_config, widths),
     )
     return memory_plan(model, plan, widths, run)
 

@@ -21,7 +21,7 @@ SLACK = 16 * 2**20
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 @pytest.mark.parametrize(
     ("ranks", "cells"),
-    [(1, "stage2,stage3-small,stage3-nvme"), (2, "stage1,stage2,stage3-small")],
+    [(1, "stage2,stage3-super,stage3-small,stage3-nvme"), (2, "stage1,stage2,stage3-small")],
 )
 def test_resident_bytes_are_the_plans(ranks, cells, tmp_path):
     out = tmp_path / "rows.json"

@@ -96,6 +96,7 @@ class Run:
         gathered: elements of sharded parameters that are whole at one time, at most (stage 3).
         in_place: the optimizer steps the module's own parameters (stage 0 in fp32).
         device_is_host: the model computes in host memory.
+        beside: bytes per element that the order of the step keeps beside states in host memory.
     """
 
     world: int = 1
@@ -105,6 +106,7 @@ class Run:
     gathered: int | None = None
     in_place: bool = False
     device_is_host: bool = False
+    beside: int = 0
 
     @property
     def sharing(self) -> int:
@@ -278,9 +280,11 @@ def _state_rows(
     for tier, length in _split(plan, shard):
         beside = run.device_is_host and {tier, plan.param_tier.value} <= {DEVICE, HOST}
         aliases = widths.master == widths.param and (beside or tier == plan.param_tier.value)
-        if not run.in_place and not aliases:
+        if plan.masters_apart or not (run.in_place or aliases):
             yield Row("master weights", tier, length * widths.master)
         yield Row("optimizer states", tier, length * widths.state * widths.states)
+        if tier == HOST:
+            yield Row("copies for steps beside the training", HOST, length * run.beside)
         if tier not in (DEVICE, HOST):
             chunk = min(length, plan.part_of(length))
             each = widths.master + widths.state * widths.states
