@@ -139,16 +139,11 @@ class Residency:
         return number
 
     def leave_to_graphs(self, shells: Any) -> None:
-        """Compiled graphs gather by themselves from now on; only parameters that code outside of them reads are ours.
-
-        Args:
-            shells: `put` and `take` them, so that parameters look whole during passes.
-        """
+        """Compiled graphs gather by themselves between `shells.put()` and `shells.take()`; what other code reads is ours."""
         self.remove_hooks()
         self.in_graphs, self._shells = True, shells
-        for module in _down_to_leaves(self.module):
-            for inner in module.modules() if getattr(module, "_z3_leaf", False) else [module]:
-                _watch_access(inner, self)
+        for module in self.module.modules():
+            _watch_access(module, self)
 
     def take_from_graphs(self) -> None:
         """The end of `leave_to_graphs`."""
