@@ -11,7 +11,8 @@ from deepspeed.inference.v2.ragged import BlockedAllocator
 from deepspeed.inference.v2.scheduling_utils import SchedulingError, SchedulingResult
 from deepspeed.utils.errors import DeepSpeedCheckpointError, DeepSpeedConfigError
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="4.41")
+pytest.importorskip("transformers.models.llama.modeling_llama", exc_type=ImportError)
 
 VOCABULARY = 64
 SMALL = {
