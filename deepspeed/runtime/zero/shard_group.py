@@ -339,7 +339,7 @@ class ShardGroup:
     def write_own(self, start: int, values: torch.Tensor) -> None:
         """Overwrite a run of this rank's shard of the parameters."""
         if self.own is not None:
-            self.own.narrow(0, start, values.numel()).copy_(values, non_blocking=True)
+            self.own.narrow(0, start, values.numel()).copy_(values)
             return
         for param, within, at, count in self._slices(start, values.numel()):
             param.ds_spill.write(within, values.narrow(0, at, count).to(self.dtype))
@@ -396,7 +396,8 @@ class ShardGroup:
     def lower(self, part: ShardPart) -> None:
         """Write a part's master weights to the params' shard, in the params' dtype."""
         if part.low is not None:
-            part.low.copy_(part.master.data, non_blocking=True)
+            # the host may change its masters, or use their memory again, right after this
+            part.low.copy_(part.master.data)
         elif self.own is None:
             self.write_own(part.start, part.master.data)
 

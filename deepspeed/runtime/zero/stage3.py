@@ -151,13 +151,13 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
         """This rank's slice of the master weight, or of a state (None if there is none): flat, padding included."""
         with self.in_memory():
             found = self._local(param, optim_state_key)
-            return None if found is None else _joined(found)
+            return None if found is None else _joined(found, param.ds_device)
 
     def get_local_fp32_grad_for_param(self, param: torch.nn.Parameter) -> torch.Tensor | None:
         """This rank's slice of the reduced gradient in fp32; None where there is none."""
         with self._group_of(param).grads_in_memory():
             found = self._local_grad(param)
-            return None if found is None else _joined(found).float()
+            return None if found is None else _joined(found, param.ds_device).float()
 
     def set_local_hp_param(
         self,
@@ -227,9 +227,9 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
         self.parameter_offload.residency.after_step()
 
 
-def _joined(runs: list[torch.Tensor]) -> torch.Tensor:
-    """Consecutive runs in one tensor, on the device of the first: some states may be on the host, some not."""
-    return torch.cat([run.to(runs[0].device) for run in runs])
+def _joined(runs: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Consecutive runs in one tensor on the model's device: the states of some may be on the host."""
+    return torch.cat([run.to(device) for run in runs])
 
 
 @torch.no_grad()
