@@ -234,6 +234,14 @@ def start(
     """
     passes = engine._config.compile_config.passes or []
     if "autotp" in passes:
+        if schedule is not None:
+            raise NotImplementedError(
+                explain(
+                    "the compile pass autotp takes no schedule",
+                    got="compile(schedule=...)",
+                    fix="leave the schedule out, or 'autotp' out of compile.passes",
+                )
+            )
         start_autotp(engine)
         return DividedLayers()
     _check_stage(engine, passes)

@@ -173,6 +173,11 @@ UNBUILT: tuple[Unbuilt, ...] = (
         "offloading of parameters by graphs",
         "Set it to false, and zero_optimization.offload_param.device to 'cpu'.",
     ),
+    _deepcompile_key(
+        "autoep_non_moe",
+        "graphs of the parts outside of experts alone",
+        "Set it to false; what a graph cannot hold runs as it is.",
+    ),
     _deepcompile_key("symmetric_memory", "torch's symmetric memory", "Set it to false."),
     Unbuilt(
         "compile.passes",

@@ -77,6 +77,11 @@ def test_passes_of_another_stage_are_refused(stage, passes):
         start(stage, passes).compile(backend="eager")
 
 
+def test_collectives_of_layers_take_no_schedule():
+    with pytest.raises(NotImplementedError, match="takes no schedule"):
+        start(0, ["autotp"]).compile(backend="eager", schedule=[(0, [])])
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("stage", "backend", "why"), [(0, "eager", "stage 0"), (2, "aot_eager", "aot_eager")]

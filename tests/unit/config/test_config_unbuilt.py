@@ -56,6 +56,7 @@ ASKING = {
             "offload_activation",
             "offload_opt_states",
             "offload_parameters",
+            "autoep_non_moe",
             "symmetric_memory",
         )
     },
