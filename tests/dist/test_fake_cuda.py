@@ -341,6 +341,28 @@ def test_activations_go_to_the_host_and_come_back_on_a_stream_of_their_own(one):
     one.run(_activations)
 
 
+def _read_and_written(rank, folder):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    handle = AsyncIOBuilder().load().aio_handle(1 << 16, 8, False, False, 2)
+    path, values = os.path.join(folder, "values"), torch.arange(1000.0, device="cuda")
+    handle.async_pwrite(values, path)
+    values.zero_()  # what was given is written
+    handle.wait()
+    back = torch.empty_like(values)
+    handle.sync_pread(back, path)
+    assert back.tolist() == list(range(1000))
+    locked = handle.new_cpu_locked_tensor(1000, torch.empty(0))
+    assert locked.is_pinned()
+    assert handle.free_cpu_locked_tensor(locked) is True
+    assert handle.free_cpu_locked_tensor(torch.ones(3)) is False
+    fake_cuda.check()
+
+
+def test_file_handles_take_tensors_of_the_device_and_free_their_own_buffers(one, tmp_path):
+    one.run(_read_and_written, str(tmp_path))
+
+
 def _replayed(rank):
     from deepspeed.inference.graphs import ForwardGraphs
 

@@ -17,6 +17,8 @@ from deepspeed.utils.logging import logger
 
 # address -> bytes, of memory that is locked now
 _locked: dict[int, int] = {}
+# addresses of buffers that torch locked, until they are unlocked or gone
+_locked_by_torch: set[int] = set()
 
 
 def locked_tensor(numel: int, dtype: torch.dtype) -> Tensor:
@@ -31,7 +33,11 @@ def locked_tensor(numel: int, dtype: torch.dtype) -> Tensor:
     """
     if torch.cuda.is_available():
         _check_count(numel)
-        return torch.empty(numel, dtype=dtype, pin_memory=True)
+        tensor = torch.empty(numel, dtype=dtype, device="cpu", pin_memory=True)
+        if numel:
+            _locked_by_torch.add(tensor.data_ptr())
+            weakref.finalize(tensor, _locked_by_torch.discard, tensor.data_ptr()).atexit = False
+        return tensor
     return _allocate(numel, dtype, lock=True)
 
 
@@ -97,7 +103,10 @@ def unlock(tensor: Tensor) -> bool:
 
 
 def unlock_address(address: int) -> bool:
-    """`unlock` for the buffer that starts at an address."""
+    """`unlock` for the buffer that starts at an address; torch's own stays locked until it is gone."""
+    if address in _locked_by_torch:
+        _locked_by_torch.discard(address)
+        return True
     nbytes = _locked.pop(address, 0)
     bound = functions()
     if nbytes and bound is not None:
