@@ -4,7 +4,8 @@
 [Note: Ragged by equal lengths]
 Sequences that bring equally many new tokens run together, each with its own past to its left: all that generate one token
 at a time are one batch, and a prompt has tokens enough by itself. So nothing is computed for padding among new tokens, and
-any model of transformers serves, by its own forward pass.
+any model of transformers serves, by its own forward pass. Rotary embeddings that turn all of a batch by the angles of its
+longest sequence (LongRoPE) divide it further, into those below and beyond their first range.
 """
 
 from __future__ import annotations
@@ -221,8 +222,10 @@ class InferenceEngineV2:
     ) -> torch.Tensor:
         """See [Note: Ragged by equal lengths]."""
         found: dict[int, torch.Tensor] = {}
-        for length in sorted({len(new) for new in tokens}):
-            rows = [i for i, new in enumerate(tokens) if len(new) == length]
+        pairs = zip(sequences, tokens, strict=True)
+        kinds = [(len(new), self._model.is_far(old.seen_tokens + len(new))) for old, new in pairs]
+        for kind in sorted(set(kinds)):
+            rows = [i for i, other in enumerate(kinds) if other == kind]
             logits = self._run_equal(
                 [sequences[i] for i in rows], torch.stack([tokens[i] for i in rows])
             )
@@ -235,7 +238,7 @@ class InferenceEngineV2:
         cache, new = self._state_manager.cache, tokens.shape[1]
         lengths = torch.tensor([sequence.seen_tokens for sequence in sequences])
         before = int(lengths.max())
-        read = torch.zeros(len(sequences), before, dtype=torch.int64)
+        read = torch.full((len(sequences), before), cache.no_slot)
         write = torch.empty(len(sequences), new, dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             seen = sequence.seen_tokens

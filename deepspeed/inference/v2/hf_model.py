@@ -35,12 +35,17 @@ class HFModel:
         self._takes_positions = "position_ids" in takes
         last_only = [n for n in ("logits_to_keep", "num_logits_to_keep") if n in takes]
         self._last_only: dict[str, Any] = dict.fromkeys(last_only[:1], 1)
+        self._near = _near_positions(getattr(model, "config", None))
         self.shapes, self.dtype = self._probe()
 
     @property
     def max_positions(self) -> int | None:
         """The longest sequence that the model was made for, if it says so."""
         return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+
+    def is_far(self, length: int) -> bool:
+        """Whether a sequence of that length needs the second of a model's two sets of rotary angles."""
+        return self._near is not None and length > self._near
 
     @torch.no_grad()
     def __call__(
@@ -100,7 +105,12 @@ class HFModel:
     def _probe(self) -> tuple[list[tuple[LayerShape, LayerShape]], torch.dtype]:
         """Find what each layer keeps, by two sequences of three tokens."""
         tokens = torch.zeros(2, 3, dtype=torch.int64)
-        _, made = self(tokens, torch.zeros(2, dtype=torch.int64), [])
+        made: list[tuple[torch.Tensor, torch.Tensor]] = []
+        cause = None
+        try:
+            _, made = self(tokens, torch.zeros(2, dtype=torch.int64), [])
+        except (AttributeError, IndexError, TypeError, ValueError) as error:  # another interface
+            cause = error
         flat = [kind for layer in made for kind in layer]
         if not flat or any(
             not isinstance(kind, torch.Tensor)
@@ -116,9 +126,20 @@ class HFModel:
                     expected="each layer's as [sequences, heads, tokens, head size]",
                     fix="Use deepspeed.init_inference and generate().",
                 )
-            )
+            ) from cause
         shapes = [(_shape(keys), _shape(values)) for keys, values in made]
         return shapes, flat[0].dtype
+
+
+def _near_positions(config: Any) -> int | None:
+    """Up to which length LongRoPE has its first set of angles; None for other rotary embeddings."""
+    kinds = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(kinds, dict):
+        return None
+    if "longrope" not in (kinds.get("rope_type"), kinds.get("type")):
+        return None
+    name = "original_max_position_embeddings"
+    return kinds.get(name) or getattr(config, name, None)
 
 
 def _shape(kept: torch.Tensor) -> LayerShape:

@@ -87,6 +87,50 @@ def test_logits_are_those_of_each_sequence_alone(make):
             )
 
 
+def test_what_is_not_finite_stays_in_its_sequence():
+    model = llama()
+    model.get_input_embeddings().weight.data[7] = float("inf")
+    engine = engine_of(model)
+    engine.put([1], [torch.tensor([7])])  # the first block of the cache
+    tokens = torch.tensor([3, 1, 4, 1, 5])
+    engine.put([2, 3], [tokens, tokens[:2]])
+    logits = engine.put([2, 3], [tokens[:1], tokens[:1]])
+    for row, before in enumerate((tokens, tokens[:2])):
+        expected = alone(model, torch.cat([before, tokens[:1]]))
+        torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_angles_of_long_sequences_are_not_those_of_short_ones():
+    angles = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    try:
+        config = transformers.Phi3Config(
+            hidden_size=32,
+            intermediate_size=48,
+            pad_token_id=0,
+            max_position_embeddings=200,
+            original_max_position_embeddings=30,
+            rope_scaling={"type": "longrope", **angles},
+            **SIZES,
+        )
+    except ValueError:
+        pytest.skip("this release of transformers has no LongRoPE")
+    model = transformers.Phi3ForCausalLM(config)
+    engine = engine_of(model)
+    tokens = torch.randint(0, VOCABULARY, (40,))
+    engine.put([1, 2], [tokens[:35], tokens[:5]])
+    logits = engine.put([1, 2], [tokens[35:36], tokens[5:6]])
+    for row, length in enumerate((36, 6)):
+        torch.testing.assert_close(logits[row], alone(model, tokens[:length]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_keeps_something_else_is_refused():
+    config = transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4
+    )
+    with pytest.raises(ValueError, match="keeps keys and values"):
+        engine_of(transformers.MambaForCausalLM(config))
+
+
 def test_a_sequence_that_ends_leaves_its_blocks_to_others():
     engine = engine_of(llama())
     tokens = torch.randint(0, VOCABULARY, (100,))

@@ -28,6 +28,10 @@ class BlockedKVCache:
         num_blocks: how many blocks.
         block_size: tokens a block.
         dtype, device: of keys and values.
+
+    Attributes:
+        no_slot: a place of zeros, for what is to the left of a shorter sequence: no other sequence's values may stand
+            there, as what is masked out of a sum still spoils it if it is not finite.
     """
 
     def __init__(
@@ -41,14 +45,19 @@ class BlockedKVCache:
         self.block_size = block_size
         self.device = device
         self.allocator = BlockedAllocator(num_blocks)
-        slots = num_blocks * block_size
+        self.no_slot = num_blocks * block_size
         self._layers = [
             tuple(
-                torch.empty(slots, kind.heads, kind.head_size, dtype=dtype, device=device)
+                torch.empty(
+                    self.no_slot + 1, kind.heads, kind.head_size, dtype=dtype, device=device
+                )
                 for kind in pair
             )
             for pair in shapes
         ]
+        for pair in self._layers:
+            for home in pair:
+                home[self.no_slot] = 0
 
     @staticmethod
     def bytes_of_block(
