@@ -324,7 +324,8 @@ class _Marking:
     def begin(cls, manager: CheckpointHiddenStatesOffload) -> None:
         cls.managers.append(manager)
         # a model of transformers has imported it; nobody else needs it
-        layer = getattr(sys.modules.get("transformers"), "GradientCheckpointingLayer", None)
+        layers = sys.modules.get("transformers.modeling_layers")
+        layer = getattr(layers, "GradientCheckpointingLayer", None)
         if layer is None or cls.layer is not None:
             return
         cls.layer, cls.original = layer, layer.__call__

@@ -136,7 +136,9 @@ def test_layers_of_transformers_mark_their_inputs_inside_the_context_only(monkey
             return hidden_states.sin()
 
     monkeypatch.setitem(
-        sys.modules, "transformers", SimpleNamespace(GradientCheckpointingLayer=Layer)
+        sys.modules,
+        "transformers.modeling_layers",
+        SimpleNamespace(GradientCheckpointingLayer=Layer),
     )
     original, layer, x = Layer.__call__, Layer(), torch.randn(2, requires_grad=True)
     outer, inner = CheckpointHiddenStatesOffload(), CheckpointHiddenStatesOffload()
