@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 
 from deepspeed.utils.errors import explain
 
 PARAM_COMM_DTYPE_ATTR_NAME = "comm_dtype"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _SAFE_MODULES = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
@@ -65,6 +69,18 @@ def autocast_of(kind: str) -> tuple[bool, torch.dtype]:
         if kind == "cpu":
             return torch.is_autocast_cpu_enabled(), torch.get_autocast_cpu_dtype()
         return torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
+
+
+def without_autocast(function: Function) -> Function:
+    """Have a function of tensors, all on one device, compute in the dtypes that it chooses, under autocast too."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return cast(Function, run)
 
 
 def _class_of(name: str) -> type:

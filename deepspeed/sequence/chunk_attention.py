@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from deepspeed.runtime.torch_autocast import without_autocast
 from deepspeed.utils.errors import explain
 
 # scores that are held at once: 64 MB in fp32
@@ -80,6 +81,7 @@ class SequenceChunk:
         return self.cpu_chunk.to(self.device, non_blocking=True)
 
 
+@without_autocast
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Queries of one chunk over keys of one.
 
@@ -110,6 +112,7 @@ def join(out: Tensor, sums: Tensor, more: Tensor, more_sums: Tensor) -> tuple[Te
     return kept.addcmul_(more, (more_sums - total).exp_()[..., None]), total
 
 
+@without_autocast
 def attend_backward(
     grad: Tensor,
     inputs: tuple[Tensor, Tensor, Tensor],

@@ -18,7 +18,23 @@ def on_ranks(rank):
     group = torch.distributed.new_group([0, 1])
     check(rank, 2, group)
     check(rank, 2, group, gated_linear_unit=True, apply_residual_connection_post_layernorm=True)
+    under_autocast(group)
     return order_of_events(rank, group)
+
+
+def under_autocast(group):
+    model = make(group, params_dtype=torch.float32)
+    torch.manual_seed(7)
+    x = torch.randn(5, 2, 8, requires_grad=True)
+    wanted = [x, *model.parameters()]
+    found = []
+    for casts in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            output = model(x, None)
+        found.append(torch.autograd.grad(output.square().sum(), wanted))
+    for narrow, wide in zip(*found, strict=True):  # bf16 has 8 bits, and a dozen roundings add up
+        assert narrow.dtype is torch.float32
+        assert (narrow - wide).norm() < 0.05 * wide.norm()
 
 
 def test_two_ranks_compute_what_one_does_and_sums_run_beside_the_other_half(ranks2):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deepspeed.runtime.torch_autocast import without_autocast
 from deepspeed.utils.errors import explain
 
 # scores that are held at once: 64 MB in fp32
@@ -118,6 +119,7 @@ class _EvoformerAttention(torch.autograd.Function):
 
 
 @torch.no_grad()
+@without_autocast
 def attention(
     q: Tensor,
     k: Tensor,
@@ -140,6 +142,7 @@ def attention(
 
 
 @torch.no_grad()
+@without_autocast
 def attention_bwd(
     grad: Tensor,
     q: Tensor,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deepspeed.comm import flat
 from deepspeed.comm.mesh import Axis
+from deepspeed.runtime.torch_autocast import autocast_of
 
 
 class Pending:
@@ -72,6 +73,12 @@ class _Column(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, pending: Pending
     ) -> Tensor:
+        # here, not before the mark: autograd would turn gradients back before their sum is there
+        own, (casts, narrow) = x.dtype, autocast_of(x.device.type)
+        if casts and own != torch.float64:
+            x, weight = x.to(narrow), weight.to(narrow)
+            bias = None if bias is None else bias.to(narrow)
+        ctx.own = own
         ctx.save_for_backward(x, weight)
         ctx.axis, ctx.pending, ctx.has_bias = axis, pending, bias is not None
         return nn.functional.linear(x, weight, bias)
@@ -80,7 +87,7 @@ class _Column(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         (grad,) = grads
-        to_x = torch.matmul(grad, weight).contiguous()
+        to_x = torch.matmul(grad, weight).to(ctx.own).contiguous()
         ctx.pending.handle = flat.all_reduce_(to_x, ctx.axis, async_op=True)
         rows = grad.reshape(-1, grad.shape[-1])
         to_weight = rows.t() @ x.reshape(-1, x.shape[-1])

@@ -68,6 +68,17 @@ def test_small_floats_round_once(dtype, error):
         torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=2 * error)
 
 
+def test_autocast_does_not_narrow_scores():
+    q, k, v = (torch.randn(1, 2, 16, 2, 8, requires_grad=True) for _ in range(3))
+    found = []
+    for casts in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            output = DS4Sci_EvoformerAttention(q * 4, k, v, [])
+        found.append([output, *torch.autograd.grad(output.square().sum(), [q, k, v])])
+    for narrow, wide in zip(*found, strict=True):
+        assert torch.equal(narrow, wide)
+
+
 def test_only_wanted_gradients_come():
     given = inputs()
     masks = given[3].detach()

@@ -108,3 +108,17 @@ def test_a_chunk_comes_and_goes():
     chunk.offload()
     chunk.load_to_gpu()
     assert torch.equal(chunk.get_gpu_chunk(), torch.zeros(3))
+
+
+def test_autocast_does_not_narrow_scores():
+    q, k, v = (torch.randn(1, 2, 1, 8, 4) * 4 for _ in range(3))
+    found = []
+    for casts in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            out, sums = chunk_attention.attend(q, k, v, 0.5, causal=True)
+            grads = chunk_attention.attend_backward(
+                out, (q, k, v), sums, (out * out).sum(-1), 0.5, causal=True
+            )
+        found.append([out, sums, *grads])
+    for narrow, wide in zip(*found, strict=True):
+        assert torch.equal(narrow, wide)
