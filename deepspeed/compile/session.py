@@ -168,7 +168,11 @@ class DeepCompile:
         return list(self.backend.times)
 
     def stop(self) -> None:
-        """Go back to module hooks."""
+        """Go back to module hooks; graphs that hand gradients to this engine are not used again."""
+        self.backend.passes = []
+        if self.backend.graph_order:
+            self.backend.forget_graphs()
+            torch._dynamo.reset()
         if self._residency is not None:
             self._residency.take_from_graphs()
 

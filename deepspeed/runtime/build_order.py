@@ -65,8 +65,8 @@ def set_order(engine: Any, optimizer: Any) -> None:
             )
         from .superoffload.order import SuperOffload
 
-        share = zero.offload_optimizer.cpuadam_cores_perc
-        optimizer.order = SuperOffload(optimizer, lambda: engine.clock.at_boundary, share)
+        share, clock = zero.offload_optimizer.cpuadam_cores_perc, engine.clock
+        optimizer.order = SuperOffload(optimizer, lambda: clock.at_boundary, share)
     elif zero.zenflow is not None:
         from .zenflow.order import ZenFlow
         from .zenflow.settings import Settings

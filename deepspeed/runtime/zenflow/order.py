@@ -389,16 +389,6 @@ def _add(total: torch.Tensor, values: torch.Tensor, scale: float) -> None:
 
 def _adam_of(owner: ZeroOptimizer) -> DeepSpeedCPUAdam:
     """The inner optimizer, if ZenFlow can serve it and finds everything in memory."""
-    inner = owner.optimizer
-    if not isinstance(inner, DeepSpeedCPUAdam) or inner.stochastic_rounding:
-        raise DeepSpeedConfigError(
-            explain(
-                "ZenFlow steps by Adam in host memory only",
-                got=type(inner).__name__,
-                expected="optimizer.type Adam or AdamW, or deepspeed.ops.adam.ZenFlowCPUAdam",
-                fix="change the optimizer, or remove 'zero_optimization.zenflow'",
-            )
-        )
     plan = owner.plan
     in_memory = plan.state_tier is TierKind.HOST and plan.param_tier is not TierKind.FILE
     if not in_memory or plan.host_ratio < 1.0:
@@ -409,6 +399,16 @@ def _adam_of(owner: ZeroOptimizer) -> DeepSpeedCPUAdam:
                 f"parameters in {plan.param_tier.value} memory",
                 expected="offload_optimizer.device cpu with ratio 1, and offload_param.device none or cpu",
                 fix="change the two sections, or remove 'zero_optimization.zenflow'",
+            )
+        )
+    inner = owner.optimizer
+    if not isinstance(inner, DeepSpeedCPUAdam) or inner.stochastic_rounding:
+        raise DeepSpeedConfigError(
+            explain(
+                "ZenFlow steps by Adam in host memory only",
+                got=type(inner).__name__,
+                expected="optimizer.type Adam or AdamW, or deepspeed.ops.adam.ZenFlowCPUAdam",
+                fix="change the optimizer, or remove 'zero_optimization.zenflow'",
             )
         )
     return inner

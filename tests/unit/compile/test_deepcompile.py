@@ -66,6 +66,18 @@ def test_a_pass_of_the_callers_runs_on_both_graphs_from_its_step_on():
 
 
 @needs_torch
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_whose_engine_is_gone_has_its_gradients_again():
+    engine = start(1)
+    engine.compile(backend="eager")
+    step(engine)
+    module = engine.module
+    engine.destroy()
+    module(torch.ones(2, 4)).square().sum().backward()
+    assert all(param.grad is not None for param in module.parameters())
+
+
+@needs_torch
 def test_a_schedule_that_breaks_a_contract_is_refused():
     with pytest.raises(contract.PassContractError, match="requires"):
         start(1).compile(backend="eager", schedule=[(0, ["z1", "prefetch"])])
