@@ -157,12 +157,16 @@ class SDLoaderBase:
                 `mlp_extra_grouping` as of `WeightQuantization`.
 
         Raises:
-            AssertionError: ranks that do not divide one another, a file without the module, an unknown version.
+            AssertionError: no such rank, ranks that do not divide one another, a file without the module, an unknown version.
         """
         self.module_key = module_key
         files = len(self.ckpt_list)
         if is_pipe_parallel and module_key is not None and mp_world_size != files:
             mp_world_size, mp_rank = files, 0
+        if not 0 <= mp_rank < mp_world_size:
+            raise AssertionError(
+                explain("there is no such rank", got=mp_rank, expected=f"0 to {mp_world_size - 1}")
+            )
         first = mp_rank * files // mp_world_size
         options = (quantize, quantize_bits, quantize_groups, mlp_extra_grouping)
         joined = 1
@@ -269,6 +273,7 @@ class MegatronSDLoader(SDLoaderBase):
         self.sanity_check(self.ckpt_list[0])
         states = self.get_merge_state_dicts(mp_world_size, mp_rank)
         modules = [self.get_module(state) for state in states]
+        _check_alike(self.ckpt_list, modules)
         version = self.get_checkpoint_version(states[0])
         packs = WeightQuantization(mlp_extra_grouping, mp_world_size)
 
@@ -413,6 +418,19 @@ def _part(key: str, value: Tensor, parts: int, which: int, dim: int) -> Tensor:
             )
         )
     return value.chunk(parts, dim)[which].clone()
+
+
+def _check_alike(files: Sequence[str], modules: Sequence[Mapping[str, Any]]) -> None:
+    for module in modules[1:]:
+        unlike = sorted(set(modules[0]) ^ set(module), key=str)
+        if unlike:
+            raise AssertionError(
+                explain(
+                    "files of ranks hold different weights",
+                    got=f"{', '.join(map(str, unlike[:4]))} in some only of {', '.join(map(str, files))}",
+                    expected="the same names in all",
+                )
+            )
 
 
 def _equal(first: Any, other: Any) -> bool:

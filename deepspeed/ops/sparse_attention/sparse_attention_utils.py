@@ -77,9 +77,17 @@ class SparseAttentionUtils:
             sparsity_config: the pattern.
 
         Raises:
-            ValueError: another model.
+            ValueError: another model, or one that is a decoder.
         """
         kind, base = _encoder_of(model)
+        if getattr(model.config, "is_decoder", False):
+            raise ValueError(
+                explain(
+                    "layers that see no later tokens cannot be replaced: padding is the only mask they would keep",
+                    got="is_decoder",
+                    fix="Use SparseSelfAttention with a causal attn_mask in layers of your own.",
+                )
+            )
         model.config.max_position_embeddings = max_position + _RESERVED[kind]
         SparseAttentionUtils.replace_self_attention_layer_with_sparse_self_attention_layer(
             model.config, base.encoder.layer, sparsity_config

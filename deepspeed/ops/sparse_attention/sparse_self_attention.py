@@ -49,7 +49,9 @@ class Masks(NamedTuple):
                 mask = mask[:, group.head : group.head + 1]
             if mask.shape[2] > 1:
                 mask = mask.index_select(2, group.rows.to(mask.device))
-            found.append(mask.index_select(3, group.columns.to(mask.device)))
+            if mask.shape[3] > 1:
+                mask = mask.index_select(3, group.columns.to(mask.device))
+            found.append(mask)
         return found
 
 

@@ -21,11 +21,15 @@ class SparsityConfig:
         num_heads: heads of the attention.
         block: positions of a block.
         different_layout_per_head: make a layout for each head; otherwise all have the first one's.
+
+    Raises:
+        ValueError: no heads, or blocks without positions.
     """
 
     def __init__(
         self, num_heads: int, block: int = 16, different_layout_per_head: bool = False
     ) -> None:
+        _at_least_one(num_heads=num_heads, block=block)
         self.num_heads, self.block = num_heads, block
         self.different_layout_per_head = different_layout_per_head
         self.num_layout_heads = num_heads if different_layout_per_head else 1
@@ -159,6 +163,7 @@ class FixedSparsityConfig(_Directed):
         num_different_global_patterns: int = 1,
     ) -> None:
         super().__init__(num_heads, block, different_layout_per_head)
+        _at_least_one(num_local_blocks=num_local_blocks, num_global_blocks=num_global_blocks)
         if num_local_blocks % num_global_blocks:
             raise ValueError(
                 explain(
@@ -168,6 +173,7 @@ class FixedSparsityConfig(_Directed):
             )
         self._direct(attention, horizontal_global_attention)
         most = num_local_blocks // num_global_blocks if different_layout_per_head else 1
+        _at_least_one(num_different_global_patterns=num_different_global_patterns)
         if num_different_global_patterns > most:
             raise ValueError(
                 explain(
@@ -225,6 +231,7 @@ class VariableSparsityConfig(_Directed):
         super().__init__(num_heads, block, different_layout_per_head)
         self.num_random_blocks = num_random_blocks
         self.local_window_blocks = list(local_window_blocks)
+        _at_least_one(local_window_blocks=min(self.local_window_blocks, default=0))
         self.global_block_indices = list(global_block_indices)
         self.global_block_end_indices = _checked_ends(
             global_block_indices, global_block_end_indices
@@ -352,6 +359,12 @@ class LocalSlidingWindowSparsityConfig(_Directed):
     def fill(self, head: int, layout: Tensor) -> None:
         """Set the window."""
         self._set_sliding(layout, self.num_sliding_window_blocks)
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(explain(f"{name} is too small", got=number, expected="at least 1"))
 
 
 def _need(what: str, wanted: int, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,14 @@ def test_random_blocks_come_in_each_row(attention):
             ValueError,
             "more sliding window blocks",
         ),
+        (lambda: DenseSparsityConfig(1, 0), ValueError, "block is too small"),
+        (lambda: FixedSparsityConfig(1, num_global_blocks=0), ValueError, "num_global_blocks is"),
+        (
+            lambda: VariableSparsityConfig(1, local_window_blocks=[2, 0]),
+            ValueError,
+            "window_blocks",
+        ),
+        (lambda: VariableSparsityConfig(1, local_window_blocks=[]), ValueError, "window_blocks"),
         (lambda: SparseSelfAttention(attn_mask_mode="or"), ValueError, "unknown mode"),
         (lambda: MatMul(torch.ones(1, 1, 1), 4, "ddd"), NotImplementedError, "sdd, dsd and dds"),
         (
@@ -156,6 +165,20 @@ def dense_attention(q, k, v, layout, block, added=0.0):
     scores = scores.masked_fill(~seen, float("-inf"))
     dead = ~seen.any(-1, keepdim=True)
     return (scores.masked_fill(dead, 0.0).softmax(-1) * ~dead) @ v
+
+
+def test_a_mask_may_be_the_same_for_all_keys():
+    q = torch.randn(2, 2, 16, 5)
+    layer = SparseSelfAttention(BSLongformerSparsityConfig(2, 4), max_seq_length=16)
+    found = layer(q, q, q, rpe=torch.randn(2, 16, 1))
+    torch.testing.assert_close(found, layer(q, q, q))
+
+
+def test_decoders_are_not_given_attention_to_later_tokens():
+    model = nn.Module()
+    model.bert, model.config = nn.Module(), SimpleNamespace(is_decoder=True)
+    with pytest.raises(ValueError, match="is_decoder"):
+        SparseAttentionUtils.replace_model_self_attention_with_sparse_self_attention(model, 32)
 
 
 def numbers(*shape):

@@ -104,6 +104,14 @@ def test_what_cannot_be_read_is_named(tmp_path):
         loader.load(1, 0)
     with pytest.raises(AssertionError, match="other checkpoint type"):
         SDLoaderFactory.get_sd_loader_json({"type": "other", "checkpoints": names}, None)
+    with pytest.raises(AssertionError, match="no such rank: got -1"):
+        SDLoaderFactory.get_sd_loader(names, None).load(2, -1)
+    names = save(tmp_path, 2, 0)
+    more = torch.load(names[1])
+    more["model"]["of.one.rank"] = torch.zeros(1)
+    torch.save(more, names[1])
+    with pytest.raises(AssertionError, match="different weights: got of.one.rank"):
+        SDLoaderFactory.get_sd_loader(names, None).load(1, 0)
 
 
 def test_values_that_differ_and_should_not_are_warned_of(tmp_path, caplog, monkeypatch):
