@@ -115,13 +115,9 @@ class SuperOffload(StepOrder):
 
     def _try(self, trial: Trial) -> None:
         trial.scale = 1.0 / self.owner.loss_scale
-        trial.options = self._options(trial)
+        trial.options = self.options_now(trial.group)
         self.tried += 1
         trial.running = self.worker.start(self._step_on_trial, trial)
-
-    def _options(self, trial: Trial) -> dict[str, Any]:
-        options = self.owner.param_groups[trial.group.param_group_index]
-        return {key: value for key, value in options.items() if key != "params"}
 
     def _step_on_trial(self, trial: Trial) -> None:
         """Keep what the part is, and step it; in the thread."""
@@ -141,7 +137,9 @@ class SuperOffload(StepOrder):
     def step(self, grad_scale: float) -> None:
         """Keep the steps on trial if they were the right ones, and make those that are missing."""
         trials = [trial for trial in self.trials.values() if trial.running is not None]
-        right = all(t.scale == grad_scale and t.options == self._options(t) for t in trials)
+        right = all(
+            t.scale == grad_scale and t.options == self.options_now(t.group) for t in trials
+        )
         if right:
             for trial in trials:
                 self._wait(trial)

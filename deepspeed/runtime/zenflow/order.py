@@ -162,7 +162,7 @@ class ZenFlow(StepOrder):
         columns, weights, part = split.columns, split.weights, split.part
         assert columns is not None and weights is not None
         grad = columns.take(split.group.grad_of(part)).to(weights.device)
-        self.fast.step_shard(self._options(split), weights, grad, None, grad_scale)
+        self.fast.step_shard(self.options_now(split.group), weights, grad, None, grad_scale)
         columns.put(part.master.data if part.low is None else part.low, weights.data)
         if not split.has_rest:
             self.adam.state[part.master]["step"] = self.fast.state[weights]["step"]
@@ -210,7 +210,7 @@ class ZenFlow(StepOrder):
         counts.updates += 1
         again = counts.since >= settings.choose_every or counts.updates >= settings.choose_updates
         mine = [split for split in self.splits if split.has_rest]
-        jobs = [(self._options(s), s.part.master, s.rest) for s in mine]
+        jobs = [(self.options_now(s.group), s.part.master, s.rest) for s in mine]
         read = self._copies_read()
         if self.worker is not None and not again:
             self._pending = self.worker.start(self._step_rest, jobs, scale, read)
@@ -223,11 +223,6 @@ class ZenFlow(StepOrder):
         if again:
             for split in self.splits:
                 self._release(split)
-
-    def _options(self, split: Split) -> dict[str, Any]:
-        """The settings of a part's group as they are now."""
-        options = self.owner.param_groups[split.group.param_group_index]
-        return {key: value for key, value in options.items() if key != "params"}
 
     def _copies_read(self) -> Any:
         """What to wait for before masters change, which copies to the device may still read; None without a device."""
@@ -275,7 +270,7 @@ class ZenFlow(StepOrder):
         """End the choice; see [Note: Two clocks of one Adam]."""
         if split.columns is None or split.weights is None:
             return
-        options, state = self._options(split), self.adam.state[split.part.master]
+        options, state = self.options_now(split.group), self.adam.state[split.part.master]
         fast = self.fast.state[split.weights]
         if options["bias_correction"] and 0 < state["step"] != fast["step"]:
             for name, beta in zip(_MOMENTS, options["betas"], strict=True):

@@ -113,6 +113,15 @@ class StepOrder:
             inner.param_groups = groups
             part.master.grad = None
 
+    def options_now(self, group: ShardGroup) -> dict[str, Any]:
+        """The settings of a group, which schedules and callers do not change any more: a tensor `lr` is changed in place."""
+        options = self.owner.param_groups[group.param_group_index]
+        return {
+            key: value.clone() if isinstance(value, torch.Tensor) else value
+            for key, value in options.items()
+            if key != "params"
+        }
+
     def fused_rule(self) -> Any:
         """The inner optimizer's own step of one flat shard, if nothing has been put in front of its `step`."""
         inner = self.owner.optimizer

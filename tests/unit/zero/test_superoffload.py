@@ -6,10 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import deepspeed
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
 from deepspeed.utils.errors import DeepSpeedConfigError
-from tests.helpers.zenflow import batch, engine, loss_of, seen, train, weights
+from tests.helpers.zenflow import batch, config, engine, loss_of, seen, train, weights
 
 PARTS = {"sub_group_size": 16}
 
@@ -46,6 +48,22 @@ def test_steps_on_trial_give_the_bits_of_plain_ones(more):
     check_same(plain, other)
     assert 0 < order.agreed <= order.tried
     assert (order.agreed < order.tried) is ("gradient_clipping" in more)
+
+
+def test_a_learning_rate_that_is_a_tensor_counts_as_it_is_at_the_step():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(8, 8)
+    asked = config(3, {"offload_optimizer": {"device": "cpu", "super_offload": True}})
+    inner = DeepSpeedCPUAdam(net.parameters(), lr=torch.tensor(0.1))
+    made = deepspeed.initialize(model=net, config=asked, optimizer=inner)[0]
+    before = weights(made)
+    made.backward(made(torch.ones(4, 8)).square().mean())
+    for trial in made.optimizer.order.trials.values():
+        trial.running.result()
+    made.optimizer.param_groups[0]["lr"].fill_(0.0)
+    made.step()
+    assert all(torch.equal(values, before[name]) for name, values in weights(made).items())
+    made.destroy()
 
 
 def test_an_overflow_takes_trials_back():
