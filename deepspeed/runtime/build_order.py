@@ -52,6 +52,11 @@ def set_order(engine: Any, optimizer: Any) -> None:
         DeepSpeedConfigError: both orders, or one that finds states elsewhere than it needs them, or another rule.
     """
     zero = engine._config.zero_config
+    asked = zero.offload_optimizer is not None and zero.offload_optimizer.super_offload
+    if asked and not super_offloads(zero):
+        logger.warning(
+            f"offload_optimizer.super_offload does nothing at ZeRO stage {int(zero.stage)}: it is for stage 3"
+        )
     if engine.plan.stage == 0:
         return
     if super_offloads(zero):

@@ -125,3 +125,11 @@ def test_states_that_are_elsewhere_are_refused_by_name():
         engine(3, {"offload_optimizer": {"device": "none", "super_offload": True}})
     with pytest.raises(DeepSpeedConfigError, match="two orders"):
         engine(3, {"offload_optimizer": {"device": "cpu", "super_offload": True}, "zenflow": {}})
+
+
+def test_below_stage_3_a_warning_says_that_it_does_nothing(caplog, monkeypatch):
+    from deepspeed.utils.logging import logger
+
+    monkeypatch.setattr(logger, "propagate", True)
+    engine(2, {"offload_optimizer": {"device": "cpu", "super_offload": True}}).destroy()
+    assert "super_offload does nothing at ZeRO stage 2" in caplog.text
