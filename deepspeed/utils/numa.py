@@ -98,7 +98,8 @@ def check_for_numactl_pkg() -> bool:
     return shutil.which("numactl") is not None
 
 
-def _available_cores() -> list[int]:
+def available_cores() -> list[int]:
+    """Return the cores that this process may use."""
     process = psutil.Process()
     if hasattr(process, "cpu_affinity"):  # macOS has no affinity at all
         return sorted(process.cpu_affinity())
@@ -117,7 +118,7 @@ def cores_of_rank(bind_core_list: str | None, num_local_procs: int, local_rank: 
         ValueError: ``bind_core_list`` is malformed.
         AssertionError: there are fewer cores than ranks.
     """
-    cores = parse_range_list(bind_core_list) if bind_core_list else _available_cores()
+    cores = parse_range_list(bind_core_list) if bind_core_list else available_cores()
     share = len(cores) // num_local_procs
     if share < 1:
         raise AssertionError(

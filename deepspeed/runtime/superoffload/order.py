@@ -21,8 +21,9 @@ import torch
 
 from deepspeed.ops.elementwise import ElementwiseOptimizer
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
+from deepspeed.utils.numa import available_cores
 
-from ..zero.host_worker import HostWorker, cores
+from ..zero.host_worker import HostWorker
 from ..zero.plan import TierKind
 from ..zero.shard_group import ShardGroup, ShardPart
 from ..zero.step_order import StepOrder
@@ -76,7 +77,7 @@ class SuperOffload(StepOrder):
         super().__init__(owner)
         _check(owner)
         self.at_boundary = at_boundary
-        self.worker = HostWorker(int(cores_share * len(cores())))
+        self.worker = HostWorker(int(cores_share * len(available_cores())))
         on_host = ((g, p) for g, p in owner._parts() if p.tier.device.type == "cpu")
         self.trials = {id(part): Trial(group, part) for group, part in on_host}
         self.tried = self.agreed = 0

@@ -29,8 +29,9 @@ from deepspeed.comm import flat
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.ops.norms import squared_norm
 from deepspeed.utils.errors import DeepSpeedConfigError, explain
+from deepspeed.utils.numa import available_cores
 
-from ..zero.host_worker import HostWorker, cores, split_cores
+from ..zero.host_worker import HostWorker, split_cores
 from ..zero.plan import TierKind
 from ..zero.shard_group import ShardGroup, ShardPart
 from ..zero.step_order import KEPT, StepOrder
@@ -107,7 +108,7 @@ class ZenFlow(StepOrder):
         self.device = torch.device("cpu") if settings.offload else owner.device
         self.worker: HostWorker | None = None
         if settings.overlap:
-            self.worker = HostWorker(len(split_cores(cores(), settings.reserved)[0]))
+            self.worker = HostWorker(len(split_cores(available_cores(), settings.reserved)[0]))
         self._pending: Future[Any] | None = None
 
     # - a step

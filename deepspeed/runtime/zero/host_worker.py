@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -12,13 +11,6 @@ from typing import Any
 import torch
 
 from deepspeed.ops.packing import limit_threads
-
-
-def cores() -> list[int]:
-    """The processor's cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def split_cores(available: Sequence[int], reserved: float) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ from deepspeed.utils import numa
 def _one_node_of_eight(monkeypatch):
     monkeypatch.delenv("KMP_AFFINITY", raising=False)
     monkeypatch.setattr(numa, "get_numa_cores", lambda: [list(range(8))])
-    monkeypatch.setattr(numa, "_available_cores", lambda: list(range(8)))
+    monkeypatch.setattr(numa, "available_cores", lambda: list(range(8)))
 
 
 @pytest.mark.parametrize(
