@@ -94,7 +94,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
     Returns:
         The attention's output in fp32 (fp64 for fp64), and each query's log-sum-exp.
     """
-    wide = wide_dtype(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(q.shape, dtype=wide, device=q.device)
     sums = torch.empty(q.shape[:-1], dtype=wide, device=q.device)
     for rows in _tiles(q, k):
@@ -131,7 +131,7 @@ def attend_backward(
         scale, causal: as of `attend`.
     """
     q, k, v = inputs
-    wide = wide_dtype(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
     to_q = torch.empty(q.shape, dtype=wide, device=q.device)
     to_k, to_v = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
     for rows in _tiles(q, k):
@@ -147,11 +147,6 @@ def attend_backward(
     return to_q, to_k, to_v
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which sums are taken."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _tiles(q: Tensor, k: Tensor) -> Iterator[slice]:
     count = q.shape[-2]
     step = max(1, _SCORES // max(1, q[..., 0, 0].numel() * k.shape[-2]))
@@ -162,7 +157,7 @@ def _tiles(q: Tensor, k: Tensor) -> Iterator[slice]:
 def _scores(q: Tensor, k: Tensor, rows: slice, scale: float, causal: bool) -> tuple[Tensor, slice]:
     """Scores of some queries, and the keys that any of them sees."""
     keys = slice(0, rows.stop if causal else k.shape[-2])
-    wide = wide_dtype(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q[..., rows, :].to(wide) * scale) @ k[..., keys, :].to(wide).transpose(-1, -2)
     if causal:
         columns = torch.arange(keys.stop, device=q.device)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from deepspeed import comm as dist
 from deepspeed.utils.errors import explain
 
-from .chunk_attention import SequenceChunk, attend, attend_backward, join, wide_dtype
+from .chunk_attention import SequenceChunk, attend, attend_backward, join
 from .layer import single_all_to_all
 
 
@@ -148,12 +148,12 @@ class FPDTAttentionCore(torch.autograd.Function):
         products: list[Tensor] = []
         for (_, _, _, out, _), grad in zip(kept, grad_output.chunk(len(kept), 1), strict=True):
             own = ctx.exchange.to_heads(grad.transpose(0, 1).contiguous())
-            wide = wide_dtype(own.dtype)
+            wide = torch.promote_types(own.dtype, torch.float32)
             product = (own.to(wide) * out.values().to(wide)).sum(-1, keepdim=True)
             products.append(_grouped(product, kv_heads).squeeze(-1))
             grads.append(keeper.keep(_grouped(own, kv_heads)))
         to_input = torch.empty_like(inputs)
-        wide = wide_dtype(weight.dtype)
+        wide = torch.promote_types(weight.dtype, torch.float32)
         to_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         to_queries: list[SequenceChunk | None] = [None] * len(kept)
         pieces = zip(inputs.chunk(len(kept)), to_input.chunk(len(kept)), strict=True)

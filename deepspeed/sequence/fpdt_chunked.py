@@ -11,8 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from deepspeed import comm as dist
 
-from .chunk_attention import wide_dtype
-
 
 class FPDT_FFN(torch.autograd.Function):
     """An MLP with GELU (by tanh), some positions at a time; what is between its layers is computed again for gradients."""
@@ -136,7 +134,12 @@ def _chunked_gradients(
         weight.detach().requires_grad_() if weight is not None else None for weight in weights
     ]
     to_inputs = []
-    sums = [None if w is None else torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in weights]
+    sums = [
+        None
+        if w is None
+        else torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+        for w in weights
+    ]
     for piece, grad in zip(pieces, grads, strict=True):
         with torch.enable_grad():
             own = piece.detach().requires_grad_()

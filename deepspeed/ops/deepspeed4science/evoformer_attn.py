@@ -99,7 +99,13 @@ class _EvoformerAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, of_keys: Tensor | None, of_pairs: Tensor | None
     ) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        sums = q.new_empty(q.shape[0], q.shape[1], q.shape[3], q.shape[2], dtype=_wide(q.dtype))
+        sums = q.new_empty(
+            q.shape[0],
+            q.shape[1],
+            q.shape[3],
+            q.shape[2],
+            dtype=torch.promote_types(q.dtype, torch.float32),
+        )
         attention(q, k, v, of_keys, of_pairs, out, sums)
         ctx.save_for_backward(q, k, v, of_keys, of_pairs, out, sums)
         return out
@@ -166,7 +172,7 @@ def attention_bwd(
         o, lse: as `attention` gave them.
         delta: gets the sum of `grad * o` over D, `[B, N, H, L]`; None for no need.
     """
-    wide = _wide(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
     inputs = _heads_first(q, k, v, bias1, bias2)
     grads, outs = grad.transpose(2, 3), o.transpose(2, 3)
     scale = q.shape[-1] ** -0.5
@@ -204,10 +210,6 @@ def attention_bwd(
             target.copy_(total)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _heads_first(
     q: Tensor, k: Tensor, v: Tensor, bias1: Tensor | None, bias2: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -235,7 +237,7 @@ def _scores(
 ) -> Tensor:
     """Scores of a block, `[rows, H, queries, M]`, biases added."""
     (q, k, _, of_keys, of_pairs), (b, rows, queries) = inputs, at
-    wide = _wide(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
     scaled = q[b, rows][:, :, queries].to(wide) * q.shape[-1] ** -0.5
     scores = scaled @ k[b, rows].to(wide).transpose(-1, -2)
     if of_keys is not None:

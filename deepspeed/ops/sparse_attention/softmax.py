@@ -43,7 +43,7 @@ class Softmax:
         """
         head, row, column = self.layout.to(x.device).nonzero(as_tuple=True)
         heads, rows, columns = self.layout.shape
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(x.dtype, torch.float32)
         scores = x.to(wide) * scale
         shape = (rows, self.block), (columns, self.block)
         if rpe is not None:

@@ -211,7 +211,7 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: Group, masks: Masks) -
     if not len(group.columns):
         return torch.zeros_like(some_q[..., :1]).expand(*some_q.shape[:3], v.shape[-1])
     some_k, some_v = (t.index_select(2, group.columns) for t in (k, v))
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     scores = (some_q @ some_k.transpose(-1, -2)).to(wide) * q.shape[-1] ** -0.5
     added = masks.of(group)
     for mask in added:
