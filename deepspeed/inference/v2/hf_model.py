@@ -31,7 +31,7 @@ class HFModel:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = model
         self.device = device
-        takes = inspect.signature(getattr(model, "module", model).forward).parameters
+        takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
         last_only = [n for n in ("logits_to_keep", "num_logits_to_keep") if n in takes]
         self._last_only: dict[str, Any] = dict.fromkeys(last_only[:1], 1)

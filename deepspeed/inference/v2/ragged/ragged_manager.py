@@ -25,11 +25,6 @@ class DSStateManager:
         self._sequences: dict[int, DSSequenceDescriptor] = {}
 
     @property
-    def tracked_sequences(self) -> dict[int, DSSequenceDescriptor]:
-        """All sequences by their uid."""
-        return self._sequences
-
-    @property
     def n_tracked_sequences(self) -> int:
         """How many sequences there are."""
         return len(self._sequences)
@@ -38,11 +33,6 @@ class DSStateManager:
     def free_blocks(self) -> int:
         """Blocks that no sequence holds."""
         return self.cache.allocator.free_blocks
-
-    @property
-    def kv_block_size(self) -> int:
-        """Tokens a block."""
-        return self.cache.block_size
 
     def get_sequence(self, uid: int) -> DSSequenceDescriptor | None:
         """The sequence of that uid; None if there is none."""

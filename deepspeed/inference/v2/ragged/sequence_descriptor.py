@@ -20,11 +20,6 @@ class DSSequenceDescriptor:
     seen_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
 
-    @property
-    def cur_allocated_blocks(self) -> int:
-        """How many blocks it holds."""
-        return len(self.blocks)
-
     def blocks_for(self, tokens: int, block_size: int) -> int:
         """How many more blocks `tokens` more tokens need."""
         return max(0, -(-(self.seen_tokens + tokens) // block_size) - len(self.blocks))
