@@ -21,13 +21,8 @@ CONTRACT_FOR_INIT = PassContract(
 )
 
 
-def _refuse(*_: Any, **__: Any) -> Any:
-    """Refuse, under each of the names.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError(
+def _refuse() -> NotImplementedError:
+    return NotImplementedError(
         explain(
             "the compile passes that offload optimizer states are not built",
             fix="set zero_optimization.offload_optimizer.device to 'cpu', or call engine.offload_states()",
@@ -35,4 +30,28 @@ def _refuse(*_: Any, **__: Any) -> Any:
     )
 
 
-move_opt_states = move_opt_states_sync = offload_adam_states_for_init = _refuse
+def move_opt_states(*_: Any, **__: Any) -> Any:
+    """Refuse.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise _refuse()
+
+
+def move_opt_states_sync(*_: Any, **__: Any) -> Any:
+    """Refuse.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise _refuse()
+
+
+def offload_adam_states_for_init(*_: Any, **__: Any) -> Any:
+    """Refuse.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise _refuse()

@@ -51,11 +51,23 @@ def add_z1_reduce(
     param_manager: Any,
     bwd: bool,
 ) -> GraphModule:
-    """Pass for stages 1 and 2; forward graphs stay as they are."""
+    """Pass for stage 1; forward graphs stay as they are."""
     if bwd:
         add_reduce(gm, graph_id, param_manager)
     return gm
 
 
-# The reducer, not the graph, knows whether sums are cut at once.
-add_z2_reduce = add_z1_reduce
+def add_z2_reduce(
+    gm: GraphModule,
+    graph_id: int,
+    graph_order: Any,
+    profiling_results: Any,
+    create_inputs_fn: Any,
+    mem_budget: float,
+    param_manager: Any,
+    bwd: bool,
+) -> GraphModule:
+    """Pass for stage 2; the reducer knows that the sums are cut at once."""
+    if bwd:
+        add_reduce(gm, graph_id, param_manager)
+    return gm
