@@ -54,6 +54,7 @@ def register_compile_pass(
 
 
 def _register_own() -> None:
+    # Each a function of its own, however alike: schedules may name a pass by its function.
     z1, adam = zero_1_and_2_compile, offload_adam_states
     for name, function, contract in (
         (z1.NAME_Z1, z1.add_z1_reduce, z1.CONTRACT_Z1),

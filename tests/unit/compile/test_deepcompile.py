@@ -191,3 +191,11 @@ def test_code_between_graphs_is_not_being_compiled():
 
     torch.compile(ask, backend="eager")(torch.ones(1))
     assert seen == [False]
+
+
+def test_each_pass_is_known_by_its_function_too():
+    from deepspeed.compile import session
+
+    session._register_own()
+    for name, function in session.opt_passes.items():
+        assert contract._name_of(function, session.opt_passes) == name
