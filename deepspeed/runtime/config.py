@@ -283,6 +283,9 @@ class DeepSpeedConfig:
     def _set_precision(self, keys: TopLevel, raw: dict[str, Any]) -> None:
         self.float16_config = keys.fp16
         self.bfloat16_config = keys.bf16 if raw.get("bf16") is not None else keys.bfloat16
+        # Names of old, which BERT programs read to build their transformer layers.
+        self.fp16_enabled = self.float16_config.enabled
+        self.bfloat16_enabled = self.bfloat16_config.enabled
         self.amp_enabled = keys.amp.enabled
         self.amp_params = get_amp_params(raw)
         self.torch_autocast_enabled = keys.torch_autocast.enabled

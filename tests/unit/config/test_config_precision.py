@@ -73,6 +73,9 @@ def test_dynamic_scaling_needs_a_window_and_a_floor(key, more, refused):
 def test_auto_in_a_precision_section_means_off():
     config = parse(fp16={"enabled": "auto"}, bf16={"enabled": "auto"})
     assert not config.float16_config.enabled and not config.bfloat16_config.enabled
+    assert not config.fp16_enabled and not config.bfloat16_enabled
+    assert parse(fp16={"enabled": True}).fp16_enabled
+    assert parse(bfloat16={"enabled": True}).bfloat16_enabled
 
 
 def test_old_spelling_of_bf16_counts_where_the_new_is_absent():
