@@ -73,6 +73,38 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self._step_one(group, param, grad, low, grad_scale)
 
+    def step_pieces(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        pieces: Iterable[tuple[int, Tensor]],
+        grad_scale: float = 1.0,
+    ) -> None:
+        """Make one step of one flat shard, piece by piece; arguments as of `step_shard` but for one.
+
+        Args:
+            pieces: for each piece where it begins, and what receives the new values in place of ``low``; together
+                all of the shard.
+        """
+        state = self.state[param]
+        if not state:
+            self._init_state(param, state)
+        before = {name: value for name, value in state.items() if name not in self.moments}
+        with torch.no_grad():
+            if any(name not in state for name in self.moments):  # the rule has still to make them
+                self._apply(group, param, grad, state, None, grad_scale)
+                for start, low in pieces:
+                    low.copy_(param.narrow(0, start, low.numel()))
+                pieces = ()
+            for start, low in pieces:
+                cut = (start, low.numel())
+                piece = before | {name: state[name].narrow(0, *cut) for name in self.moments}
+                values, gradient = param.narrow(0, *cut), grad.narrow(0, *cut)
+                self._apply(group, values, gradient, piece, low, grad_scale)
+                state.update((name, piece[name]) for name in before)
+        torch.autograd.graph.increment_version(param)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; the moments keep the dtype they were saved in.
 

@@ -22,26 +22,17 @@ BF16 = torch.bfloat16
 HOST = {"device": "cpu", "pin_memory": True}
 
 
-def set_up(rank):
-    os.environ["DS_ACCELERATOR"] = "cuda"
-    fake_cuda.install()
-    torch.cuda.set_device(rank)
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator()._name
-
-
 @pytest.fixture(scope="module")
 def one():
     with RankPool(1) as pool:
-        assert pool.run(set_up, timeout=120) == ["cuda"]
+        assert pool.run(fake_cuda.on_rank, timeout=120) == ["cuda"]
         yield pool
 
 
 @pytest.fixture(scope="module")
 def two():
     with RankPool(2) as pool:
-        assert pool.run(set_up, timeout=120) == ["cuda"] * 2
+        assert pool.run(fake_cuda.on_rank, timeout=120) == ["cuda"] * 2
         yield pool
 
 
@@ -236,33 +227,6 @@ def _states(rank):
 
 def test_two_gpus_read_and_write_states(two):
     two.run(_states, timeout=120)
-
-
-def _edited(rank, folder):
-    import deepspeed
-    from deepspeed import utils
-
-    files = {"device": "nvme", "nvme_path": folder, "pin_memory": True}
-    for place in (HOST, files):
-        zero = {"stage": 3, "stage3_param_persistence_threshold": 20, "offload_optimizer": place}
-        cell = Cell(3, "fp32", extra={"zero_optimization": zero})
-        engine = deepspeed.initialize(model=parity.model(), config=cell.config(1))[0]
-        for device in ("cpu", "cuda"):
-            loss = parity.loss_of(engine, *parity.batch(0, 0, 0, torch.float32, "cuda"))
-            engine.backward(loss)
-            engine.step()
-            for param in engine.module.parameters():
-                # at once after each other: the first may still be on its way to the device
-                for number in (0.25, 0.5):
-                    values = torch.full(param.ds_shape, number, device=device)
-                    utils.safe_set_full_fp32_param(param, values)
-                assert (utils.safe_get_full_fp32_param(param) == 0.5).all()
-        engine.destroy()
-        fake_cuda.check()
-
-
-def test_edits_of_offloaded_fp32_weights_do_not_overtake_copies_to_the_device(one, tmp_path):
-    one.run(_edited, str(tmp_path))
 
 
 def _built_inside(rank):

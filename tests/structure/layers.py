@@ -113,6 +113,7 @@ LAYERS: dict[str, int] = {
     "deepspeed.ops": 3,
     # L2: bytes, integers, wires
     "deepspeed.runtime.zero.blocks": 2,
+    "deepspeed.runtime.zero.host_copies": 2,
     "deepspeed.runtime.zero.layout": 2,
     "deepspeed.runtime.zero.plan": 2,
     "deepspeed.runtime.zero.slab": 2,

@@ -60,8 +60,9 @@ BUDGET = {
     "deepspeed/runtime/activation_checkpointing": 1040,
     # with the memory plan, packed weights, states that go and come back, files on disk, smaller groups and fewer bits;
     # one norm over experts and tensor-parallel shares; names of upstream's that callers import;
-    # whole matrices for Muon, memory that is used again; orders of the step, and a thread beside the training
-    "deepspeed/runtime/zero": 7620,
+    # whole matrices for Muon, memory that is used again; orders of the step, and a thread beside the training;
+    # copies between GPU and host that neither waits for
+    "deepspeed/runtime/zero": 7800,
     # two orders of the step: columns that go first, and steps before the norm is known
     "deepspeed/runtime/zenflow deepspeed/runtime/superoffload": 800,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned; so is what

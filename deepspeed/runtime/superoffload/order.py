@@ -118,9 +118,9 @@ class SuperOffload(StepOrder):
         trial.scale = 1.0 / self.owner.loss_scale
         trial.options = self.options_now(trial.group)
         self.tried += 1
-        trial.running = self.worker.start(self._step_on_trial, trial)
+        trial.running = self.worker.start(self._step_on_trial, trial, trial.part.held_grad)
 
-    def _step_on_trial(self, trial: Trial) -> None:
+    def _step_on_trial(self, trial: Trial, grad: torch.Tensor) -> None:
         """Keep what the part is, and step it; in the thread."""
         part, inner = trial.part, self.owner.optimizer
         state = inner.state[part.master]
@@ -130,7 +130,6 @@ class SuperOffload(StepOrder):
                 if name not in trial.before:
                     trial.before[name] = torch.empty_like(value)
                 trial.before[name].copy_(value)
-        grad = trial.group.grad_of(part)
         inner.step_shard(trial.options, part.master, grad, None, trial.scale)  # type: ignore[attr-defined]
 
     # - the verdict

@@ -28,6 +28,7 @@ from deepspeed.runtime.torch_autocast import get_comm_dtype
 
 from .blocks import Blocks
 from .buckets import Bucket, cut_buckets, scale_factors
+from .host_copies import Incoming
 from .plan import Plan
 from .shard_group import ShardGroup
 
@@ -124,6 +125,7 @@ class Reducer:
             self._late = self._unreduced = False
         else:
             self._unreduced = bool(self._buckets)
+        self._settle()
         self.after_pass()
 
     def _late_anywhere(self) -> bool:
@@ -140,6 +142,7 @@ class Reducer:
         if self._buckets:
             self.before_pass()
             self._reduce_all()
+            self._settle()
             self.after_pass()
 
     def _reduce_all(self) -> None:
@@ -178,19 +181,27 @@ class Reducer:
                 self._hold(group, index, param)
             else:
                 self._keep_whole(group, index, param)
+                group.incoming.settle()
 
     def take_from_graph(self, param: torch.nn.Parameter, grad: torch.Tensor) -> None:
         """A compiled backward graph has a parameter's gradient, and autograd is not going to see it."""
         param.grad = grad if param.grad is None else param.grad + grad
         self._on_grad(self.groups[param._index_in_param_group], param.param_idx_in_group, param)
+        # the graph uses its buffers again
+        Incoming.fence(grad.device)
         if param.grad is grad:
-            param.grad = grad.clone()  # the graph uses its buffers again
+            param.grad = grad.clone()
 
     def remove_hooks(self) -> None:
         """Let go of the parameters."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def _settle(self) -> None:
+        """All gradients are in the groups' shards."""
+        for group in self.groups:
+            group.incoming.settle()
 
     # - inside a pass
 

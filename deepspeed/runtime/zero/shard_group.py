@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,6 +20,7 @@ from deepspeed.comm.mesh import Axis
 from deepspeed.ops.norms import squared_norm
 from deepspeed.runtime.precision import Precision
 
+from .host_copies import Incoming, crosses, pieces_for
 from .layout import Layout, round_robin_order
 from .own_slice import hold, numel_of, piece_of, slice_of
 from .plan import Placement, Plan, TierKind
@@ -88,6 +90,7 @@ class ShardGroup:
         folder: where states live in files, if the plan says so.
 
     Attributes:
+        incoming: gradients on their way to host memory; there are none between backward passes.
         on_stored: called with a part, and the start and length of the run of it that reduced gradients came to.
         on_edit: called before the reduced gradients are edited.
     """
@@ -113,6 +116,7 @@ class ShardGroup:
         self.plan, self.precision = plan, precision
         self.dtype = self.params[0].dtype
         self.accumulate_dtype = precision.accumulate_dtype(self.dtype)
+        self.incoming = Incoming()
         self.params_sharded = plan.params is Placement.SHARDED
         cut = Layout.per_param if self.params_sharded else Layout.contiguous
         self.layout = cut([numel_of(p) for p in self.params], shard_axis.size)
@@ -211,6 +215,10 @@ class ShardGroup:
         """The gradients of `part`: the buffer they add up in, made on first use, or a copy of what is in their file."""
         if part.spilled_grad is not None:
             return part.spilled_grad.values()
+        self.incoming.settle()
+        return self._sums(part)
+
+    def _sums(self, part: ShardPart) -> torch.Tensor:
         if part.held_grad is None:
             part.held_grad = part.tier.alloc(part.length, self.accumulate_dtype)
         return part.held_grad
@@ -223,6 +231,7 @@ class ShardGroup:
     @contextlib.contextmanager
     def grads_in_memory(self, edit: bool = False) -> Iterator[None]:
         """Extent in which the gradients of all parts are in memory; `edit` keeps what is written to them there."""
+        self.incoming.settle()
         spilled = [part.spilled_grad for part in self.parts if part.spilled_grad is not None]
         if edit and self.on_edit is not None:
             self.on_edit()
@@ -250,13 +259,20 @@ class ShardGroup:
             part.spilled_grad.store(start, values, fresh)
             return
         part.stale = False
-        target = self.grad_of(part).narrow(0, start, values.numel())
+        target = self._sums(part).narrow(0, start, values.numel())
+        stored = partial(self._stored, part, start, values.numel())
+        if crosses(values, target):
+            self.incoming.send(values, target, fresh, stored)
+            return
         if fresh:
             target.copy_(values)
         else:
-            target.add_(values if values.device == target.device else values.to(target.device))
+            target.add_(values)
+        stored()
+
+    def _stored(self, part: ShardPart, start: int, length: int) -> None:
         if self.on_stored is not None:
-            self.on_stored(part, start, values.numel())
+            self.on_stored(part, start, length)
 
     def add_param_grad(self, index: int, grad: torch.Tensor) -> None:
         """Add a parameter's whole gradient to the unsharded gradient slab (shard axis of one rank)."""
@@ -270,6 +286,7 @@ class ShardGroup:
         """Put a gradient in place of what added up of a parameter's (shard axis of one rank)."""
         self._written[index] = 0
         self.add_param_grad(index, grad)
+        self.incoming.settle()
 
     def forget_param_grad(self, index: int) -> None:
         """A parameter has had no gradient since the last step (shard axis of one rank)."""
@@ -295,6 +312,7 @@ class ShardGroup:
     def clear_unwritten(self) -> None:
         """Zero the gradients of what took no part since the last step: of parameters, where this rank has all of them
         whole, else of a shard that nothing was reduced into."""
+        self.incoming.settle()
         if self.shard_axis.size > 1:
             self._clear_stale()
             return
@@ -319,6 +337,7 @@ class ShardGroup:
 
     def forget_grads(self, release: bool) -> None:
         """Start a new accumulation; `release` gives the memory back."""
+        self.incoming.settle()
         self._written = bytearray(len(self.params))
         for part in self.parts:
             part.stale = True
@@ -395,8 +414,10 @@ class ShardGroup:
 
     def lower(self, part: ShardPart) -> None:
         """Write a part's master weights to the params' shard, in the params' dtype."""
-        if part.low is not None:
-            # the host may change its masters, or use their memory again, right after this
+        if part.low is not None and crosses(part.master, part.low) and part.low.is_cuda:
+            for start, piece in pieces_for(part.low):
+                piece.copy_(part.master.data.narrow(0, start, piece.numel()))
+        elif part.low is not None:
             part.low.copy_(part.master.data)
         elif self.own is None:
             self.write_own(part.start, part.master.data)

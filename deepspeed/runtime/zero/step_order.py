@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deepspeed.ops.elementwise import ElementwiseOptimizer
+
+from .host_copies import pieces_for
 from .pieces import in_pieces
 from .shard_group import ShardGroup, ShardPart
 from .spill import stream
@@ -91,9 +94,16 @@ class StepOrder:
                 self._step_one(options, part, grad, grad_scale)
                 group.lower(part)
                 continue
-            beside = part.low is not None and part.low.device == part.master.device
-            step_shard(options, part.master, grad, part.low if beside else None, grad_scale)
-            if not beside:
+            if part.low is not None and part.low.device == part.master.device:
+                step_shard(options, part.master, grad, part.low, grad_scale)
+            elif (
+                part.low is not None
+                and part.low.is_cuda
+                and isinstance(inner, ElementwiseOptimizer)
+            ):
+                inner.step_pieces(options, part.master, grad, pieces_for(part.low), grad_scale)
+            else:
+                step_shard(options, part.master, grad, None, grad_scale)
                 group.lower(part)
         # What torch's schedulers read to know that step() came before theirs.
         inner._opt_called = True  # type: ignore[attr-defined]

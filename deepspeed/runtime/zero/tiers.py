@@ -61,11 +61,16 @@ class HostTier:
             return pins.empty(numel, dtype).zero_()
         if not self.pinned:
             return pages.zeros(numel, dtype)
-        try:
-            return torch.zeros(numel, dtype=dtype, pin_memory=True)
-        except RuntimeError:
-            # The driver limits page-locked memory; pageable memory is slower but right.
-            return torch.zeros(numel, dtype=dtype)
+        return page_locked(numel, dtype).zero_()
+
+
+def page_locked(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A 1-D buffer beside a GPU, its contents undefined; torch lends its memory again when the GPU is done with it."""
+    try:
+        return torch.empty(numel, dtype=dtype, pin_memory=True)
+    except RuntimeError:
+        # The driver limits page-locked memory; pageable memory is slower but right.
+        return torch.empty(numel, dtype=dtype)
 
 
 def tier_for(device: torch.device, on_host: bool, pin_memory: bool) -> Tier:

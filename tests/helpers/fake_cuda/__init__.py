@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,18 @@ def install() -> None:
     _library.fc_violation.restype = ctypes.c_char_p
     _patch_c(torch)
     _patch_torch(torch)
+
+
+def on_rank(rank: int) -> str:
+    """Give a rank's process the devices, one of them its own; returns the accelerator's name."""
+    import torch
+
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    install()
+    torch.cuda.set_device(rank)
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()._name
 
 
 def check() -> None:

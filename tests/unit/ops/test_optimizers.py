@@ -349,6 +349,22 @@ def test_step_shard_scales_the_gradient_and_fills_the_copy(path, optimizer, low)
 
 
 @pytest.mark.parametrize("optimizer", ELEMENTWISE)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_step_in_pieces_is_the_step(path, optimizer, dtype):
+    whole = params_of([(1000,)])[0]
+    shard = torch.nn.Parameter(whole.detach().clone())
+    a, b = optimizer([shard], lr=1e-2), optimizer([whole], lr=1e-2)
+    for _ in range(3):
+        grad, found, want = torch.randn(1000).to(BF16), *torch.full((2, 1000), 7.0).to(dtype)
+        pieces = ((at, found[at : at + 300]) for at in range(0, 1000, 300))
+        a.step_pieces(a.param_groups[0], shard, grad, pieces, 0.25)
+        b.step_shard(b.param_groups[0], whole, grad, want, 0.25)
+        assert torch.equal(shard, whole) and torch.equal(found, want)
+    for name, value in b.state[whole].items():
+        torch.testing.assert_close(a.state[shard][name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ELEMENTWISE)
 def test_autograd_can_notice_the_change_of_a_saved_param(path, optimizer):
     (param,) = params_of([(3,)])
     before = param._version
