@@ -230,9 +230,21 @@ class DeepSpeedConfig:
         self.gradient_accumulation_steps: Any
         for key in BATCH_KEYS:
             setattr(self, key, getattr(keys, key))
-        self._configure_train_batch_size()
+        if not self._counts_tensor_ranks(keys.tensor_parallel.autotp_size):
+            self._configure_train_batch_size()
         self.managed_gradient_accumulation = keys.managed_gradient_accumulation
         self.dataloader_drop_last = keys.dataloader_drop_last
+
+    def _counts_tensor_ranks(self, tensor: int) -> bool:
+        """Whether all three sizes are given, and train_batch_size is a product with every rank.
+
+        Trainers that know of no tensor parallelism fill in such sizes; micro batch and steps say all.
+        """
+        train, micro, steps = (getattr(self, key) for key in BATCH_KEYS)
+        if tensor < 2 or None in (train, micro, steps) or min(train, micro, steps) < 1:
+            return False
+        everyone = distributed_rank_and_size()[1]
+        return self.world_size * tensor == everyone and train == micro * steps * everyone
 
     def _configure_train_batch_size(self) -> None:
         """Derive those of the three batch sizes that are None, and check them all."""

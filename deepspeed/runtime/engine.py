@@ -126,7 +126,7 @@ class DeepSpeedEngine(
         self.dp_world_size, self.seq_dp_world_size = mesh.data.size, mesh.sequence_data.size
         self.mp_world_size, self.sequence_parallel_size = mesh.tensor.size, mesh.sequence.size
         self.checkpoint_mp_rank = mesh.tensor.rank
-        self.data_parallel_group = groups.group_of(data) if world.size == 1 else data.group
+        self.data_parallel_group = groups.group_of(data)
         self.seq_parallel_group = mesh.sequence.group
         self.seq_data_parallel_group = mesh.sequence_data.group
         self.expert_parallel_group = {name: axis.group for name, axis in mesh.expert.items()}

@@ -199,6 +199,8 @@ def evaluate(rank):
     for call in (engine.forward, engine.backward, engine.step):
         with pytest.raises(PipelineError, match="train_batch"):
             call(None)
+    group = engine.data_parallel_group
+    assert (group.rank(), group.size()) == (0, 1)
     with torch.no_grad(), pytest.raises(RuntimeError, match="eval_batch"):
         engine.train_batch(iter(data))
     return loss.item(), both.item(), outputs, alone, third.item(), trained.item()

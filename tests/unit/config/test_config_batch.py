@@ -231,3 +231,19 @@ def test_batches_that_fit_one_rank_only_say_how_that_comes_about():
     with pytest.raises(AssertionError) as caught:
         complete_batch(17, 8, 2, 2)
     assert "They fit one rank" not in str(caught.value)
+
+
+def test_sizes_that_count_tensor_parallel_ranks_are_taken_as_they_are(monkeypatch):
+    monkeypatch.setattr("deepspeed.runtime.config.distributed_rank_and_size", lambda: (0, 4))
+
+    def sizes(*values, tensor=2):
+        section = {"tensor_parallel": {"autotp_size": tensor}}
+        config = DeepSpeedConfig(dict(zip(BATCH_KEYS, values, strict=True)) | section, mpu=Ranks(2))
+        return tuple(getattr(config, key) for key in BATCH_KEYS)
+
+    assert sizes(32, 2, 4) == (32, 2, 4)
+    assert sizes(16, 2, 4) == (16, 2, 4)
+    assert sizes(16, 2, None) == (16, 2, 4)
+    for values, tensor in (((24, 2, 4), 2), ((64, 2, 4), 2), ((32, 2, 4), 1), ((32, 2, 4), 4)):
+        with pytest.raises(DeepSpeedConfigError, match=UNEQUAL.split(".")[0]):
+            sizes(*values, tensor=tensor)
