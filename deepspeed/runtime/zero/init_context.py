@@ -171,7 +171,7 @@ class InitContext:
     def _patch(self) -> None:
         for cls in _all_subclasses(torch.nn.Module):
             self._wrap_class(cls)
-        self._replace(torch.nn.Module, "__init_subclass__", classmethod(self._on_new_class))
+        self._replace(torch.nn.Module, "__init_subclass__", self._on_new_class())
         self._replace(torch.nn.Module, "apply", self._apply_whole(torch.nn.Module.apply))
         for name in _CONSTRUCTORS:
             constructors.remember(name)
@@ -203,9 +203,15 @@ class InitContext:
 
         return apply
 
-    def _on_new_class(self, cls: type, **kwargs: Any) -> None:
-        super(torch.nn.Module, cls).__init_subclass__(**kwargs)
-        self._wrap_class(cls)
+    def _on_new_class(self) -> Any:
+        """`Module.__init_subclass__` that wraps the class; Python 3.10 hands a bound method no class."""
+
+        @classmethod
+        def wrap(cls: type, **kwargs: Any) -> None:
+            super(torch.nn.Module, cls).__init_subclass__(**kwargs)
+            self._wrap_class(cls)
+
+        return wrap
 
     def _wrap_class(self, cls: type) -> None:
         if "__init__" not in vars(cls):
