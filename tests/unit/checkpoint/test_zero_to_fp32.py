@@ -229,7 +229,7 @@ def test_ranks_that_write_the_same_files_at_once_leave_them_whole(
     assert not list(output.glob("*.tmp"))
     index = json.loads((output / "pytorch_model.bin.index.json").read_text(encoding="utf-8"))
     for name, file in index["weight_map"].items():
-        assert torch.equal(torch.load(output / file)[name], full[name])
+        assert torch.equal(torch.load(output / file, weights_only=True)[name], full[name])
 
 
 def test_safetensors_of_others_read_our_files(tmp_path: Path) -> None:

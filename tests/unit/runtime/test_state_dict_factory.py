@@ -107,7 +107,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(AssertionError, match="no such rank: got -1"):
         SDLoaderFactory.get_sd_loader(names, None).load(2, -1)
     names = save(tmp_path, 2, 0)
-    more = torch.load(names[1])
+    more = torch.load(names[1], weights_only=True)
     more["model"]["of.one.rank"] = torch.zeros(1)
     torch.save(more, names[1])
     with pytest.raises(AssertionError, match="different weights: got of.one.rank"):
@@ -117,7 +117,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_values_that_differ_and_should_not_are_warned_of(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     names = save(tmp_path, 2, 0)
-    content = torch.load(names[1])
+    content = torch.load(names[1], weights_only=True)
     content["model"]["norm.weight"] += 1
     torch.save(content, names[1])
     with caplog.at_level(logging.WARNING):
