@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients that are reduced more than once before a step, and parameters that a module hands to its caller."""
+"""Gradients that are reduced more than once before a step, passes that raise, and parameters that a module hands to its caller."""
 
 from __future__ import annotations
 
@@ -134,3 +134,38 @@ def test_a_module_may_return_its_parameter(ranks2):
     for known, gap in ranks2.run(uses_a_returned_param):
         assert known == [1, 0, 0]
         assert gap < 1e-5  # fp32, numbers of about one
+
+
+def goes_on(rank):
+    """Weights after a step, by stage: (alone, after a backward pass that raised when buckets were on their way)."""
+
+    def fail(_):
+        raise KeyError("not this time")
+
+    found = {}
+    for stage in (0, 1, 2, 3):
+        for broken in (False, True):
+            torch.manual_seed(5)
+            net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(5)))
+            zero = {"stage": stage, "reduce_bucket_size": 1, "overlap_comm": True}
+            engine = start(net, stage, zero_optimization=zero)
+            x = torch.full((1, 4), rank + 1.0, requires_grad=True)
+            if broken:
+                hidden = engine.module[0](x * 3)
+                hidden.register_hook(fail)
+                with pytest.raises(KeyError, match="not this time"):
+                    engine.backward(net[1:](hidden).square().sum())
+                engine.zero_grad()
+            engine.backward(engine(x).square().sum())
+            engine.step()
+            with deepspeed.zero.GatheredParameters(list(net.parameters())):
+                found[stage, broken] = [p.detach().clone() for p in net.parameters()]
+            engine.destroy()
+    return found
+
+
+def test_training_goes_on_after_a_backward_pass_that_raised(ranks2):
+    for found in ranks2.run(goes_on):
+        for stage in (0, 1, 2, 3):
+            for want, got in zip(found[stage, False], found[stage, True], strict=True):
+                assert torch.equal(want, got)

@@ -76,6 +76,10 @@ class Bucket:
         """The collective is over: put what is ours into the group's gradients."""
         raise NotImplementedError
 
+    def drop(self) -> None:
+        """Forget what was collected and not landed."""
+        self.buffer = None
+
     def _put(self, index: int, values: torch.Tensor, fresh: bool) -> None:
         raise NotImplementedError
 
@@ -269,6 +273,11 @@ class SliceBucket(Bucket):
         self.sum = self.blocks.take(self.row, buffer.dtype, buffer.device)
         pending = self._reduce(self.sum, buffer, axis, async_op=True)
         return self._over_replicas(self.sum, pending)
+
+    def drop(self) -> None:
+        """Forget what was collected and not landed."""
+        super().drop()
+        self.sum = None
 
     def land(self) -> None:
         """Keep our own row."""

@@ -101,6 +101,7 @@ class Reducer:
     def begin(self, sync: bool) -> None:
         """Start a backward pass. `sync` says that it reduces over the ranks; otherwise gradients only add up here."""
         self.before_pass()
+        self._drop_round()
         self.active = True
         self._nested, self._task = False, -1
         self._sync = sync and bool(self._buckets)
@@ -158,6 +159,7 @@ class Reducer:
     def end_step(self, release: bool) -> None:
         """Forget the gradients that a step has used."""
         self.before_pass()
+        self._drop_round()
         for group in self.groups:
             group.forget_grads(release)
         for bucket in (*self._buckets, *self._apart):
@@ -274,6 +276,19 @@ class Reducer:
             self._launch()
         while self._flying:
             self._land()
+
+    def _drop_round(self) -> None:
+        """If the last backward pass raised, let what it has sent arrive, and forget it."""
+        if not self.active:
+            return
+        self.active = False
+        for _, pending in self._flying:
+            pending.wait()
+        self._flying.clear()
+        for bucket in self._buckets:
+            bucket.drop()
+        self._late = False
+        self._settle()
 
     def _launch_ready(self) -> None:
         while self._next < len(self._buckets) and self._buckets[self._next].missing <= 0:
