@@ -143,7 +143,7 @@ class InferenceEngine(nn.Module):
 
         Raises:
             AttributeError: the model cannot generate.
-            NotImplementedError: beams are asked for.
+            NotImplementedError: beams are asked for, and the layers are replaced by kernels.
             RuntimeError: a prompt is longer than `max_out_tokens`.
         """
         if not hasattr(self.module, "generate"):
@@ -162,10 +162,10 @@ class InferenceEngine(nn.Module):
     def _check_beams(self, kwargs: dict[str, Any]) -> None:
         config = kwargs.get("generation_config") or getattr(self.module, "generation_config", None)
         beams = kwargs.get("num_beams", getattr(config, "num_beams", 1))
-        if beams is not None and beams > 1:
+        if self._config.replace_with_kernel_inject and beams is not None and beams > 1:
             raise NotImplementedError(
                 explain(
-                    "InferenceEngine.generate searches with one beam only",
+                    "InferenceEngine.generate searches with one beam only where kernels are injected",
                     got=f"num_beams={beams}",
                     fix="Call engine.module.generate(...) for beams.",
                 )

@@ -89,14 +89,15 @@ def test_configurations_join_and_may_not_differ(tmp_path):
         deepspeed.init_inference(nn.Linear(2, 2), dytpe="fp16")
 
 
-def test_generate_passes_on_and_refuses_beams_and_long_prompts():
+def test_generate_passes_on_and_refuses_beams_of_kernels_and_long_prompts():
     wrapped = engine(max_tokens=8)
     ids = torch.ones(1, 8, dtype=torch.long)
     args, kwargs = wrapped.generate(ids, do_sample=True)
     assert args[0] is ids
     assert kwargs == {"do_sample": True}
+    assert wrapped.generate(ids, num_beams=2)[1] == {"num_beams": 2}
     with pytest.raises(NotImplementedError, match="num_beams=2"):
-        wrapped.generate(ids, num_beams=2)
+        engine(max_tokens=8, replace_with_kernel_inject=True).generate(ids, num_beams=2)
     for call in ({"input_ids": torch.ones(1, 9)}, {"inputs": torch.ones(1, 9)}):
         with pytest.raises(RuntimeError, match="got 9 tokens, expected at most max_out_tokens=8"):
             wrapped.generate(**call)
