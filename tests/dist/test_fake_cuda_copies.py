@@ -41,6 +41,8 @@ def _in_pieces(rank, ranks):
             place = {"device": "cpu", "pin_memory": pinned}
             zero = {"stage": stage, "offload_optimizer": place, "reduce_bucket_size": 300}
             zero["overlap_comm"] = pinned
+            if stage == 3:
+                zero |= {"offload_param": place, "stage3_param_persistence_threshold": 20}
             extra = {"zero_optimization": zero, **(sgd if stage == 1 else {})}
             cells.append(Cell(stage, dtype, True, 2, stage == 3, extra=extra))
     want = [parity.engine_run(cell, rank, ranks, "cuda") for cell in cells]

@@ -62,7 +62,7 @@ BUDGET = {
     # one norm over experts and tensor-parallel shares; names of upstream's that callers import;
     # whole matrices for Muon, memory that is used again; orders of the step, and a thread beside the training;
     # copies between GPU and host that neither waits for
-    "deepspeed/runtime/zero": 7800,
+    "deepspeed/runtime/zero": 7900,
     # two orders of the step: columns that go first, and steps before the norm is known
     "deepspeed/runtime/zenflow deepspeed/runtime/superoffload": 800,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned; so is what

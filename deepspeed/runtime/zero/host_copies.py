@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from deepspeed.comm import flat
+
 from .tiers import page_locked
 
 _PIECE = 4 << 20
@@ -23,7 +25,7 @@ _PIECE = 4 << 20
 _MOST_BYTES = 128 << 20
 """That wait on the host's side at once, at most, before the program waits for them."""
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+_streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
 
 
 def crosses(source: torch.Tensor, target: torch.Tensor) -> bool:
@@ -51,6 +53,43 @@ def pieces_for(target: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         yield start, piece
         place.copy_(piece, non_blocking=True)
         sent.append(stream.record_event())
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A copy to a GPU. `wait` has what its current stream does from now on come after it; the host goes on."""
+
+    event: torch.cuda.Event
+    device: torch.device
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self.event)
+
+
+def bring(values: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, flat.Handle]:
+    """Bring values to where they are computed with; from the host to a GPU beside its work.
+
+    Args:
+        values: flat. On the host and page-locked, they must not change before the copy is over.
+        device: where to.
+
+    Returns:
+        The values there, themselves if that is where they are, and what to wait for before they are used.
+    """
+    if not (values.is_cpu and device.type == "cuda"):
+        return values.to(device), flat.DONE
+    stream = _stream_of(device, "to")
+    there = torch.empty_like(values, device=device)
+    # which may still use what had the memory before
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        if values.is_pinned():
+            there.copy_(values, non_blocking=True)
+        else:
+            for start, piece in pieces_for(there):
+                piece.copy_(values.narrow(0, start, piece.numel()))
+    there.record_stream(stream)
+    return there, _Sent(stream.record_event(), device)
 
 
 @dataclass
@@ -97,7 +136,7 @@ class Incoming:
             fresh: overwrite what is there, else add.
             then: called when all of them are in their place; by a later call of this object.
         """
-        stream = _stream_of(values.device)
+        stream = _stream_of(values.device, "from")
         stream.wait_stream(torch.cuda.current_stream(values.device))
         straight = fresh and values.dtype == place.dtype and place.is_pinned()
         size = max(1, values.numel()) if straight else _PIECE
@@ -123,8 +162,8 @@ class Incoming:
     @staticmethod
     def fence(device: torch.device) -> None:
         """What the current stream of a GPU does from now on comes after everything that was sent from it."""
-        if device in _streams:
-            torch.cuda.current_stream(device).wait_stream(_streams[device])
+        if (device, "from") in _streams:
+            torch.cuda.current_stream(device).wait_stream(_streams[device, "from"])
 
     def _take_in(self, most: int) -> None:
         """Put in place what has arrived, and wait for the oldest as long as more than `most` bytes are on their way."""
@@ -141,7 +180,7 @@ class Incoming:
                 arrival.then()
 
 
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+def _stream_of(device: torch.device, way: str) -> torch.cuda.Stream:
+    if (device, way) not in _streams:
+        _streams[device, way] = torch.cuda.Stream(device)
+    return _streams[device, way]

@@ -29,6 +29,7 @@ from deepspeed.utils.errors import explain
 
 from .blocks import Blocks
 from .codec import GroupCodec, SliceCodec
+from .host_copies import bring
 from .own_slice import (
     ZeroParamStatus,
     ZeroParamType,
@@ -151,7 +152,7 @@ class Gathering:
         small: dict[tuple[Axis, torch.dtype], list[_Travel]] = {}
         for travel in self._travels():
             if travel.axis.size == 1:
-                self._landing.append((flat.DONE, partial(travel.land, travel.shard)))
+                self._landing.append((travel.arriving, partial(travel.land, travel.shard)))
             elif travel.shard.numel() < SMALL_SLICE:
                 small.setdefault((travel.axis, travel.shard.dtype), []).append(travel)
             else:
@@ -222,11 +223,15 @@ def _assigned(param: torch.nn.Parameter) -> str:
 
 @dataclass(frozen=True)
 class _Travel:
-    """One parameter's way to being whole: who has the pieces, this rank's, and what to do with all of them."""
+    """One parameter's way to being whole: who has the pieces, this rank's, and what to do with all of them.
+
+    `arriving`: to be waited for, where this rank's piece is all.
+    """
 
     axis: Axis
     shard: torch.Tensor
     land: Callable[[torch.Tensor], None]
+    arriving: flat.Handle = flat.DONE
 
 
 def _may_narrow(param: torch.nn.Parameter, backward: bool) -> bool:
@@ -246,8 +251,10 @@ def get_allgather_dtype(param: torch.nn.Parameter, param_ds_tensor: torch.Tensor
 
 
 def _from_all(param: torch.nn.Parameter, take: Callable[..., torch.Tensor]) -> _Travel:
-    shard = slice_of(param).to(param.ds_device, non_blocking=True)
+    shard, arriving = bring(slice_of(param), param.ds_device)
     wire = param.ds_wire
+    if param.ds_axis.size > 1:  # what goes to others is made of it at once
+        arriving.wait()
     if wire is not None and not param.ds_packed:
         if param.ds_axis.size == 1:
             wire = None
@@ -256,7 +263,7 @@ def _from_all(param: torch.nn.Parameter, take: Callable[..., torch.Tensor]) -> _
     if param.ds_narrowed:
         shard = shard.to(get_allgather_dtype(param, shard))
         return _Travel(param.ds_axis, shard, partial(_widen, param, take))
-    return _Travel(param.ds_axis, shard, partial(_open, param, wire))
+    return _Travel(param.ds_axis, shard, partial(_open, param, wire), arriving)
 
 
 def _from_neighbours(param: torch.nn.Parameter, second: SecondCopy) -> _Travel:
