@@ -250,9 +250,11 @@ class ShardGroup:
         return squared_norm(self.grad_of(part))
 
     def renew_grads(self) -> None:
-        """The gradients are no longer those of an earlier step."""
+        """The gradients are no longer those of an earlier step; a part that is nothing but padding has some, too."""
         for part in self.parts:
             part.stale = False
+            if part.spilled_grad is None:
+                self._sums(part)
 
     def _store(self, part: ShardPart, start: int, values: torch.Tensor, fresh: bool) -> None:
         if part.spilled_grad is not None:
@@ -267,7 +269,7 @@ class ShardGroup:
         if fresh:
             target.copy_(values)
         else:
-            target.add_(values)
+            target.add_(values.to(target.device))
         stored()
 
     def _stored(self, part: ShardPart, start: int, length: int) -> None:
