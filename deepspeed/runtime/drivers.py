@@ -91,6 +91,11 @@ class SlabDriver:
             self.residency.remove_hooks()
 
 
+def _is_frozen(param: torch.nn.Parameter) -> bool:
+    """Whether a parameter was frozen in mid-run: zeros for a gradient would let it decay."""
+    return not param.requires_grad and param.grad is None
+
+
 def _reduces_itself(optimizer: Any) -> bool:
     """Whether an optimizer averages over the ranks by itself what it takes from the next gradients."""
     return bool(getattr(optimizer, "reduces_itself", False))
@@ -150,7 +155,7 @@ class PlainDriver:
             return
         self._before_adding()
         for axis, params in self.params:
-            whole = [param for param in params if param not in self.rows]
+            whole = [param for param in params if param not in self.rows and not _is_frozen(param)]
             average_grads(whole, axis, self.plan, self.reduce_dtype)
             for param in params:
                 if param in self.rows:

@@ -169,3 +169,43 @@ def test_training_goes_on_after_a_backward_pass_that_raised(ranks2):
         for stage in (0, 1, 2, 3):
             for want, got in zip(found[stage, False], found[stage, True], strict=True):
                 assert torch.equal(want, got)
+
+
+def frozen_in_mid_run(rank):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    engine = start(net, 0, optimizer={"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.5}})
+    weights = []
+    for frozen in (False, True):
+        net[0].requires_grad_(not frozen)
+        engine.backward(engine(torch.ones(1, 2)).sum())
+        engine.step()
+        weights.append(net[0].weight.detach().clone())
+    return weights
+
+
+def test_what_is_frozen_in_mid_run_does_not_decay_at_stage_0(ranks2):
+    for before, after in ranks2.run(frozen_in_mid_run):
+        assert torch.equal(before, after)
+
+
+def gradients_of_one_element(rank):
+    """The second rank's shard of such a group is padding, in one part or in two."""
+    found = []
+    for stage in (1, 2):
+        for section in ({}, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}):
+            net = torch.nn.Linear(1, 1, bias=False)
+            zero = {"stage": stage, **section}
+            adam = {"type": "AdamW", "params": {"lr": 0.1}}
+            engine = start(net, stage, zero_optimization=zero, optimizer=adam)
+            engine.backward(engine(torch.full((1, 1), rank + 1.0)).sum())
+            found.append(deepspeed.utils.safe_get_full_grad(net.weight))
+            deepspeed.utils.safe_set_full_grad(net.weight, found[-1] * 2)
+            found.append(deepspeed.utils.safe_get_full_grad(net.weight) / 2)
+            engine.step()
+            engine.destroy()
+    return found
+
+
+def test_gradients_are_told_on_ranks_that_hold_nothing_of_them(ranks2):
+    for found in ranks2.run(gradients_of_one_element):
+        assert [grad.item() for grad in found] == [1.5] * 8
