@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.errors import explain
 from deepspeed.utils.logging import logger
 
+from .ep_kernels import scale_grad
 from .gating import (
     Routes,
     gumbel_rsample,
@@ -179,6 +180,10 @@ class MOELayer(nn.Module):
         ep_size: number of its ranks.
         num_local_experts: experts of this rank.
         use_tutel: accepted; the routes are kept as indices in any case.
+
+    Attributes:
+        grad_share: what the experts' gradients are multiplied by, and no others: ranks that share the experts add up
+            the gradients of all their samples. The engine sets it.
     """
 
     def __init__(
@@ -200,6 +205,7 @@ class MOELayer(nn.Module):
         self.ep_group_name = ep_group_name
         self.num_local_experts = num_local_experts
         self.use_tutel = False
+        self.grad_share = 1.0
         self.wall_clock_breakdown = False
         self.time_falltoall = 0.0
         self.time_salltoall = 0.0
@@ -243,8 +249,11 @@ class MOELayer(nn.Module):
         with timed(self, "time_falltoall"):
             if self.ep_size > 1:
                 queues = _AllToAll.apply(self.ep_group, queues)
+        queues = scale_grad(queues, 1.0 / self.grad_share)
         results = self.experts(queues.view(self.ep_size, self.num_local_experts, capacity, model))
-        results = results.reshape(self.ep_size * self.num_local_experts, capacity, model)
+        results = scale_grad(results, self.grad_share).reshape(
+            self.ep_size * self.num_local_experts, capacity, model
+        )
         with timed(self, "time_salltoall"):
             if self.ep_size > 1:
                 results = _AllToAll.apply(self.ep_group, results)

@@ -133,6 +133,7 @@ class DeepSpeedEngine(
         self.expert_data_parallel_group = {
             name: axis.group for name, axis in mesh.expert_data.items()
         }
+        self._share_expert_grads()
         self.pipeline_parallelism = False
         self.save_non_zero_checkpoint = mesh.sequence_data.rank == 0
         self.save_zero_checkpoint = self.plan.stage > 0

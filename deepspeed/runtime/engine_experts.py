@@ -136,6 +136,12 @@ class ExpertControl:
         averaged = copies / summed if copies > 1 else 1.0
         return averaged * summed / samples
 
+    def _share_expert_grads(self) -> None:
+        """Tell layers of spread experts what their gradients are multiplied by."""
+        for layer in module_prep.moe_layers(self.module):
+            if getattr(layer, "ep_size", 1) > 1 and hasattr(layer, "grad_share"):
+                layer.grad_share = self._expert_grad_share(layer.ep_group_name)
+
     # - ZeRO stage 3
 
     def _shard_params(self) -> Any:

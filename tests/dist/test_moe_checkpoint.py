@@ -166,3 +166,26 @@ def test_ranks_with_different_experts_clip_by_one_norm(stage: int, ranks2: Any) 
 def test_one_experts_overflow_is_that_of_all_ranks(stage: int, dtype: str, ranks2: Any) -> None:
     for _, _, kept, said in ranks2.run(norms, stage, dtype, float("inf")):
         assert kept and (dtype != "fp32" or "not finite" in said)
+
+
+def gradients(rank: int) -> None:
+    """Whether an expert is on one rank or on all, its gradient is the average over all samples."""
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(64, WIDTH, generator=generator)
+    for stage in (0, 1, 2):
+        found = []
+        for ep_size, first in ((1, 1 + 2 * rank), (2, 1)):
+            made = engine(stage, "fp32", 3, ep_size)
+            made.backward(made(x))
+            experts = made.module.moe.deepspeed_moe.experts.deepspeed_experts
+            grads = [safe_get_full_grad(m.weight).clone() for m in (made.module.first, *experts)]
+            found.append([grads[0], *grads[first : first + 2]])  # those of the same experts
+            made.destroy()
+        for want, got in zip(*found, strict=True):
+            assert want.abs().max() > 1e-4
+            # the same products, added up in another order
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_experts_gradients_do_not_depend_on_how_they_are_spread(ranks2: Any) -> None:
+    ranks2.run(gradients)
