@@ -113,21 +113,26 @@ def refuse_use(optimizer: Any) -> None:
 
 
 def get_state_devices(model: Any, state: OffloadStateTypeEnum) -> set[torch.device]:
-    """Where one kind of state is at the moment.
+    """Where one kind of state is at the moment; what lives in files is nowhere.
 
     Args:
         model: an engine, or its optimizer.
         state: the kind.
     """
     optimizer = model if hasattr(model, "plan") and hasattr(model, "reducer") else model.optimizer
-    return {tensor.device for tensor in tensors_of(optimizer, OffloadStateTypeEnum(state))}
+    kind = OffloadStateTypeEnum(state)
+    return {tensor.device for tensor in tensors_of(optimizer, kind, everywhere=True)}
 
 
-def tensors_of(optimizer: Any, kind: OffloadStateTypeEnum) -> list[torch.Tensor]:
-    """The tensors of one kind that live on the device by configuration, each once, views included."""
+def tensors_of(
+    optimizer: Any, kind: OffloadStateTypeEnum, *, everywhere: bool = False
+) -> list[torch.Tensor]:
+    """The tensors of one kind, each once, views included: those on the device by configuration, or all in memory."""
     found: list[torch.Tensor | None] = []
     for group in optimizer.groups:
-        parts = [p for p in group.parts if p.spilled is None and _on_device(p, optimizer.device)]
+        parts = [p for p in group.parts if p.spilled is None]
+        if not everywhere:
+            parts = [p for p in parts if _on_device(p, optimizer.device)]
         if kind is OffloadStateTypeEnum.lp_params:
             found += _param_tensors(group)
             found += [p.low for p in group.parts]

@@ -64,6 +64,14 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer, ZeROOptimizer):
         return {number: group.grads() for number, group in enumerate(self.groups)}
 
     @property
+    def grad_partitions_flat_buffer(self) -> torch.Tensor:
+        """A copy of this rank's reduced gradients, one after the other; empty after a step, which frees them."""
+        grads = [grad for group in self.groups for grad in group.grads() or ()]
+        if not grads:
+            return torch.empty(0, device=self.device)
+        return torch.cat([grad.to(grads[0].device) for grad in grads])
+
+    @property
     def persistent_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters small enough to stay whole between steps."""
         return self.parameter_offload.persistent_parameters

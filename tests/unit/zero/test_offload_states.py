@@ -154,3 +154,16 @@ def test_requests_that_cannot_be_met(caplog):
     with pytest.raises(AssertionError, match="offloaded parameters"):
         moving.offload_states(engine.optimizer)
     engine.destroy()
+
+
+def test_the_host_is_told_for_what_is_there_by_configuration(monkeypatch):
+    engine = make(3, torch.bfloat16)
+    train(engine, torch.bfloat16, steps=1)
+    assert engine.optimizer.grad_partitions_flat_buffer.numel() == 0
+    monkeypatch.setattr(moving, "_on_device", lambda part, device: False)  # as beside a GPU
+    for kind in (OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states):
+        assert moving.tensors_of(engine.optimizer, kind) == []
+        assert moving.get_state_devices(engine, kind) == {torch.device("cpu")}
+    engine.backward(engine(torch.randn(2, 7, dtype=torch.bfloat16)).float().sum())
+    assert engine.optimizer.grad_partitions_flat_buffer.count_nonzero() > 0
+    engine.destroy()
