@@ -31,7 +31,12 @@ from .passes import (
     zero_1_and_2_compile,
 )
 from .passes.contract import PassContract, register_pass_contract, validate_schedule
-from .util import MIN_TORCH, is_deepcompile_supported
+from .util import (
+    MIN_TORCH,
+    MIN_TORCH_INDUCTOR,
+    is_deepcompile_supported,
+    is_inductor_supported,
+)
 
 WARMUP = 5
 Schedule = list[tuple[int, list[Any]]]
@@ -89,6 +94,11 @@ def why_not(engine: Any, backend: str) -> str | None:
         return f"needs torch >= {MIN_TORCH}, this is {torch.__version__}"
     if backend not in BACKENDS:
         return f"backend {backend!r} is not one of {', '.join(BACKENDS)}"
+    if backend == "inductor" and not is_inductor_supported():
+        return (
+            f"backend 'inductor' needs torch >= {MIN_TORCH_INDUCTOR}, this is {torch.__version__}"
+            " (backend 'eager' does not)"
+        )
     if engine.plan.stage == 0:
         return "ZeRO stage 0 leaves nothing to do for it"
     if not hasattr(engine.optimizer, "reducer"):

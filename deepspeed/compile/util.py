@@ -13,11 +13,17 @@ from deepspeed.utils.torch import required_torch_version
 from . import graph_ops, graph_params
 
 MIN_TORCH = 2.6
+MIN_TORCH_INDUCTOR = 2.13
 
 
 def is_deepcompile_supported() -> bool:
     """Whether this torch is new enough."""
     return required_torch_version(min_version=MIN_TORCH)
+
+
+def is_inductor_supported() -> bool:
+    """Whether this torch's inductor keeps operators without results: 2.7's drops them, and no gradient arrives."""
+    return required_torch_version(min_version=MIN_TORCH_INDUCTOR)
 
 
 class DeepCompileHandle:

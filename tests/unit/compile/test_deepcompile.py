@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 import deepspeed
-from deepspeed.compile import graph_ops
+from deepspeed.compile import graph_ops, session
 from deepspeed.compile.passes import contract, prefetch
 from deepspeed.compile.profilers import ProfilingResult, memory_rows
 from deepspeed.compile.util import get_last_uses, get_real_uses, is_deepcompile_supported
@@ -19,6 +19,15 @@ from deepspeed.runtime.compiler import is_compiling
 from deepspeed.utils.logging import logger
 
 needs_torch = pytest.mark.skipif(not is_deepcompile_supported(), reason="needs torch >= 2.6")
+
+
+class Net(torch.nn.Sequential):
+    """With a forward pass of its own: torch 2.7 does not compile torch's."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 def start(stage, passes=None, **more):
@@ -31,7 +40,7 @@ def start(stage, passes=None, **more):
         "compile": {"deepcompile": True, "passes": passes},
         **more,
     }
-    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    net = Net(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
     return deepspeed.initialize(model=net, config=config)[0]
 
 
@@ -110,6 +119,15 @@ def test_plain_compilation_takes_over_where_graphs_cannot_and_says_so(stage, bac
     if is_deepcompile_supported():
         assert not engine.is_deepcompile_active() and why in caplog.text
     assert step(engine) > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_inductor_that_drops_operators_is_refused(monkeypatch):
+    monkeypatch.setattr(session, "is_inductor_supported", lambda: False)
+    engine = start(2)
+    if is_deepcompile_supported():
+        assert "'inductor' needs torch >= 2.13" in session.why_not(engine, "inductor")
+        assert session.why_not(engine, "eager") is None
 
 
 def gathering(uses):
