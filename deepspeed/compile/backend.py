@@ -10,6 +10,7 @@ both, and output k of the backward graph is its gradient.
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -89,6 +90,40 @@ class Frame:
     numbers: list[int | None]
 
 
+class _ForParams:
+    """A traced frame, compiled for each set of parameters that it is called with.
+
+    To dynamo parameters are inputs like any others: what it traced of one layer serves the next of the same class. Our
+    graphs say whose gradient they hand over.
+    """
+
+    def __init__(self, backend: DeepCompileBackend, gm: GraphModule, inputs: Sequence[Any]) -> None:
+        self._backend, self._number_of = backend, backend.owner.number_of
+        self._gm = GraphModule(gm, copy.deepcopy(gm.graph))  # compilers change what they are given
+        self._first = self._numbers(inputs)
+        self._compiled: dict[Any, Callable[..., Any]] = {
+            self._first: backend.compile_for(gm, inputs)
+        }
+
+    def _numbers(self, inputs: Sequence[Any]) -> tuple[int | None, ...]:
+        return tuple(map(self._number_of, inputs))
+
+    def __call__(self, *inputs: Any) -> Any:
+        numbers = self._numbers(inputs)
+        if numbers == self._first:
+            return self._compiled[numbers](*inputs)
+        # What is compiled here is of these shapes; dynamo's own may be of any.
+        key = (numbers, tuple(map(_form, inputs)))
+        if key not in self._compiled:
+            gm = GraphModule(self._gm, copy.deepcopy(self._gm.graph))
+            self._compiled[key] = self._backend.compile_for(gm, inputs)
+        return self._compiled[key](*inputs)
+
+
+def _form(value: Any) -> Any:
+    return (value.shape, value.stride()) if isinstance(value, torch.Tensor) else value
+
+
 class DeepCompileBackend:
     """Compiles frames for one engine.
 
@@ -125,17 +160,20 @@ class DeepCompileBackend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile what dynamo traced; `example_inputs` are the real inputs, parameters themselves among them."""
+        return _ForParams(self, gm, example_inputs)
+
+    def compile_for(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a frame for the parameters that are among `inputs`."""
         began = time.perf_counter()
-        numbers = [self.owner.number_of(each) for each in example_inputs]
-        frame = Frame(self.owner.new_graph(), numbers)
+        frame = Frame(self.owner.new_graph(), [self.owner.number_of(each) for each in inputs])
         trained = torch.is_grad_enabled() and any(
-            isinstance(each, torch.Tensor) and each.requires_grad for each in example_inputs
+            isinstance(each, torch.Tensor) and each.requires_grad for each in inputs
         )
         self.param_manager[frame.graph_id] = GraphParamManager(self.owner, *self._limits)
         self.profiling_results[frame.graph_id] = ProfilingResult(needs_backward=trained)
         self.graph_order.append((frame.graph_id, trained))
         build = self._with_inductor if self.kind == "inductor" else self._with_eager
-        compiled = build(frame, gm, example_inputs)
+        compiled = build(frame, gm, inputs)
         self.times.append((frame.graph_id, time.perf_counter() - began))
         return compiled
 
