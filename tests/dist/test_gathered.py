@@ -148,11 +148,12 @@ def test_one_rank_drops_the_edit_or_says_that_it_stays(extra, caplog, monkeypatc
     before = whole(weight)
     for _ in range(2):
         edit_in_place(0, weight)
+    ours = {r.getMessage() for r in caplog.records if r.name == deepspeed.utils.logger.name}
     if extra:  # there is a master weight, which the edit has not reached
-        assert torch.equal(whole(weight), before) and not caplog.records
+        assert torch.equal(whole(weight), before) and not ours
     else:
         assert torch.equal(whole(weight), before + 1.0 + 1.0)
-        (message,) = {record.getMessage() for record in caplog.records}
+        (message,) = ours
         assert "modifier_rank=0" in message
 
 
