@@ -191,7 +191,8 @@ class DeepCompileBackend:
 
         def compile_graph(bwd: bool, graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
             self._run_passes(frame, graph, bwd)
-            return _boxed(graph, frees_inputs=self.config.free_activation)
+            run = _boxed(graph, frees_inputs=self.config.free_activation)
+            return self._counting(_handed_over(graph), run) if bwd else run
 
         with torch._functorch.config.patch(enable_autograd_cache=False):
             compiler = aot_autograd(
@@ -208,8 +209,11 @@ class DeepCompileBackend:
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         def compile_graph(graph: GraphModule, args: Sequence[Any], **kwargs: Any) -> Any:
-            self._run_passes(frame, graph, bool(kwargs.get("is_backward")))
-            return compile_fx_inner(graph, args, **kwargs)
+            bwd = bool(kwargs.get("is_backward"))
+            self._run_passes(frame, graph, bwd)
+            promised = _handed_over(graph)  # compilers change what they are given
+            run = compile_fx_inner(graph, args, **kwargs)
+            return self._counting(promised, run) if bwd else run
 
         # What these caches know of a graph is from before the passes.
         settings = {
@@ -221,6 +225,26 @@ class DeepCompileBackend:
             inductor_config.patch(settings),
         ):
             return compile_fx(gm, inputs, inner_compile=compile_graph)
+
+    def _counting(self, promised: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A backward graph that raises if what runs hands over fewer gradients than its operators say."""
+
+        def counted(args: list[Any]) -> Any:
+            before = self.owner.taken
+            outputs = run(args)
+            if self.owner.taken - before != promised:
+                raise RuntimeError(
+                    explain(
+                        "a compiled backward graph lost gradients",
+                        got=f"{self.owner.taken - before} gradients from torch {torch.__version__}'s {self.kind}",
+                        expected=f"{promised}",
+                        fix="set compile.deepcompile to false, or compile with backend='eager'",
+                    )
+                )
+            return outputs
+
+        counted._boxed_call = True  # type: ignore[attr-defined]
+        return counted
 
     def _mark(self, frame: Frame, joint: Graph) -> None:
         """Have no view of a parameter that is gathered kept for the backward pass."""
@@ -303,6 +327,11 @@ def _check(node: Any, shape: tuple[int, ...]) -> None:
                 fix="set compile.deepcompile to false",
             )
         )
+
+
+def _handed_over(gm: GraphModule) -> int:
+    """How many gradients a graph hands over."""
+    return len(list(fx.nodes_calling(gm.graph, torch.ops.dc.reduce_grad.default)))
 
 
 def _no_inputs() -> tuple[()]:

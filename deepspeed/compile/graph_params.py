@@ -52,6 +52,9 @@ class GraphParams:
         residency: keeps some parameters whole; None below stage 3.
         share: called with each gradient before it is taken; its result replaces the gradient unless it is None.
         config: section `compile`.
+
+    Attributes:
+        taken: gradients that backward graphs have handed over so far.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class GraphParams:
         self._number = {id(p): number for number, p in self._by_number.items()}
         self._reducer, self.residency, self._share = reducer, residency, share
         self._config = config
+        self.taken = 0
         self._shells: list[tuple[Any, torch.Tensor]] | None = None
 
     # - numbers
@@ -152,6 +156,7 @@ class GraphParams:
     def take_grad(self, number: int, grad: torch.Tensor) -> None:
         """A backward graph has computed a parameter's gradient."""
         self._settle(self._config.sync_before_reduce)
+        self.taken += 1
         share = self._share(grad)
         grad = (grad if share is None else share).contiguous()
         self._reducer.take_from_graph(self._by_number[number], grad)

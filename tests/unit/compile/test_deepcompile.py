@@ -12,6 +12,9 @@ from torch.fx import Graph, GraphModule
 
 import deepspeed
 from deepspeed.compile import graph_ops, session
+from deepspeed.compile.backend import DeepCompileBackend
+from deepspeed.compile.config import CompileConfig
+from deepspeed.compile.graph_params import GraphParams
 from deepspeed.compile.passes import contract, prefetch
 from deepspeed.compile.profilers import ProfilingResult, memory_rows
 from deepspeed.compile.util import get_last_uses, get_real_uses, is_deepcompile_supported
@@ -217,3 +220,16 @@ def test_each_pass_is_known_by_its_function_too():
     session._register_own()
     for name, function in session.opt_passes.items():
         assert contract._name_of(function, session.opt_passes) == name
+
+
+def test_a_backward_graph_that_loses_gradients_raises():
+    params = GraphParams([], None, None, lambda grad: None, CompileConfig())
+    backend = DeepCompileBackend("eager", params, CompileConfig(), 0, 0)
+
+    def hands_over(args):
+        params.taken += len(args)
+        return args
+
+    assert backend._counting(2, hands_over)([1, 2]) == [1, 2]
+    with pytest.raises(RuntimeError, match="lost gradients.*got 1 gradients.*expected 2"):
+        backend._counting(2, hands_over)([1])
