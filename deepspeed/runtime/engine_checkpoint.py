@@ -362,12 +362,13 @@ def _add_experts(
 ) -> Mapping[str, Any]:
     """Give every expert of this rank its own file, and the optimizer too where it is not sharded.
 
-    Of the ranks with the same experts the first writes. Returns the other weights.
+    Of the ranks with the same experts the first writes. Returns the other weights; at stage 3 all, as slices are in the
+    optimizer's files.
     """
+    spread = any(axis.size > 1 for axis in engine.mesh.expert.values())
     if has_slices(engine) and saved_experts.spread_layers(engine.module):
         saved_experts.refuse_frozen_slices(engine)
-        return engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
-    if has_slices(engine) and any(axis.size > 1 for axis in engine.mesh.expert.values()):
+    elif has_slices(engine) and spread:
         raise NotImplementedError(
             explain(
                 "experts spread over ranks cannot be saved at ZeRO stage 3",
@@ -375,8 +376,10 @@ def _add_experts(
                 fix="set zero_optimization.stage to 2, or ep_size to 1",
             )
         )
-    mp_rank, prefixes = mp_rank_of(engine), model_states.moe_prefixes(engine.module)
     state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+    if has_slices(engine):
+        return state
+    mp_rank, prefixes = mp_rank_of(engine), model_states.moe_prefixes(engine.module)
     rest, experts = model_states.split_experts(state, prefixes, first_expert(engine))
     rest, stacked = stacked_experts.split_stacks(rest, prefixes, first_expert(engine))
     experts.update(stacked)

@@ -346,6 +346,8 @@ class _Load:
     def _with_experts(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self.engine.has_moe_layers or Model.NUM_EXPERTS not in self.model:
             return weights
+        if self.is_zero3:  # slices of experts are among all others
+            return weights
         whole, own = OrderedDict(weights), set(self.engine.module.state_dict())
         wanted = self._own_experts()
         mp_rank = mp_rank_of(self.engine)

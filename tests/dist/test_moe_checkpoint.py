@@ -119,6 +119,30 @@ def test_spread_experts_come_back(ranks2: Any, tmp_path: Path) -> None:
         assert torch.equal(weights[name], torch.load(file, weights_only=True)[name])
 
 
+def cut_and_back(rank: int, folder: Path) -> None:
+    made = engine(3, "bf16", rank, 1)
+    train(made, 0, 3, rank, 2)
+    made.save_checkpoint(folder, tag="t")
+    state, losses = state_of(made), train(made, 3, 6, rank, 2)
+    for stage in (3, 2):
+        other = engine(stage, "bf16", 9, 1)
+        other.load_checkpoint(folder, tag="t")
+        now = state_of(other)
+        assert now.keys() == state.keys()
+        # between passes stage 3 has no whole weights
+        masters = {name: value for name, value in state.items() if value.numel()}
+        assert len(masters) >= 3 * len(list(other.module.parameters()))
+        assert all(torch.equal(now[name], value) for name, value in masters.items())
+        assert stage < 3 or train(other, 3, 6, rank, 2) == losses
+
+
+def test_experts_that_stage_3_cuts_come_back(ranks2: Any, tmp_path: Path) -> None:
+    ranks2.run(cut_and_back, tmp_path)
+    assert not list((tmp_path / "t").glob("*expert*"))
+    weights = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    assert sum("deepspeed_experts" in name for name in weights) == 2 * EXPERTS
+
+
 def refused(rank: int, folder: Path) -> str:
     made = engine(3, "fp32", 0, 2)
     with pytest.raises(NotImplementedError, match="ZeRO stage 3"):
