@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,7 +45,7 @@ from .fragments import merge_tp_slices as merge_tp_slices
 from .merge_slices import MergeRules
 from .reader import Folder
 from .reshard import FP32, SavedState, from_inline, from_shards
-from .stacked_experts import stacked_names, universal_stack
+from .stacked_experts import stack_of, stacked_names, universal_stack
 from .weights import of_frozen
 from .writer import plain, save_file
 
@@ -245,6 +245,15 @@ def _model_files(folder: Folder, grid: Sequence[Sequence[_Part]]) -> Iterator[tu
         yield names.zero3_model_file(0, mp_rank), {**light, Model.FROZEN_PARAM_SHAPES: None}
 
 
+def _not_stepped(folder: Folder, stepped: Container[str]) -> Iterator[tuple[str, Any]]:
+    """A pipeline's layers, for what no optimizer steps, and experts' files without what is under `zero`."""
+    yield from ((file, folder.load(file)) for file in folder.glob(names.LAYER_FILES))
+    for file in (name for pattern in names.expert_files() for name in folder.glob(pattern)):
+        found = folder.load(file).items()
+        if rest := OrderedDict((n, v) for n, v in found if stack_of(n) not in stepped):
+            yield file, rest
+
+
 def _frozen(folder: Folder, part: _Part, mp_rank: int) -> dict[str, torch.Tensor]:
     """The frozen parameters of stage 3, put together."""
     weights = of_frozen(part.model, part.saved.world, folder.load, mp_rank)
@@ -325,7 +334,6 @@ def convert(
     parts = [part for stage in grid for part in stage]
     rules = _rules(parts, len(grid[0]), inject_missing_state)
     where = _stage_of_params(grid)
-    layers = folder.glob(names.LAYER_FILES)  # a pipeline's, for what no optimizer steps
     size = sum(4 * 3 * part.shapes[n].numel() for part in parts for n in part.shapes)
 
     def write(target: Path) -> list[Entry]:
@@ -346,7 +354,7 @@ def convert(
             )
         common = [(f"{Universal.FOLDER}/optimizer_state.pt", _common_state(parts[0]))]
         found += _write_all(target, common)
-        found += _write_all(target, ((name, folder.load(name)) for name in layers))
+        found += _write_all(target, _not_stepped(folder, where))
         return found + _write_all(target, _model_files(folder, grid))
 
     try:

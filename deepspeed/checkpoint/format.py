@@ -197,6 +197,12 @@ def old_expert_file(expert: int, mp_rank: int = 0) -> str:
     return f"expert_{expert}_mp_rank_{mp_rank:02d}_model_states.pt"
 
 
+def expert_files(mp_rank: int | None = None) -> tuple[str, str]:
+    """Patterns of experts' files, of one model-parallel rank or of all."""
+    rank = "*" if mp_rank is None else f"{mp_rank:02d}"
+    return f"layer_*_expert_*_mp_rank_{rank}_*.pt", f"expert_*_mp_rank_{rank}_*.pt"
+
+
 def expert_of(file: str) -> int | None:
     """The number over all ranks of the expert that a file holds, None for a file of something else."""
     match = re.match(r"(?:layer_\d+_)?expert_(\d+)_", file)

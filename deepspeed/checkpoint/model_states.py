@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -98,6 +98,18 @@ def local_expert_state(
         (expert_renumbered(key, lambda layer: -first_expert(layer)), value)
         for key, value in state.items()
     )
+
+
+def experts_here(
+    state: Mapping[str, Any], own: Container[str], first_expert: Callable[[str], int]
+) -> OrderedDict[str, Any]:
+    """The state of a module with all experts, with local numbers in its keys and without experts that are not `own`."""
+    found = OrderedDict()
+    for name, value in state.items():
+        local = expert_renumbered(name, lambda layer: -first_expert(layer))
+        if local in own or not is_expert(name):
+            found[local] = value
+    return found
 
 
 def expert_renumbered(name: str, shift: Callable[[str], int]) -> str:

@@ -59,6 +59,12 @@ def split_stacks(
     return rest, parts
 
 
+def stack_of(key: str) -> str:
+    """The name of the stack that a weight of an expert's file is of; of one that is in no stack the name itself."""
+    match = _ONE.fullmatch(key)
+    return key if match is None else match["stack"]
+
+
 def fill_stacks(
     weights: dict[str, Any], part: Mapping[str, Any], first_expert: Callable[[str], int],
     shapes: Mapping[str, torch.Size],

@@ -329,7 +329,7 @@ class _Load:
 
     def _weights_in_pieces(self) -> dict[str, Any]:
         """The weights of a stage 3 or universal checkpoint, by their master weights; nothing is read yet."""
-        saved, weights = self.saved, OrderedDict(self.model[Model.MODULE] or {})
+        saved, weights = self.saved, OrderedDict(self._here(self.model[Model.MODULE] or {}))
         assert saved is not None
         for name, shape in saved.shapes.items():
             if saved.pieces[name] or 0 in shape:
@@ -337,26 +337,27 @@ class _Load:
         if self.is_zero3:
             world = self.model[Model.DP_WORLD_SIZE] if self.universal else saved.world
             mp_rank = mp_rank_of(self.engine)
-            weights.update(of_frozen(self.model, world, self.folder.load, mp_rank))
+            weights.update(self._here(of_frozen(self.model, world, self.folder.load, mp_rank)))
         for alias, name in (self.model.get(Model.SHARED_PARAMS) or {}).items():
             if name in weights:  # frozen ones may have been left out
                 weights[alias] = weights[name]
         return weights
 
+    def _here(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Weights of all experts, under this rank's numbers and without other ranks' experts."""
+        if not any(axis.size > 1 for axis in self.engine.mesh.expert.values()):
+            return weights
+        own = self.engine.module.state_dict().keys()
+        return model_states.experts_here(weights, own, first_expert(self.engine))
+
     def _with_experts(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self.engine.has_moe_layers or Model.NUM_EXPERTS not in self.model:
             return weights
-        if self.is_zero3:  # slices of experts are among all others
-            return weights
         whole, own = OrderedDict(weights), set(self.engine.module.state_dict())
         wanted = self._own_experts()
-        mp_rank = mp_rank_of(self.engine)
         shares = saved_experts.shares_of(self.engine)
         stacks = {name: shape for name, shape in self._own_shapes().items() if name in shares}
-        for pattern in (
-            f"layer_*_expert_*_mp_rank_{mp_rank:02d}_*.pt",
-            f"expert_*_mp_rank_{mp_rank:02d}_*.pt",
-        ):
+        for pattern in names.expert_files(mp_rank_of(self.engine)):
             for file in self.folder.glob(pattern):
                 if names.expert_of(file) not in wanted:
                     continue

@@ -38,12 +38,16 @@ class Mixture(torch.nn.Module):
         return x.float().square().mean() + 0.01 * loss
 
 
-def engine(stage: int, dtype: str, seed: int, ep_size: int, **settings: Any) -> Any:
+def engine(
+    stage: int, dtype: str, seed: int, ep_size: int, frozen: bool = False, **settings: Any
+) -> Any:
     groups.reset()
     torch.manual_seed(seed)
     model = Mixture(ep_size)
+    for expert in model.moe.deepspeed_moe.experts.deepspeed_experts:
+        expert.bias.requires_grad_(not frozen)
     params = split_params_into_different_moe_groups_for_optimizer(
-        {"params": list(model.parameters()), "name": "all"}
+        {"params": [p for p in model.parameters() if p.requires_grad], "name": "all"}
     )
     config = {
         "train_batch_size": 8,
@@ -141,6 +145,45 @@ def test_experts_that_stage_3_cuts_come_back(ranks2: Any, tmp_path: Path) -> Non
     assert not list((tmp_path / "t").glob("*expert*"))
     weights = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
     assert sum("deepspeed_experts" in name for name in weights) == 2 * EXPERTS
+
+
+def frozen_biases(made: Any) -> dict[int, torch.Tensor]:
+    """The frozen weights of this rank's experts, by their global number."""
+    layer = made.module.moe
+    axis = made.mesh.expert.get(layer.expert_group_name)
+    first = 0 if axis is None else axis.rank * layer.num_local_experts
+    biases = [expert.bias for expert in layer.deepspeed_moe.experts.deepspeed_experts]
+    with deepspeed.zero.GatheredParameters(biases):
+        return {first + at: bias.detach().clone() for at, bias in enumerate(biases)}
+
+
+def frozen_and_back(rank: int, folder: Path) -> None:
+    universal = {"checkpoint": {"load_universal": True}}
+    for stage, spread in ((2, 2), (3, 1)):
+        made = engine(stage, "fp32", rank, spread, frozen=True)
+        train(made, 0, 2, rank, 2)
+        made.save_checkpoint(folder / str(stage), tag="t")
+        parts = [None, None]
+        torch.distributed.all_gather_object(parts, frozen_biases(made))
+        want = {number: bias for part in parts for number, bias in part.items()}
+        assert sorted(want) == list(range(EXPERTS))
+        if rank == 0:
+            convert(folder / str(stage) / "t", folder / str(stage) / "u")
+        torch.distributed.barrier()
+        for after, ep_size in ((2, 2), (1, 1), (3, 1)):
+            for tag, settings in (("t", {}), ("u", universal)):
+                other = engine(after, "fp32", 9, ep_size, frozen=True, **settings)
+                other.load_checkpoint(folder / str(stage), tag=tag)
+                for number, bias in frozen_biases(other).items():
+                    case = stage, after, tag, number
+                    assert torch.equal(bias, want[number]), case
+
+
+def test_frozen_weights_of_experts_come_back(ranks2: Any, tmp_path: Path) -> None:
+    ranks2.run(frozen_and_back, tmp_path, timeout=120)
+    held = [torch.load(p, weights_only=True) for p in (tmp_path / "2" / "u").glob("*_expert_*")]
+    assert len(held) == EXPERTS
+    assert all(name.endswith("bias") for file in held for name in file)
 
 
 def refused(rank: int, folder: Path) -> str:

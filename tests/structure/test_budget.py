@@ -66,8 +66,9 @@ BUDGET = {
     # two orders of the step: columns that go first, and steps before the norm is known
     "deepspeed/runtime/zenflow deepspeed/runtime/superoffload": 800,
     # the unpickler that runs nothing, and the save that can die anywhere, are longer than planned; so is what
-    # tensor-parallel parts are cut and joined by, and reading whole files at once; files of several writers
-    "deepspeed/checkpoint": 5300,
+    # tensor-parallel parts are cut and joined by, and reading whole files at once; files of several writers;
+    # experts of which a part is frozen
+    "deepspeed/checkpoint": 5350,
     # loading, cutting, quantizing and offloading the base, each with the others
     "deepspeed/linear": 640,
     "deepspeed/nvme deepspeed/io": 800,
