@@ -356,7 +356,8 @@ def test_a_step_in_pieces_is_the_step(path, optimizer, dtype):
     a, b = optimizer([shard], lr=1e-2), optimizer([whole], lr=1e-2)
     for _ in range(3):
         grad, found, want = torch.randn(1000).to(BF16), *torch.full((2, 1000), 7.0).to(dtype)
-        pieces = ((at, found[at : at + 300]) for at in range(0, 1000, 300))
+        # of whole vectors: torch rounds what is left over at an end otherwise, on some systems
+        pieces = ((at, found[at : at + 256]) for at in range(0, 1000, 256))
         a.step_pieces(a.param_groups[0], shard, grad, pieces, 0.25)
         b.step_shard(b.param_groups[0], whole, grad, want, 0.25)
         assert torch.equal(shard, whole) and torch.equal(found, want)
