@@ -124,6 +124,11 @@ class Mesh:
         """The ranks that hold different parts of one model: a pipeline's stages, else the tensor-parallel ones."""
         return self.pipe if self.pipe.size > 1 else self.tensor
 
+    @property
+    def spreads_experts(self) -> bool:
+        """Whether ranks hold different experts of one layer."""
+        return any(axis.size > 1 for axis in self.expert.values())
+
     @staticmethod
     def single() -> Mesh:
         """Return the mesh of a job of one process."""

@@ -87,22 +87,23 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
             pieces: for each piece where it begins, and what receives the new values in place of ``low``; together
                 all of the shard.
         """
-        state = self.state[param]
-        if not state:
-            self._init_state(param, state)
-        before = {name: value for name, value in state.items() if name not in self.moments}
+        state = self._state_of(param)
         with torch.no_grad():
-            if any(name not in state for name in self.moments):  # the rule has still to make them
-                self._apply(group, param, grad, state, None, grad_scale)
+            # a rule may have its moments still to make; and a step of nothing counts, too
+            if any(name not in state for name in self.moments) or not param.numel():
+                self._step_one(group, param, grad, None, grad_scale)
                 for start, low in pieces:
                     low.copy_(param.narrow(0, start, low.numel()))
-                pieces = ()
+                return
+            counts = {name: value for name, value in state.items() if name not in self.moments}
             for start, low in pieces:
-                cut = (start, low.numel())
-                piece = before | {name: state[name].narrow(0, *cut) for name in self.moments}
-                values, gradient = param.narrow(0, *cut), grad.narrow(0, *cut)
+                values, gradient, *moments = (
+                    whole.narrow(0, start, low.numel())
+                    for whole in (param, grad, *(state[name] for name in self.moments))
+                )
+                piece = counts | dict(zip(self.moments, moments, strict=True))
                 self._apply(group, values, gradient, piece, low, grad_scale)
-                state.update((name, piece[name]) for name in before)
+            state.update((name, piece[name]) for name in counts)
         torch.autograd.graph.increment_version(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,10 +140,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         low: Tensor | None,
         grad_scale: float,
     ) -> None:
-        state = self.state[param]
-        if not state:
-            self._init_state(param, state)
-        self._apply(group, param, grad, state, low, grad_scale)
+        self._apply(group, param, grad, self._state_of(param), low, grad_scale)
         # Kernels write through plain pointers: tell autograd, as torch's own in-place steps do.
         torch.autograd.graph.increment_version(param)
 
@@ -157,6 +155,12 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Update param and state by the rule."""
         raise NotImplementedError
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        if not state:
+            self._init_state(param, state)
+        return state
 
     def _init_state(self, param: Tensor, state: dict[str, Any]) -> None:
         state["step"] = 0

@@ -365,20 +365,10 @@ def _add_experts(
     Of the ranks with the same experts the first writes. Returns the other weights; at stage 3 all, as slices are in the
     optimizer's files.
     """
-    spread = any(axis.size > 1 for axis in engine.mesh.expert.values())
-    if has_slices(engine) and saved_experts.spread_layers(engine.module):
-        saved_experts.refuse_frozen_slices(engine)
-    elif has_slices(engine) and spread:
-        raise NotImplementedError(
-            explain(
-                "experts spread over ranks cannot be saved at ZeRO stage 3",
-                got=", ".join(name for name, axis in engine.mesh.expert.items() if axis.size > 1),
-                fix="set zero_optimization.stage to 2, or ep_size to 1",
-            )
-        )
-    state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
     if has_slices(engine):
-        return state
+        _refuse_spread_slices(engine)
+        return engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+    state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
     mp_rank, prefixes = mp_rank_of(engine), model_states.moe_prefixes(engine.module)
     rest, experts = model_states.split_experts(state, prefixes, first_expert(engine))
     rest, stacked = stacked_experts.split_stacks(rest, prefixes, first_expert(engine))
@@ -392,6 +382,19 @@ def _add_experts(
         name = names.expert_optim_file(expert_rank(engine), mp_rank)
         files[name] = {Model.OPTIMIZER: _inline_optimizer(engine)}
     return rest
+
+
+def _refuse_spread_slices(engine: Any) -> None:
+    if saved_experts.spread_layers(engine.module):
+        saved_experts.refuse_frozen_slices(engine)
+    elif engine.mesh.spreads_experts:
+        raise NotImplementedError(
+            explain(
+                "experts spread over ranks cannot be saved at ZeRO stage 3",
+                got=", ".join(name for name, axis in engine.mesh.expert.items() if axis.size > 1),
+                fix="set zero_optimization.stage to 2, or ep_size to 1",
+            )
+        )
 
 
 def expert_rank(engine: Any) -> int:

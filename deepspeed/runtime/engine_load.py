@@ -345,7 +345,7 @@ class _Load:
 
     def _here(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         """Weights of all experts, under this rank's numbers and without other ranks' experts."""
-        if not any(axis.size > 1 for axis in self.engine.mesh.expert.values()):
+        if not self.engine.mesh.spreads_experts:
             return weights
         own = self.engine.module.state_dict().keys()
         return model_states.experts_here(weights, own, first_expert(self.engine))

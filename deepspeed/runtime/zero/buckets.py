@@ -15,6 +15,7 @@ from .own_slice import shape_of
 from .plan import Plan
 from .quantized_sum import ErrorFeedback, QuantizedSum, RowCodec
 from .shard_group import ShardGroup
+from .slab import store
 
 
 class Bucket:
@@ -331,11 +332,3 @@ def scale_factors(plan: Plan, ranks: int) -> tuple[float, float]:
 def repeats(plan: Plan, ranks: int) -> int:
     """How many times another sum over `ranks` counts what was summed before."""
     return ranks if plan.gradient_op == "sum" else plan.summed_ranks
-
-
-def store(target: torch.Tensor, values: torch.Tensor, fresh: bool) -> None:
-    """Overwrite `target`, or add to it."""
-    if fresh:
-        target.copy_(values)
-    else:
-        target.add_(values)

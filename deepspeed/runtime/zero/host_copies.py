@@ -3,9 +3,9 @@
 
 [Note: Page-locked pieces]
 A GPU reads and writes page-locked memory by itself. Any other memory is copied by the driver, and the program waits.
-Whole states are seldom page-locked (`pin_memory` is off by default, and systems limit it), nor are they in the dtype of
-what travels. So values travel in pieces of page-locked memory, which torch lends again once the GPU is done with them,
-and the host converts them on its side: nobody else ever sees memory that a copy is under way to or from.
+States may not be page-locked (`pin_memory` off, or the system's limit), nor are they always in the dtype of what travels,
+or to be overwritten by it. Where they are not, values travel in pieces of page-locked memory, which torch lends again once
+the GPU is done with them, and the host converts or adds them up on its side.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from deepspeed.comm import flat
 
+from .slab import store
 from .tiers import page_locked
 
 _PIECE = 4 << 20
@@ -26,11 +27,6 @@ _MOST_BYTES = 128 << 20
 """That wait on the host's side at once, at most, before the program waits for them."""
 
 _streams: dict[tuple[torch.device, str], torch.cuda.Stream] = {}
-
-
-def crosses(source: torch.Tensor, target: torch.Tensor) -> bool:
-    """Whether a copy goes between a GPU and the host."""
-    return {source.device.type, target.device.type} == {"cuda", "cpu"}
 
 
 def pieces_for(target: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -172,10 +168,7 @@ class Incoming:
             arrival.event.synchronize()
             if arrival.piece is not None:
                 self._bytes -= arrival.piece.nbytes
-                if arrival.fresh:
-                    arrival.place.copy_(arrival.piece)
-                else:
-                    arrival.place.add_(arrival.piece)
+                store(arrival.place, arrival.piece, arrival.fresh)
             if arrival.then is not None:
                 arrival.then()
 

@@ -20,11 +20,11 @@ from deepspeed.comm.mesh import Axis
 from deepspeed.ops.norms import squared_norm
 from deepspeed.runtime.precision import Precision
 
-from .host_copies import Incoming, crosses, pieces_for
+from .host_copies import Incoming, pieces_for
 from .layout import Layout, round_robin_order
 from .own_slice import hold, numel_of, piece_of, slice_of
 from .plan import Placement, Plan, TierKind
-from .slab import Slab
+from .slab import Slab, store
 from .spill import SpilledGrad, SpilledStates, SpillFolder
 from .tiers import DeviceTier, Tier, tier_for
 
@@ -68,6 +68,11 @@ class ShardPart:
         if self.spilled_grad is None:
             return self.held_grad is not None and not self.stale
         return self.spilled_grad.present
+
+    @property
+    def lowers_to_gpu(self) -> bool:
+        """Whether stepped weights go from the host to a GPU."""
+        return self.low is not None and self.low.is_cuda and self.master.is_cpu
 
     def forget_grad(self) -> None:
         """Give the gradients' memory back."""
@@ -263,13 +268,10 @@ class ShardGroup:
         part.stale = False
         target = self._sums(part).narrow(0, start, values.numel())
         stored = partial(self._stored, part, start, values.numel())
-        if crosses(values, target):
+        if values.is_cuda and target.is_cpu:
             self.incoming.send(values, target, fresh, stored)
             return
-        if fresh:
-            target.copy_(values)
-        else:
-            target.add_(values.to(target.device))
+        store(target, values, fresh)
         stored()
 
     def _stored(self, part: ShardPart, start: int, length: int) -> None:
@@ -416,7 +418,7 @@ class ShardGroup:
 
     def lower(self, part: ShardPart) -> None:
         """Write a part's master weights to the params' shard, in the params' dtype."""
-        if part.low is not None and crosses(part.master, part.low) and part.low.is_cuda:
+        if part.lowers_to_gpu:
             for start, piece in pieces_for(part.low):
                 piece.copy_(part.master.data.narrow(0, start, piece.numel()))
         elif part.low is not None:

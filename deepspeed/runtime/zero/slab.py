@@ -40,3 +40,11 @@ class Slab:
     def shard(self, rank: int) -> torch.Tensor:
         """The slice of the buffer that `rank` owns, 1-D, padding included."""
         return self.flat.narrow(0, rank * self.layout.shard_numel, self.layout.shard_numel)
+
+
+def store(target: torch.Tensor, values: torch.Tensor, fresh: bool) -> None:
+    """Overwrite a run of a slab, or add to it."""
+    if fresh:
+        target.copy_(values)
+    else:
+        target.add_(values.to(target.device))

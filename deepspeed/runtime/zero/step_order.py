@@ -96,11 +96,7 @@ class StepOrder:
                 continue
             if part.low is not None and part.low.device == part.master.device:
                 step_shard(options, part.master, grad, part.low, grad_scale)
-            elif (
-                part.low is not None
-                and part.low.is_cuda
-                and isinstance(inner, ElementwiseOptimizer)
-            ):
+            elif part.lowers_to_gpu and isinstance(inner, ElementwiseOptimizer):
                 inner.step_pieces(options, part.master, grad, pieces_for(part.low), grad_scale)
             else:
                 step_shard(options, part.master, grad, None, grad_scale)

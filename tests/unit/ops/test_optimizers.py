@@ -366,6 +366,15 @@ def test_a_step_in_pieces_is_the_step(path, optimizer, dtype):
 
 
 @pytest.mark.parametrize("optimizer", ELEMENTWISE)
+def test_a_step_of_no_pieces_counts(optimizer):
+    (shard,) = params_of([(0,)])
+    made = optimizer([shard], lr=1e-2)
+    for _ in range(2):
+        made.step_pieces(made.param_groups[0], shard, torch.empty(0), [])
+    assert made.state[shard]["step"] == 2
+
+
+@pytest.mark.parametrize("optimizer", ELEMENTWISE)
 def test_autograd_can_notice_the_change_of_a_saved_param(path, optimizer):
     (param,) = params_of([(3,)])
     before = param._version
