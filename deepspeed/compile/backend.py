@@ -100,10 +100,8 @@ class _ForParams:
     def __init__(self, backend: DeepCompileBackend, gm: GraphModule, inputs: Sequence[Any]) -> None:
         self._backend, self._number_of = backend, backend.owner.number_of
         self._gm = GraphModule(gm, copy.deepcopy(gm.graph))  # compilers change what they are given
-        self._first = self._numbers(inputs)
-        self._compiled: dict[Any, Callable[..., Any]] = {
-            self._first: backend.compile_for(gm, inputs)
-        }
+        self._first, self._run_first = self._numbers(inputs), backend.compile_for(gm, inputs)
+        self._others: dict[Any, Callable[..., Any]] = {}
 
     def _numbers(self, inputs: Sequence[Any]) -> tuple[int | None, ...]:
         return tuple(map(self._number_of, inputs))
@@ -111,13 +109,13 @@ class _ForParams:
     def __call__(self, *inputs: Any) -> Any:
         numbers = self._numbers(inputs)
         if numbers == self._first:
-            return self._compiled[numbers](*inputs)
+            return self._run_first(*inputs)
         # What is compiled here is of these shapes; dynamo's own may be of any.
         key = (numbers, tuple(map(_form, inputs)))
-        if key not in self._compiled:
+        if key not in self._others:
             gm = GraphModule(self._gm, copy.deepcopy(self._gm.graph))
-            self._compiled[key] = self._backend.compile_for(gm, inputs)
-        return self._compiled[key](*inputs)
+            self._others[key] = self._backend.compile_for(gm, inputs)
+        return self._others[key](*inputs)
 
 
 def _form(value: Any) -> Any:
