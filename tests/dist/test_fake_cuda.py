@@ -22,20 +22,6 @@ BF16 = torch.bfloat16
 HOST = {"device": "cpu", "pin_memory": True}
 
 
-@pytest.fixture(scope="module")
-def one():
-    with RankPool(1) as pool:
-        assert pool.run(fake_cuda.on_rank, timeout=120) == ["cuda"]
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def two():
-    with RankPool(2) as pool:
-        assert pool.run(fake_cuda.on_rank, timeout=120) == ["cuda"] * 2
-        yield pool
-
-
 # ------------------------------------------------------------------ the device itself
 
 
@@ -94,8 +80,8 @@ def _device_sees(rank):
     return told
 
 
-def test_the_device_tells_what_a_gpu_would_only_sometimes_show(one):
-    (told,) = one.run(_device_sees)
+def test_the_device_tells_what_a_gpu_would_only_sometimes_show(gpu1):
+    (told,) = gpu1.run(_device_sees)
     assert told["early read"] == told["waits"] == told["fresh"] == "nothing"
     assert "might still read it" in told["early write"]
     assert "might still write it" in told["overwritten"]
@@ -137,12 +123,12 @@ def _on_host(run):
     return Run(run.losses, {name: v.cpu() for name, v in run.weights.items()}, run.norms)
 
 
-def test_one_gpu_trains_as_the_plain_loop(one):
-    one.run(_trained, 1, timeout=120)
+def test_one_gpu_trains_as_the_plain_loop(gpu1):
+    gpu1.run(_trained, 1, timeout=120)
 
 
-def test_two_gpus_on_gloo_train_as_the_plain_loop(two):
-    two.run(_trained, 2, timeout=120)
+def test_two_gpus_on_gloo_train_as_the_plain_loop(gpus2):
+    gpus2.run(_trained, 2, timeout=120)
 
 
 # ------------------------------------------------------------------ the rest of the engine
@@ -191,8 +177,8 @@ def _resumed(rank, folder):
         fake_cuda.check()
 
 
-def test_two_gpus_resume_where_a_checkpoint_was_saved(two, tmp_path):
-    two.run(_resumed, str(tmp_path), timeout=120)
+def test_two_gpus_resume_where_a_checkpoint_was_saved(gpus2, tmp_path):
+    gpus2.run(_resumed, str(tmp_path), timeout=120)
 
 
 def _states(rank):
@@ -225,8 +211,8 @@ def _states(rank):
         fake_cuda.check()
 
 
-def test_two_gpus_read_and_write_states(two):
-    two.run(_states, timeout=120)
+def test_two_gpus_read_and_write_states(gpus2):
+    gpus2.run(_states, timeout=120)
 
 
 def _built_inside(rank):
@@ -249,8 +235,8 @@ def _built_inside(rank):
         fake_cuda.check()
 
 
-def test_init_builds_over_gloo_and_keeps_slices_where_it_is_told(two):
-    two.run(_built_inside)
+def test_init_builds_over_gloo_and_keeps_slices_where_it_is_told(gpus2):
+    gpus2.run(_built_inside)
 
 
 def _moved(rank):
@@ -265,8 +251,8 @@ def _moved(rank):
     fake_cuda.check()
 
 
-def test_states_move_off_the_gpu_and_back(one):
-    one.run(_moved)
+def test_states_move_off_the_gpu_and_back(gpu1):
+    gpu1.run(_moved)
 
 
 def _activations(rank):
@@ -301,8 +287,8 @@ def _activations(rank):
         fake_cuda.check()
 
 
-def test_activations_go_to_the_host_and_come_back_on_a_stream_of_their_own(one):
-    one.run(_activations)
+def test_activations_go_to_the_host_and_come_back_on_a_stream_of_their_own(gpu1):
+    gpu1.run(_activations)
 
 
 def _read_and_written(rank, folder):
@@ -323,8 +309,8 @@ def _read_and_written(rank, folder):
     fake_cuda.check()
 
 
-def test_file_handles_take_tensors_of_the_device_and_free_their_own_buffers(one, tmp_path):
-    one.run(_read_and_written, str(tmp_path))
+def test_file_handles_take_tensors_of_the_device_and_free_their_own_buffers(gpu1, tmp_path):
+    gpu1.run(_read_and_written, str(tmp_path))
 
 
 def _replayed(rank):
@@ -342,8 +328,8 @@ def _replayed(rank):
     fake_cuda.check()
 
 
-def test_captured_passes_are_replayed_on_new_inputs(one):
-    one.run(_replayed)
+def test_captured_passes_are_replayed_on_new_inputs(gpu1):
+    gpu1.run(_replayed)
 
 
 def _stepped_in_pieces(rank):
@@ -368,8 +354,8 @@ def _stepped_in_pieces(rank):
     fake_cuda.check()
 
 
-def test_without_a_kernel_a_flat_step_takes_the_memory_of_a_piece(one):
-    one.run(_stepped_in_pieces)
+def test_without_a_kernel_a_flat_step_takes_the_memory_of_a_piece(gpu1):
+    gpu1.run(_stepped_in_pieces)
 
 
 # ------------------------------------------------------------------ our kernels, by the driver that plays them
@@ -405,11 +391,11 @@ def _with_kernels(rank, library, folder):
     return len(launches)
 
 
-def test_kernels_train_as_the_plain_loop(one, tmp_path):
+def test_kernels_train_as_the_plain_loop(gpu1, tmp_path):
     from tests.unit.cuda_loader import fake
 
     # 8 cells of 4 steps, each with a norm and at least one step of a part on the device or a norm of one
-    (launches,) = one.run(_with_kernels, str(fake.build()), str(tmp_path), timeout=120)
+    (launches,) = gpu1.run(_with_kernels, str(fake.build()), str(tmp_path), timeout=120)
     assert launches > 50
 
 
@@ -443,5 +429,5 @@ def _steps_beside(rank):
     assert all(torch.equal(plain[1][name], other[1][name]) for name in plain[1])
 
 
-def test_zenflow_and_super_offload_change_nothing_that_is_being_read(two):
-    two.run(_steps_beside, timeout=120)
+def test_zenflow_and_super_offload_change_nothing_that_is_being_read(gpus2):
+    gpus2.run(_steps_beside, timeout=120)

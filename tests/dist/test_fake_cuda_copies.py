@@ -16,20 +16,6 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 HOST = {"device": "cpu", "pin_memory": True}
 
 
-@pytest.fixture(scope="module")
-def one():
-    with RankPool(1) as pool:
-        assert pool.run(fake_cuda.on_rank, timeout=120) == ["cuda"]
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def two():
-    with RankPool(2) as pool:
-        assert pool.run(fake_cuda.on_rank, timeout=120) == ["cuda"] * 2
-        yield pool
-
-
 def _in_pieces(rank, ranks):
     from deepspeed.runtime.zero import host_copies
 
@@ -58,9 +44,9 @@ def _in_pieces(rank, ranks):
         host_copies._PIECE, host_copies._MOST_BYTES = sizes
 
 
-def test_what_goes_to_the_host_and_back_goes_in_pieces_that_do_not_race(one, two):
-    one.run(_in_pieces, 1, timeout=120)
-    two.run(_in_pieces, 2, timeout=120)
+def test_what_goes_to_the_host_and_back_goes_in_pieces_that_do_not_race(gpu1, gpus2):
+    gpu1.run(_in_pieces, 1, timeout=120)
+    gpus2.run(_in_pieces, 2, timeout=120)
 
 
 def _edited(rank, folder):
@@ -86,5 +72,5 @@ def _edited(rank, folder):
         fake_cuda.check()
 
 
-def test_edits_of_offloaded_fp32_weights_do_not_overtake_copies_to_the_device(one, tmp_path):
-    one.run(_edited, str(tmp_path))
+def test_edits_of_offloaded_fp32_weights_do_not_overtake_copies_to_the_device(gpu1, tmp_path):
+    gpu1.run(_edited, str(tmp_path))

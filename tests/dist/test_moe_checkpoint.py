@@ -73,10 +73,15 @@ def train(made: Any, first: int, last: int, rank: int, ranks: int) -> list[float
     return losses
 
 
-def state_by_global_name(made: Any) -> dict[str, torch.Tensor]:
+def first_of(made: Any) -> int:
+    """The global number of a rank's first expert."""
     layer = made.module.moe
     axis = made.mesh.expert.get(layer.expert_group_name)
-    first = 0 if axis is None else axis.rank * layer.num_local_experts
+    return 0 if axis is None else axis.rank * layer.num_local_experts
+
+
+def state_by_global_name(made: Any) -> dict[str, torch.Tensor]:
+    first = first_of(made)
     found = {}
     for name, value in state_of(made).items():
         found[expert_renumbered(name, lambda layer: first)] = value
@@ -149,31 +154,29 @@ def test_experts_that_stage_3_cuts_come_back(ranks2: Any, tmp_path: Path) -> Non
 
 def frozen_biases(made: Any) -> dict[int, torch.Tensor]:
     """The frozen weights of this rank's experts, by their global number."""
-    layer = made.module.moe
-    axis = made.mesh.expert.get(layer.expert_group_name)
-    first = 0 if axis is None else axis.rank * layer.num_local_experts
-    biases = [expert.bias for expert in layer.deepspeed_moe.experts.deepspeed_experts]
+    biases = [expert.bias for expert in made.module.moe.deepspeed_moe.experts.deepspeed_experts]
     with deepspeed.zero.GatheredParameters(biases):
-        return {first + at: bias.detach().clone() for at, bias in enumerate(biases)}
+        return {at: bias.detach().clone() for at, bias in enumerate(biases, first_of(made))}
 
 
 def frozen_and_back(rank: int, folder: Path) -> None:
     universal = {"checkpoint": {"load_universal": True}}
     for stage, spread in ((2, 2), (3, 1)):
+        place = folder / str(stage)
         made = engine(stage, "fp32", rank, spread, frozen=True)
         train(made, 0, 2, rank, 2)
-        made.save_checkpoint(folder / str(stage), tag="t")
+        made.save_checkpoint(place, tag="t")
         parts = [None, None]
         torch.distributed.all_gather_object(parts, frozen_biases(made))
         want = {number: bias for part in parts for number, bias in part.items()}
         assert sorted(want) == list(range(EXPERTS))
         if rank == 0:
-            convert(folder / str(stage) / "t", folder / str(stage) / "u")
+            convert(place / "t", place / "u")
         torch.distributed.barrier()
         for after, ep_size in ((2, 2), (1, 1), (3, 1)):
             for tag, settings in (("t", {}), ("u", universal)):
                 other = engine(after, "fp32", 9, ep_size, frozen=True, **settings)
-                other.load_checkpoint(folder / str(stage), tag=tag)
+                other.load_checkpoint(place, tag=tag)
                 for number, bias in frozen_biases(other).items():
                     case = stage, after, tag, number
                     assert torch.equal(bias, want[number]), case
