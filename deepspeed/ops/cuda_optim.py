@@ -338,8 +338,11 @@ def _table(lists: TensorLists, codes: dict[torch.dtype, int] = NARROW_CODES) -> 
     key = (cuda.stream_key(first), *numbers)
     table = _tables.get(key)
     if table is None:
-        # Not pinned and not waited for: the driver copies small pageable memory before it returns.
-        rows = torch.tensor(numbers, dtype=torch.int64).to(first.device, non_blocking=True)
+        # From pageable memory the driver may wait for the stream first (seen on an H100); torch keeps the
+        # pinned buffer until its copy is done.
+        pinned = first.is_cuda
+        host = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=pinned)
+        rows = host.to(first.device, non_blocking=True)
         table = _tables[key] = _Table(rows, len(filled), block, tuple(filled))
         while len(_tables) > _TABLES_KEPT:
             _tables.popitem(last=False)
