@@ -96,7 +96,7 @@ BUDGET = {
     # ends a job everywhere; the design counted one machine
     "deepspeed/launcher": 2700,
     # tables of facts for every key, rule and op; the design counted the first wave only
-    "tests": 38800,
+    "tests": 40200,  # and the engine and the kernels on a GPU
 }
 HEADROOM = 1.2
 SUFFIXES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".c", ".toml", ".md", ".bat", ""}

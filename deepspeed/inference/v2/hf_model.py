@@ -33,6 +33,9 @@ class HFModel:
         self.device = device
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
+        # transformers 5.24 renamed what was before, of inputs and outputs alike
+        renamed = "cache" in takes and "past_key_values" not in takes
+        self._past_name = "cache" if renamed else "past_key_values"
         last_only = [n for n in ("logits_to_keep", "num_logits_to_keep") if n in takes]
         self._last_only: dict[str, Any] = dict.fromkeys(last_only[:1], 1)
         self._near = _near_positions(getattr(model, "config", None))
@@ -66,18 +69,18 @@ class HFModel:
         lengths = lengths.to(self.device)
         there = torch.arange(before, device=self.device) >= before - lengths[:, None]
         mask = torch.cat([there, there.new_ones(count, new)], dim=1).long()
-        more = dict(self._last_only)
+        more = {**self._last_only, self._past_name: self._to_past(past)}
         if self._takes_positions:
             more["position_ids"] = lengths[:, None] + torch.arange(new, device=self.device)
         out = self.model(
             input_ids=tokens.to(self.device),
             attention_mask=mask,
-            past_key_values=self._to_past(past),
             use_cache=True,
             return_dict=True,
             **more,
         )
-        made = [(k[:, :, -new:], v[:, :, -new:]) for k, v in self._of_past(out.past_key_values)]
+        kept = self._of_past(getattr(out, self._past_name))
+        made = [(keys[:, :, -new:], values[:, :, -new:]) for keys, values in kept]
         return out.logits[:, -1], made
 
     def _to_past(self, layers: KeysValues) -> Any:
