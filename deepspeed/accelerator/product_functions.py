@@ -396,7 +396,7 @@ def _wide_mask(mask: Tensor | None) -> Tensor | None:
     """The mask as the fused op adds it to the scores."""
     if mask is None or mask.dtype is not torch.bool:
         return mask if mask is None else _wide(mask)
-    return torch.zeros(mask.shape).masked_fill_(mask.logical_not(), float("-inf"))
+    return torch.zeros(mask.shape, device="cpu").masked_fill_(mask.logical_not(), float("-inf"))
 
 
 def attention(

@@ -95,7 +95,7 @@ class _Part:
         if key == FP32 and not self.saved.has_masters:
             return self.model[Model.MODULE][name].detach().float()
         values = self.saved.full(name, key)
-        whole = torch.empty(0) if values is None else values
+        whole = torch.empty(0, device="cpu") if values is None else values
         return whole.view(self.shapes[name])
 
 
@@ -238,7 +238,12 @@ def _model_files(folder: Folder, grid: Sequence[Sequence[_Part]]) -> Iterator[tu
         yield names.model_file(mp_rank), model
         shared = model.get(Model.SHARED_PARAMS) or {}
         hollow = OrderedDict(
-            (n, torch.empty(0, dtype=v.dtype) if n in part.shapes or n in shared else v)
+            (
+                n,
+                torch.empty(0, dtype=v.dtype, device="cpu")
+                if n in part.shapes or n in shared
+                else v,
+            )
             for n, v in module.items()
         )
         light = {**model, Model.MODULE: hollow, Model.FROZEN_PARAM_FRAGMENTS: None}

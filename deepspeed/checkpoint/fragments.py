@@ -88,7 +88,7 @@ def _merge_zero_shards(
                 )
             )
         parts = [load_file(file).reshape(-1) for file in files]
-        flat = torch.cat(parts) if parts else torch.empty(0)
+        flat = torch.cat(parts) if parts else torch.empty(0, device="cpu")
         slices.append(flat.view(torch.Size(shape)))
     return slices
 

@@ -150,7 +150,7 @@ class SavedState:
         first = self.first_slot(name)
         if first is None or key not in first.tensors:
             return None
-        whole = torch.empty(self.numel(name), dtype=first.tensors[key].dtype)
+        whole = torch.empty(self.numel(name), dtype=first.tensors[key].dtype, device="cpu")
         for offset, slot, start, length in self.runs(name, 0, whole.numel()):
             whole.narrow(0, offset, length).copy_(slot.tensors[key].narrow(0, start, length))
         return whole

@@ -216,7 +216,7 @@ class _Parallel:
         if self.free is None:
             pinned = torch.cuda.is_available()
             self.free = [
-                torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=pinned)
+                torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=pinned, device="cpu")
                 for _ in range(self.halves)
             ]
         while not self.free:

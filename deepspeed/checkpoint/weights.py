@@ -31,7 +31,7 @@ class SavedWeight:
 
     def elements(self, start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
         """Elements `[start, start + length)`, flat, in new memory."""
-        found = torch.empty(length, dtype=dtype)
+        found = torch.empty(length, dtype=dtype, device="cpu")
         for place, values in self.runs(start, length):
             found.narrow(0, place, values.numel()).copy_(values)
         return found

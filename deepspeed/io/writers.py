@@ -78,7 +78,9 @@ class _Writer:
                 count = storage.nbytes() // storage.element_size()
                 total += self.write(count.to_bytes(_COUNT_BYTES, "little"))
             untyped = getattr(storage, "_untyped_storage", storage).cpu()
-            total += self.write(torch.tensor([], dtype=torch.uint8).set_(untyped).numpy().data)
+            total += self.write(
+                torch.tensor([], dtype=torch.uint8, device="cpu").set_(untyped).numpy().data
+            )
         return total
 
     def __enter__(self) -> _Writer:

@@ -138,7 +138,9 @@ def _torch_mover(job: Job) -> tuple[Callable[[Path], None], Callable[[Path], Non
         from deepspeed.io import FastFileWriter, FastFileWriterConfig
 
         handle = aio_handle(job.block_size, job.queue_depth, False, True, job.intra_op_parallelism)
-        pinned = handle.new_cpu_locked_tensor(job.fast_size, torch.empty(0, dtype=torch.uint8))
+        pinned = handle.new_cpu_locked_tensor(
+            job.fast_size, torch.empty(0, dtype=torch.uint8, device="cpu")
+        )
         writer = FastFileWriter(str(path), FastFileWriterConfig(handle, pinned))
         torch.save(tensor, writer, _use_new_zipfile_serialization=not legacy)
         writer.close()
@@ -150,11 +152,11 @@ def _torch_mover(job: Job) -> tuple[Callable[[Path], None], Callable[[Path], Non
 
 
 def _buffer(job: Job, handle: aio_handle) -> Tensor:
-    example = torch.empty(0, dtype=torch.uint8)
+    example = torch.empty(0, dtype=torch.uint8, device="cpu")
     if job.device != "cpu":
         buffer = torch.empty(job.nbytes, dtype=torch.uint8, device=job.device)
     elif job.pin_by_accelerator and torch.cuda.is_available():
-        buffer = torch.empty(job.nbytes, dtype=torch.uint8, pin_memory=True)
+        buffer = torch.empty(job.nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
     else:
         buffer = handle.new_cpu_locked_tensor(job.nbytes, example)
     # Random bytes: some disks are faster for zeros.

@@ -65,7 +65,7 @@ def _pack(
     for piece in pieces:
         rows.append((piece.data_ptr(), begin, piece.numel(), CAST_CODES[piece.dtype]))
         begin += piece.numel()
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     return (
         _PIECES.pack(
             _PIECES.size,

@@ -333,7 +333,7 @@ def _table(lists: TensorLists, codes: dict[torch.dtype, int] = NARROW_CODES) -> 
     if block > cuda.BLOCK_LIMIT:
         return None
     if not filled:
-        return _Table(torch.empty(0), 0, 0, ())
+        return _Table(torch.empty(0, device="cpu"), 0, 0, ())
     first = lists.params[0]
     key = (cuda.stream_key(first), *numbers)
     table = _tables.get(key)

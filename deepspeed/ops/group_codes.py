@@ -149,8 +149,8 @@ def _quantize_pack(
     size = split(x.numel(), groups, unit_of(bits))
     if x.dtype not in NARROW_CODES or not is_plain(x) or size == 0:
         return None
-    codes = torch.empty(x.numel() * bits // 8, dtype=torch.int8)
-    params = torch.empty(groups, 2 if asym else 1)
+    codes = torch.empty(x.numel() * bits // 8, dtype=torch.int8, device="cpu")
+    params = torch.empty(groups, 2 if asym else 1, device="cpu")
     addresses = (x.data_ptr(), codes.data_ptr(), params.data_ptr(), 0)
     return _packed((groups, size), addresses, x.dtype, bits, asym, seed), (codes, params)
 
@@ -192,7 +192,7 @@ def _dequantize_pack(
     plain = is_plain(quantized, params) and params.dtype == torch.float32
     if dtype not in NARROW_CODES or not plain or size == 0:
         return None
-    out = torch.empty(groups * size, dtype=dtype)
+    out = torch.empty(groups * size, dtype=dtype, device="cpu")
     addresses = (quantized.data_ptr(), params.data_ptr(), 0, out.data_ptr())
     kind = (NARROW_CODES[dtype], 0, bits, asym, False, 0)
     sizes = (groups, size, 1)

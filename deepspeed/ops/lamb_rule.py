@@ -79,7 +79,7 @@ def _pack(
     codes = narrow_codes(param, exp_avg, grad, low)
     if numel < 0 or codes is None or exp_avg_sq.dtype is not exp_avg.dtype:
         return None
-    ratio = torch.empty(1)
+    ratio = torch.empty(1, device="cpu")
     return _LAMB.pack(
         _LAMB.size,
         threads(),

@@ -43,7 +43,7 @@ def _pack(x: Tensor) -> tuple[bytes, Tensor] | None:
     code = DTYPE_CODES.get(x.dtype)
     if numel < 0 or code is None:
         return None
-    out = torch.empty((), dtype=torch.float64)
+    out = torch.empty((), dtype=torch.float64, device="cpu")
     return _NORM.pack(_NORM.size, threads(), numel, x.data_ptr(), out.data_ptr(), code, 0), out
 
 

@@ -41,7 +41,7 @@ def zeros(numel: int, dtype: torch.dtype) -> Tensor:
     advise = _madvise()
     nbytes = numel * dtype.itemsize
     if advise is None or nbytes < _WORTH_IT:
-        return torch.zeros(numel, dtype=dtype)
+        return torch.zeros(numel, dtype=dtype, device="cpu")
     buffer = torch.frombuffer(
         mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype
     )

@@ -38,7 +38,7 @@ def draw_seed(stochastic: bool = True) -> int:
     Args:
         stochastic: False draws nothing and returns `NEAREST`.
     """
-    return int(torch.randint(1 << 62, (1,)).item()) if stochastic else NEAREST
+    return int(torch.randint(1 << 62, (1,), device="cpu").item()) if stochastic else NEAREST
 
 
 def rounding(seed: int) -> tuple[bool, int]:

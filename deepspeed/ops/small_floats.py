@@ -182,7 +182,7 @@ def _quantize_pack(
     groups = count_groups(x.numel(), group_size)
     if x.dtype not in NARROW_CODES or not is_plain(x):
         return None
-    out = torch.empty((groups, packed_bytes(group_size, form)), dtype=torch.uint8)
+    out = torch.empty((groups, packed_bytes(group_size, form)), dtype=torch.uint8, device="cpu")
     addresses = (x.data_ptr(), out.data_ptr())
     kind = (NARROW_CODES[x.dtype], exponent, mantissa)
     rounding = random_bits.rounding(seed)
@@ -240,7 +240,7 @@ def _dequantize_pack(
         return None
     index = None if rows is None else rows.to(torch.int64).contiguous()
     groups = there if index is None else index.numel() * row_groups
-    out = torch.empty((groups, group_size), dtype=dtype)
+    out = torch.empty((groups, group_size), dtype=dtype, device="cpu")
     chosen = (0, 1) if index is None else (index.data_ptr(), row_groups)
     kind = (NARROW_CODES[dtype], exponent, mantissa, 0)
     addresses = (packed.data_ptr(), out.data_ptr())

@@ -46,7 +46,7 @@ def _norms(tensors: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor:
     clipping agrees with it bit for bit.
     """
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     device = tensors[0].device
     each = [
         torch.linalg.vector_norm(
@@ -105,7 +105,7 @@ def clip_grad_norm_(
     params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     params = [param for param in params if param.grad is not None]
     if not params:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     norm_type = float(norm_type)
     grads = [param.grad for param in _counted(params, mpu) if param.grad is not None]
     total = _over_model(_norms(grads, norm_type), norm_type, mpu)
@@ -200,7 +200,9 @@ def clip_tensors_by_global_norm(
 def get_grad_zeros(parameters: Iterable[torch.Tensor], mpu: Any = None) -> float:
     """Return how many elements of the gradients are zero."""
     grads = [param.grad for param in _counted(parameters, mpu) if param.grad is not None]
-    count = torch.tensor(float(sum(grad.numel() - int(grad.count_nonzero()) for grad in grads)))
+    count = torch.tensor(
+        float(sum(grad.numel() - int(grad.count_nonzero()) for grad in grads)), device="cpu"
+    )
     return float(_over_model(count, 1.0, mpu))
 
 

@@ -219,7 +219,7 @@ class PartitionedTensor:
     def to_meta(self) -> torch.Tensor:
         """Return what `from_meta` needs, a 1-D int64 tensor: sizes, parts, rank, bounds."""
         values = [len(self.orig_size), *self.orig_size, self.num_parts, self.rank, *self.partition]
-        return torch.tensor(values, dtype=torch.int64)
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
 
     def full(self, device: Any = None) -> torch.Tensor:
         """Return the whole tensor. Collective."""

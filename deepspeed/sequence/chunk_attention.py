@@ -39,7 +39,9 @@ class SequenceChunk:
             self.cpu_chunk = chunk.to(self.device)
             return
         pinned = self.device.type == "cuda"
-        self.cpu_chunk = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=pinned)
+        self.cpu_chunk = torch.empty(
+            chunk.shape, dtype=chunk.dtype, pin_memory=pinned, device="cpu"
+        )
         self.cpu_chunk.copy_(chunk, non_blocking=pinned)  # whoever reads it comes on this stream
 
     def load_to_gpu(self) -> None:

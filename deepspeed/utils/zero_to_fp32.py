@@ -239,7 +239,7 @@ class Weight:
 
     def contiguous(self) -> torch.Tensor:
         """The parameter as a new fp32 tensor."""
-        whole = torch.empty(self.numel(), dtype=torch.float32)
+        whole = torch.empty(self.numel(), dtype=torch.float32, device="cpu")
         done = 0
         for source, start, length in self._runs:
             run = source.detach().reshape(-1).narrow(0, start, length)
@@ -509,7 +509,7 @@ def load_state_dict_from_zero_checkpoint(
     model = model.cpu()
     for name, param in model.named_parameters(remove_duplicate=False):
         if name in state and hasattr(param, "ds_shape") and param.shape != param.ds_shape:
-            param.data = torch.empty(param.ds_shape, dtype=param.dtype)
+            param.data = torch.empty(param.ds_shape, dtype=param.dtype, device="cpu")
             param.ds_status = type(param.ds_status).AVAILABLE
     model.load_state_dict(state, strict=False)
     return model

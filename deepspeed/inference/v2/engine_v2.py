@@ -116,7 +116,7 @@ class InferenceEngineV2:
     @property
     def free_blocks(self) -> torch.Tensor:
         """Free blocks of the cache: int32, one element."""
-        return torch.tensor([self._state_manager.free_blocks], dtype=torch.int32)
+        return torch.tensor([self._state_manager.free_blocks], dtype=torch.int32, device="cpu")
 
     def query(
         self, uid: int, max_request_tokens: int, max_request_blocks: int | torch.Tensor
@@ -134,7 +134,7 @@ class InferenceEngineV2:
         manager, room = self._state_manager, int(torch.as_tensor(max_request_blocks).min())
         known = manager.get_sequence(uid)
         if known is None and manager.n_tracked_sequences >= manager.config.max_tracked_sequences:
-            return 0, torch.zeros(1, dtype=torch.int32)
+            return 0, torch.zeros(1, dtype=torch.int32, device="cpu")
         sequence = known or DSSequenceDescriptor(uid)
         tokens = max(0, min(max_request_tokens, self._longest - sequence.seen_tokens))
         blocks = sequence.blocks_for(tokens, BLOCK_SIZE)
@@ -142,7 +142,7 @@ class InferenceEngineV2:
             blocks = max(0, room)
             places = (len(sequence.blocks) + blocks) * BLOCK_SIZE
             tokens = max(0, places - sequence.seen_tokens)
-        return tokens, torch.tensor([blocks], dtype=torch.int32)
+        return tokens, torch.tensor([blocks], dtype=torch.int32, device="cpu")
 
     def get_remaining_block_capacity(self, uid: int) -> int:
         """How many more tokens of a sequence fit into the blocks that it holds."""
@@ -236,10 +236,10 @@ class InferenceEngineV2:
         self, sequences: Sequence[DSSequenceDescriptor], tokens: torch.Tensor
     ) -> torch.Tensor:
         cache, new = self._state_manager.cache, tokens.shape[1]
-        lengths = torch.tensor([sequence.seen_tokens for sequence in sequences])
+        lengths = torch.tensor([sequence.seen_tokens for sequence in sequences], device="cpu")
         before = int(lengths.max())
-        read = torch.full((len(sequences), before), cache.no_slot)
-        write = torch.empty(len(sequences), new, dtype=torch.int64)
+        read = torch.full((len(sequences), before), cache.no_slot, device="cpu")
+        write = torch.empty(len(sequences), new, dtype=torch.int64, device="cpu")
         for row, sequence in enumerate(sequences):
             seen = sequence.seen_tokens
             read[row, before - seen :] = cache.slots(sequence, 0, seen)

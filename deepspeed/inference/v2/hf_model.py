@@ -107,11 +107,11 @@ class HFModel:
 
     def _probe(self) -> tuple[list[tuple[LayerShape, LayerShape]], torch.dtype]:
         """Find what each layer keeps, by two sequences of three tokens."""
-        tokens = torch.zeros(2, 3, dtype=torch.int64)
+        tokens = torch.zeros(2, 3, dtype=torch.int64, device="cpu")
         made: list[tuple[torch.Tensor, torch.Tensor]] = []
         cause = None
         try:
-            _, made = self(tokens, torch.zeros(2, dtype=torch.int64), [])
+            _, made = self(tokens, torch.zeros(2, dtype=torch.int64, device="cpu"), [])
         except (AttributeError, IndexError, TypeError, ValueError) as error:  # another interface
             cause = error
         flat = [kind for layer in made for kind in layer]

@@ -167,7 +167,7 @@ class ZenFlowSelectiveAdamW(torch.optim.AdamW):
         values = self._read(param) if values is None else values
         grad = param.selected_grad
         state = self.state[param]
-        state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         for name in _MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(grad)

@@ -82,7 +82,7 @@ def _allocate(
     bound = functions()
     nbytes = numel * dtype.itemsize
     if bound is None or nbytes == 0:
-        return torch.empty(numel, dtype=dtype)
+        return torch.empty(numel, dtype=dtype, device="cpu")
     args = abi.IoMemoryArgs(size=ctypes.sizeof(abi.IoMemoryArgs), locked=lock, bytes=nbytes)
     if bound.alloc(ctypes.byref(args)):
         raise MemoryError(explain("no memory for a buffer of file I/O", got=native.last_error()))

@@ -97,7 +97,9 @@ class FileQueue:
         check_tensor(tensor)
         if tensor.device.type == "cpu":
             return self._submit(False, path, offset, tensor, None)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host = torch.empty(
+            tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda, device="cpu"
+        )
         return self._submit(False, path, offset, host, lambda: _copy(host, tensor))
 
     def submit_write(self, path: FileName, offset: int, tensor: Tensor) -> int:

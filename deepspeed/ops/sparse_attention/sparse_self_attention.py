@@ -181,7 +181,7 @@ def groups_of(layout: Tensor, block: int) -> list[Group]:
     """The groups of a layout `[heads, rows, columns]`; see [Note: Rows with the same columns]."""
     table = layout.cpu().bool()
     same = bool((table == table[:1]).all())
-    within = torch.arange(block)
+    within = torch.arange(block, device="cpu")
     found = []
     for head in range(1 if same else len(table)):
         kinds, which = torch.unique(table[head], dim=0, return_inverse=True)

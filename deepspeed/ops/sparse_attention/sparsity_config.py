@@ -49,7 +49,7 @@ class SparsityConfig:
                 )
             )
         blocks = seq_len // self.block
-        return torch.zeros((self.num_heads, blocks, blocks), dtype=torch.int64)
+        return torch.zeros((self.num_heads, blocks, blocks), dtype=torch.int64, device="cpu")
 
     def make_layout(self, seq_len: int) -> Tensor:
         """The layout of a sequence of `seq_len` positions, int64 `[heads, blocks, blocks]`.

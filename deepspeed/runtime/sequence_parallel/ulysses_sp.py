@@ -428,7 +428,7 @@ class UlyssesSPDataLoaderAdapter:
             )
         _refuse_left_padding(batch.get("attention_mask"))
         if "position_ids" not in batch:
-            batch["position_ids"] = torch.arange(length).expand(rows, length)
+            batch["position_ids"] = torch.arange(length, device="cpu").expand(rows, length)
         if "labels" in batch:
             labels = batch.pop("labels")
             if "shift_labels" not in batch:

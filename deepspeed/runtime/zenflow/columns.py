@@ -74,7 +74,9 @@ def _cut(param: int, start: int, at: int, length: int, width: int) -> list[Block
 
 def column_squares(group: ShardGroup) -> list[torch.Tensor]:
     """The sum of squares of each column of this rank's gradients: a float64 vector a parameter, on the CPU."""
-    squares = [torch.zeros(width_of(param), dtype=torch.float64) for param in group.params]
+    squares = [
+        torch.zeros(width_of(param), dtype=torch.float64, device="cpu") for param in group.params
+    ]
     for part in group.parts:
         grad = group.grad_of(part)
         for block in blocks_of(group, part):
@@ -127,8 +129,8 @@ class Columns:
 
     def mask(self, length: int) -> torch.Tensor:
         """Which elements of the part are chosen: bool, of `length` elements."""
-        mask = torch.zeros(length, dtype=torch.bool)
-        self.put(mask, torch.ones(self.numel, dtype=torch.bool))
+        mask = torch.zeros(length, dtype=torch.bool, device="cpu")
+        self.put(mask, torch.ones(self.numel, dtype=torch.bool, device="cpu"))
         return mask
 
     def _on(self, device: torch.device) -> list[torch.Tensor | None]:

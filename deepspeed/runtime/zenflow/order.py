@@ -104,7 +104,7 @@ class ZenFlow(StepOrder):
         self.counts = Counts()
         self.splits = [Split(g, p, blocks_of(g, p)) for g, p in owner._parts()]
         mode = bool(self.adam.adam_w_mode)
-        self.fast = FusedAdam([torch.nn.Parameter(torch.empty(0))], adam_w_mode=mode)
+        self.fast = FusedAdam([torch.nn.Parameter(torch.empty(0, device="cpu"))], adam_w_mode=mode)
         self.device = torch.device("cpu") if settings.offload else owner.device
         self.worker: HostWorker | None = None
         if settings.overlap:
@@ -187,7 +187,7 @@ class ZenFlow(StepOrder):
 
     def _mean_squares(self, grad_scale: float) -> tuple[float, float]:
         """Mean square of the chosen elements' gradients, and of the rest's sums, over all ranks; a collective of them."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device="cpu")
         for split in self.splits:
             columns, part = split.columns, split.part
             assert columns is not None
@@ -347,7 +347,9 @@ class ZenFlow(StepOrder):
         chosen = any(_MASK in saved for saved in found) and bool(counts)
         for split, saved in zip(self.splits, found, strict=True):
             if chosen:
-                mask = saved.get(_MASK, torch.zeros(split.part.length, dtype=torch.bool))
+                mask = saved.get(
+                    _MASK, torch.zeros(split.part.length, dtype=torch.bool, device="cpu")
+                )
                 columns = Columns.of_mask(split.blocks, mask.cpu())
                 self._start(split, columns, self._had_rest(split, options))
                 self.fast.state[split.weights]["step"] = fast

@@ -46,7 +46,7 @@ class Blocks:
             return torch.empty(numel, dtype=dtype, device=device)
         with self._lock:
             block = self._idle_block(nbytes)
-            return torch.empty(0, dtype=dtype).set_(block, 0, (numel,), (1,))
+            return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, (numel,), (1,))
 
     def _idle_block(self, nbytes: int) -> torch.UntypedStorage:
         idle = [block for block in self._blocks if not _in_use(block)]
@@ -61,7 +61,7 @@ class Blocks:
             oldest = idle.pop(0)
             self._blocks = [block for block in self._blocks if block is not oldest]
             del oldest
-        self._blocks.append(torch.empty(nbytes, dtype=torch.uint8).untyped_storage())
+        self._blocks.append(torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage())
         return self._blocks[-1]
 
     def clear(self) -> None:

@@ -307,7 +307,7 @@ def load_plain(
 
 def _plain_number(value: Any, optimizer: torch.optim.Optimizer) -> Any:
     if isinstance(value, int) and type(optimizer).__module__.startswith("torch.optim"):
-        return torch.tensor(float(value))
+        return torch.tensor(float(value), device="cpu")
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 

@@ -100,7 +100,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 options = self.optimizer.param_groups[group.param_group_index]
                 full = torch.full_like(part.master, options["initial_accumulator_value"])
                 self.optimizer.state[part.master] = {
-                    "step": torch.tensor(0.0),
+                    "step": torch.tensor(0.0, device="cpu"),
                     "sum": full.detach(),
                 }
 

@@ -354,7 +354,7 @@ class ShardGroup:
         """A run of this rank's shard of the parameters: a view, or a copy put together from files."""
         if self.own is not None:
             return self.own.narrow(0, start, length)
-        values = torch.zeros(length, dtype=self.dtype)
+        values = torch.zeros(length, dtype=self.dtype, device="cpu")
         for param, within, at, count in self._slices(start, length):
             values.narrow(0, at, count).copy_(slice_of(param).narrow(0, within, count))
         return values

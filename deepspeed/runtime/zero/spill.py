@@ -204,7 +204,7 @@ class SpilledSlice:
             failure, self._failure = self._failure, None
             raise failure
         if self._incoming is None:
-            return torch.empty(0, dtype=self.dtype)
+            return torch.empty(0, dtype=self.dtype, device="cpu")
         (ticket, buffer), self._incoming = self._incoming, None
         self.folder.queue.wait(ticket)
         return buffer
@@ -282,10 +282,10 @@ class SpilledStates:
             self.folder.queue.wait(ticket)
             self.folder.recycle(values)
         self._outgoing.clear()
-        self.master.data = torch.empty(0, dtype=self.dtype)
+        self.master.data = torch.empty(0, dtype=self.dtype, device="cpu")
         for key in self._places:
             if key != MASTER:
-                state[key] = torch.empty(0, dtype=self._places[key][1])
+                state[key] = torch.empty(0, dtype=self._places[key][1], device="cpu")
         self.resident = False
 
     def _is_elementwise(self, value: Any) -> bool:
@@ -327,7 +327,7 @@ class SpilledGrad:
 
     def square(self) -> torch.Tensor:
         """The sum of the squares of all gradients, 0-dim float64."""
-        return sum(self._squares.values(), torch.zeros((), dtype=torch.float64))
+        return sum(self._squares.values(), torch.zeros((), dtype=torch.float64, device="cpu"))
 
     def store(self, start: int, values: torch.Tensor, fresh: bool) -> None:
         """Overwrite the gradients from `start`, or add to them; an error is kept for the step to raise.
@@ -354,7 +354,7 @@ class SpilledGrad:
 
     def clear(self, start: int, length: int) -> None:
         """Zero a run of elements."""
-        self.store(start, torch.zeros(length, dtype=self.dtype), fresh=True)
+        self.store(start, torch.zeros(length, dtype=self.dtype, device="cpu"), fresh=True)
 
     def start(self) -> None:
         """Begin to read everything."""

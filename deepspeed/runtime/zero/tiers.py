@@ -67,10 +67,10 @@ class HostTier:
 def page_locked(numel: int, dtype: torch.dtype) -> torch.Tensor:
     """A 1-D buffer beside a GPU, its contents undefined; torch lends its memory again when the GPU is done with it."""
     try:
-        return torch.empty(numel, dtype=dtype, pin_memory=True)
+        return torch.empty(numel, dtype=dtype, pin_memory=True, device="cpu")
     except RuntimeError:
         # The driver limits page-locked memory; pageable memory is slower but right.
-        return torch.empty(numel, dtype=dtype)
+        return torch.empty(numel, dtype=dtype, device="cpu")
 
 
 def tier_for(device: torch.device, on_host: bool, pin_memory: bool) -> Tier:

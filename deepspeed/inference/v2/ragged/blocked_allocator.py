@@ -51,7 +51,7 @@ class BlockedAllocator:
         given = [self._free.pop() for _ in range(num_blocks)]
         for block in given:
             self._taken[block] = True
-        return torch.tensor(given, dtype=torch.int32)
+        return torch.tensor(given, dtype=torch.int32, device="cpu")
 
     def free(self, blocks: Iterable[int] | torch.Tensor | int) -> None:
         """Give blocks back.

@@ -69,8 +69,8 @@ class BlockedKVCache:
 
     def slots(self, sequence: DSSequenceDescriptor, start: int, stop: int) -> torch.Tensor:
         """Where the tokens from `start` to `stop` of a sequence lie: an int64 vector on the CPU."""
-        tokens = torch.arange(start, stop)
-        blocks = torch.tensor(sequence.blocks, dtype=torch.int64)
+        tokens = torch.arange(start, stop, device="cpu")
+        blocks = torch.tensor(sequence.blocks, dtype=torch.int64, device="cpu")
         return blocks[tokens // self.block_size] * self.block_size + tokens % self.block_size
 
     def read(self, slots: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -146,7 +146,7 @@ class DeepSpeedDataSampler:
             name: scheduler.update_difficulty(self.curriculum_step)
             for name, scheduler in self.curriculum_schedulers.items()
         }
-        drawn = torch.zeros(self.global_batch_size, dtype=torch.int64)
+        drawn = torch.zeros(self.global_batch_size, dtype=torch.int64, device="cpu")
         if self.data_parallel_rank == 0:
             self._rebuild()
             self._clusters.admit(self.current_difficulties)

@@ -146,7 +146,7 @@ class OnebitLamb(CompressingOptimizer):
             state["lamb_coeff_freeze"] = kept
             if state["step"] == self.freeze_step:
                 state["exp_avg_sq_fresh"].copy_(state["exp_avg_sq"])
-        self.lamb_coeffs.append(torch.tensor(coefficient))
+        self.lamb_coeffs.append(torch.tensor(coefficient, device="cpu"))
         param.add_(update.to(param.dtype), alpha=-group["lr"] * coefficient)
 
     def _settled(
