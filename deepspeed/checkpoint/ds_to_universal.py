@@ -237,13 +237,9 @@ def _model_files(folder: Folder, grid: Sequence[Sequence[_Part]]) -> Iterator[tu
         model[Model.MODULE] = module
         yield names.model_file(mp_rank), model
         shared = model.get(Model.SHARED_PARAMS) or {}
+        elsewhere = {*part.shapes, *shared}
         hollow = OrderedDict(
-            (
-                n,
-                torch.empty(0, dtype=v.dtype, device="cpu")
-                if n in part.shapes or n in shared
-                else v,
-            )
+            (n, torch.empty(0, dtype=v.dtype, device="cpu") if n in elsewhere else v)
             for n, v in module.items()
         )
         light = {**model, Model.MODULE: hollow, Model.FROZEN_PARAM_FRAGMENTS: None}

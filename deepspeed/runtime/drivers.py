@@ -245,15 +245,11 @@ class PlainDriver:
             if param.grad is not None and not counted_elsewhere(param, self.mesh):
                 squares[key] += squared_norm(grad_values(param)).to(param.device)
         device = params[0].device if params else torch.device("cpu")
-        norm = (
-            torch.tensor(whole_square(squares, self.mesh), dtype=torch.float64, device="cpu")
-            .sqrt()
-            .float()
-        )
+        square = whole_square(squares, self.mesh)
+        norm = torch.tensor(square, dtype=torch.float64, device=device).sqrt().float()
         if apart:
             worst = largest_norm(norm.item(), self.mesh.sequence_data, device)
-            norm = torch.tensor(worst, dtype=torch.float32, device="cpu")
-        norm = norm.to(device)
+            norm = torch.tensor(worst, dtype=torch.float32, device=device)
         factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         for param in params:
             grad_values(param).mul_(factor.to(param.device))

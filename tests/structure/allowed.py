@@ -92,3 +92,12 @@ DOCUMENTED_ELSEWHERE: dict[str, str] = {
     "deepspeed/comm/torch.py:TorchBackend": "each method is the verb of comm.py of that name",
     "deepspeed/comm/backend.py:SingleBackend": "each method is the verb of comm.py of that name",
 }
+
+# new tensors of the default device, how many a file: parts of modules that a script constructs, as those of torch are
+DEFAULT_DEVICE: dict[str, int] = {
+    "deepspeed/compression/layer_parts.py": 1,
+    "deepspeed/linear/quantization.py": 1,
+    "deepspeed/module_inject/policy.py": 2,
+    "deepspeed/ops/transformer/transformer.py": 1,
+    "deepspeed/profiling/flops_profiler/profiler.py": 1,
+}

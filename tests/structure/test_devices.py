@@ -5,46 +5,41 @@ from __future__ import annotations
 
 import ast
 
-from tests.structure import tree
+import pytest
 
-MAKERS = frozenset(
-    [
-        "empty",
-        "zeros",
-        "ones",
-        "full",
-        "tensor",
-        "arange",
-        "rand",
-        "randn",
-        "randint",
-        "eye",
-        "normal",
-    ]
-)
-# modules that a script constructs follow its default device, as those of torch do
-FOLLOWS_DEFAULT = {
-    "deepspeed/compression/layer_parts.py": 1,
-    "deepspeed/linear/quantization.py": 1,
-    "deepspeed/module_inject/policy.py": 2,
-    "deepspeed/ops/transformer/transformer.py": 1,
-    "deepspeed/profiling/flops_profiler/profiler.py": 1,
+from tests.structure import allowed, tree
+
+MAKERS = {
+    *("torch.empty", "torch.empty_strided", "torch.zeros", "torch.ones", "torch.full", "torch.eye"),
+    *("torch.tensor", "torch.arange", "torch.linspace", "torch.normal"),
+    *("torch.rand", "torch.randn", "torch.randint", "torch.randperm"),
 }
 
 
-def without_device(module):
-    """Lines of calls of torch's makers that leave the device to the default."""
-    for node in ast.walk(module.tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{m}" for m in MAKERS}:
-            words = {word.arg for word in node.keywords}
-            if "device" not in words and None not in words:
-                yield node.lineno
+def lacks_device(node: ast.AST) -> bool:
+    """Whether it calls one of torch's makers and leaves the device to the default; `**words` may name one."""
+    if not isinstance(node, ast.Call) or tree.dotted(node.func) not in MAKERS:
+        return False
+    return not any(word.arg in ("device", None) for word in node.keywords)
 
 
 def test_new_tensors_name_their_device():
     found = {}
     for module in tree.package().values():
-        lines = list(without_device(module))
-        if len(lines) > FOLLOWS_DEFAULT.get(module.where, 0):
+        lines = [node.lineno for node in ast.walk(module.tree) if lacks_device(node)]
+        if len(lines) > allowed.DEFAULT_DEVICE.get(module.where, 0):
             found[module.where] = lines
-    assert not found
+    assert not found, f"say device=: {found}"
+
+
+@pytest.mark.parametrize(
+    ("code", "bad"),
+    [
+        ("torch.empty(3, dtype=d)", True),
+        ("torch.empty(3, device=x.device)", False),
+        ("torch.zeros(3, **words)", False),
+        ("torch.zeros_like(x)", False),
+    ],
+)
+def test_the_gate_sees(code, bad):
+    assert lacks_device(ast.parse(code).body[0].value) is bad

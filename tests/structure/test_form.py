@@ -206,17 +206,13 @@ def test_no_assert_judges_a_public_argument():
     assert not found, f"raise with what, got, expected, fix: {found}"
 
 
-def dotted(node: ast.AST) -> str:
-    return ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Name)) else ""
-
-
 def test_only_one_module_reads_the_environment():
     found = [
         f"{module.where}:{node.lineno}"
         for module in tree.package().values()
         if module.name != "deepspeed.utils.env" and not module.name.startswith("deepspeed.launcher")
         for node in ast.walk(module.tree)
-        if dotted(node) in ("os.environ", "os.getenv", "os.putenv", "os.unsetenv")
+        if tree.dotted(node) in ("os.environ", "os.getenv", "os.putenv", "os.unsetenv")
         or (
             isinstance(node, ast.ImportFrom)
             and node.module == "os"
@@ -226,14 +222,12 @@ def test_only_one_module_reads_the_environment():
     assert not found, f"declare the variable in deepspeed/utils/env.py: {found}"
 
 
-def keyword(call: ast.Call, name: str) -> ast.expr | None:
-    return next((k.value for k in call.keywords if k.arg == name), None)
-
-
 def opens_text_without_encoding(call: ast.Call) -> bool:
-    called = dotted(call.func) or (call.func.attr if isinstance(call.func, ast.Attribute) else "")
+    called = tree.dotted(call.func) or (
+        call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    )
     last = called.rpartition(".")[2]
-    if keyword(call, "encoding") is not None or any(k.arg is None for k in call.keywords):
+    if tree.keyword(call, "encoding") is not None or any(k.arg is None for k in call.keywords):
         return False
     if last in ("read_text", "write_text"):
         return len(call.args) < (1 if last == "read_text" else 2)
@@ -250,7 +244,7 @@ def opens_text_without_encoding(call: ast.Call) -> bool:
     }
     default = "w+b" if last == "NamedTemporaryFile" else "r"
     given = call.args[positions[last] :]
-    mode = keyword(call, "mode") or (given[0] if given else ast.Constant(default))
+    mode = tree.keyword(call, "mode") or (given[0] if given else ast.Constant(default))
     words = [leaf.value for leaf in ast.walk(mode) if isinstance(leaf, ast.Constant)]
     modes = [word for word in words if isinstance(word, str)]
     return any("b" not in word for word in modes)
@@ -299,8 +293,8 @@ POSIX_ONLY_MODULES = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}
 
 def not_portable(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
-        shell = keyword(node, "shell")
-        return dotted(node.func) in POSIX_ONLY_CALLS or (
+        shell = tree.keyword(node, "shell")
+        return tree.dotted(node.func) in POSIX_ONLY_CALLS or (
             isinstance(shell, ast.Constant) and shell.value is True
         )
     if isinstance(node, ast.Import):

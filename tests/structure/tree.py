@@ -124,6 +124,16 @@ def functions(
             yield from functions(node, owner)
 
 
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` as it is written; empty for anything but a name and its attributes."""
+    return ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Name)) else ""
+
+
+def keyword(call: ast.Call, name: str) -> ast.expr | None:
+    """What a call gives for a keyword."""
+    return next((k.value for k in call.keywords if k.arg == name), None)
+
+
 def is_public(qualified: str) -> bool:
     """True where no part of the dotted name starts with an underscore (dunders count as private)."""
     return not any(part.startswith("_") for part in qualified.split("."))

@@ -74,10 +74,8 @@ def whole_square(squares: Mapping[tuple[Axis, str | None], torch.Tensor], mesh: 
 
 def largest_norm(norm: float, axis: Axis, device: torch.device) -> float:
     """The largest of the norms of gradients that ranks keep apart; infinite where one is not finite. A collective."""
-    worst = torch.tensor(
-        norm if math.isfinite(norm) else math.inf, dtype=torch.float64, device="cpu"
-    )
-    worst = worst.to(device)
+    finite = norm if math.isfinite(norm) else math.inf
+    worst = torch.tensor(finite, dtype=torch.float64, device=device)
     flat.all_reduce_(worst, axis, "max")
     return worst.item()
 
